@@ -212,6 +212,7 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from distill.planning.first_step import first_step_notes
     from distill.planning.flops import UTILIZATION, gpu_days
     from distill.planning.memory import forecast, too_large
+    from distill.planning.parameters import student_parameters
 
     # Evaluations and memory. A run that does not fit this GPU is refused.
     gpus = config.engine.gpus or process_group.world_size()
@@ -228,7 +229,9 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     )
     model = DISTILL_PRESETS[preset].model
     notes = [*first_step_notes(config, model), *feature_notes(config, model)]
+    parameters = student_parameters(config, model)
     return cost | {
+        **({"student_million_parameters": parameters} if parameters else {}),
         "gpu_days_estimate": estimate,
         "memory_gib_per_gpu": memory or "unknown until the teacher is here",
         **({"notes": notes} if notes else {}),

@@ -77,6 +77,9 @@ class SampleOptions(WorkOptions):
         float | None,
         typer.Option(help="Guidance of a teacher (3); or to imitate, for a student that takes it (8)."),
     ] = None
+    psi: Annotated[
+        float | None, typer.Option(help="Truncation of a student with styles, 0 (its mean) to 1 (none).")
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Image i uses the noise of (seed, i) (0).")] = None
 
 
@@ -112,7 +115,8 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     # The student, the teacher, or both.
     if config.teacher is None:
         summary = save_samples(
-            student, texts, out, config.seed, config.batch_size, None, config.guidance, reporter, config.prior
+            *(student, texts, out, config.seed, config.batch_size),
+            *(None, config.guidance, reporter, config.prior, config.psi),
         )
     else:
         solver = SolverSettings(

@@ -60,7 +60,7 @@ class BrowserPage:
 
     def noise_of(self, request: DrawRequest) -> Tensor:
         """The noises [N, C, h, w] of a request."""
-        rows, shape = range(request.count), self.one.student.latent_shape
+        rows, shape = range(request.count), self.one.student.noise_shape
         first = noise(request.seed, rows, shape)
         if request.position == 0:
             return first

@@ -165,7 +165,7 @@ def save_walk(
         )
     texts = list(prompts) * (points if len(prompts) == 1 else 1)
     numbers = list(seeds) * (points if len(seeds) == 1 else 1)
-    noises = torch.cat([noise(number, range(1), one.student.latent_shape) for number in numbers])
+    noises = torch.cat([noise(number, range(1), one.student.noise_shape) for number in numbers])
     walk = Walk(one, noises * noise_scale, texts)
     images = walk.images(positions, progress)
     # The strip names the points, and the positions between them.
@@ -258,7 +258,7 @@ def save_styles(
     if one.conditioner.kind != "text":
         raise SettingError(f"student {name} takes no text, so it has no styles; use `d2g explore walk`")
     # All prompts share one noise.
-    start, images = noise(seed, range(1), one.student.latent_shape) * noise_scale, list[Tensor]()
+    start, images = noise(seed, range(1), one.student.noise_shape) * noise_scale, list[Tensor]()
     for prompt in prompts:
         images += list(one.images(start, [prompt]))
         progress("styles", len(images), len(prompts))

@@ -27,6 +27,7 @@ from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler, prior_seed, stage_before
 from distill.config.components import StudentConfig
 from distill.models.student import Student, add_guidance_embedding, student_from_teacher
+from distill.models.students import build_student
 from distill.models.text_student import split_tensors
 
 REMEDIES = {
@@ -47,9 +48,12 @@ class OneStep:
     guidance: float = 8.0
     """Guidance scale for a student that takes it as an input; other students ignore it."""
     prior: "OneStep | None" = None
-    """The student of the stage before, for a later stage of a cascade."""
+    """The student of the stage before, for a later stage of a cascade; that whose latents an upsampler
+    enlarges."""
     own_text: bool = False
     """Whether the conditioner's text encoders are the student's own, from `d2g distill text`."""
+    psi: float = 1.0
+    """Truncation of the styles, in [0, 1], for a student that has some; 1: none."""
 
     def __call__(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
         """Generate one image per prompt: uint8 [N, 3, H, W], CPU. Image i uses the noise of (seed, i)."""
@@ -62,12 +66,15 @@ class OneStep:
 
     @property
     def example_prior(self) -> Tensor | None:
-        """Random latents of the stage before for the two `examples`; None where there is no such stage."""
+        """Random latents for the two `examples`, of the stage before or for an upsampler; None for other
+        students."""
+        if self.student.prior_shape is not None:
+            return noise(1, range(2), self.student.prior_shape)
         family = self.student.family
         if family.prior_family is None:
             return None
         side = FAMILIES[family.prior_family].default_size or 1
-        return noise(1, range(2), (family.prior_channels(self.student.network.config), side, side))
+        return noise(1, range(2), (family.prior_channels(self.student.conditioning_config), side, side))
 
     @torch.no_grad()
     def latents(self, noise: Tensor, prompts: Sequence[str], prior: Tensor | None = None) -> Tensor:
@@ -82,7 +89,8 @@ class OneStep:
     def latents_of(self, noise: Tensor, cond: Conditioning) -> Tensor:
         """Generate scaled latents [B, C, h, w] from noise [B, C, h, w] and encoded prompts in one step."""
         guidance = torch.full((len(noise),), self.guidance) if self.student.guided else None
-        latents: Tensor = self.student(noise.to(self.device), cond, guidance)
+        styles = (self.psi,) if self.student.has_styles else ()
+        latents: Tensor = self.student(noise.to(self.device), cond, guidance, *styles)
         return latents
 
     def prior_latents(self, seed: int, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor | None:
@@ -90,7 +98,7 @@ class OneStep:
         noise of a stream of `seed`; None where there is no such stage."""
         if self.prior is None:
             return None
-        shape = self.prior.student.latent_shape
+        shape = self.prior.student.noise_shape
         return self.prior.latents(noise(prior_seed(seed), numbers, shape), prompts)
 
     @torch.no_grad()
@@ -125,11 +133,11 @@ class OneStep:
             part = list(prompts[first : first + batch_size])
             rows = range(start + first, start + first + len(part))
             prior = self.prior_latents(seed, rows, part)
-            yield self.images(noise(seed, rows, self.student.latent_shape), part, prior), part
+            yield self.images(noise(seed, rows, self.student.noise_shape), part, prior), part
 
 
-class StudentFacts(TypedDict):
-    """What a run's config.json and an export's student.json say of the student."""
+class CommonFacts(TypedDict):
+    """What a run's config.json and an export's student.json both say of the student."""
 
     teacher: NotRequired[str]
     student_timestep: NotRequired[int]
@@ -142,7 +150,14 @@ class StudentFacts(TypedDict):
     inputs: NotRequired[dict[str, Any]]
 
 
-class RunFacts(StudentFacts):
+class StudentFacts(CommonFacts):
+    """What is read of either file."""
+
+    student: NotRequired[dict[str, Any]]
+    """The settings of the student; of an export, where it is not the teacher's network."""
+
+
+class RunFacts(CommonFacts):
     """What is read of a run's config.json."""
 
     student: dict[str, Any]
@@ -210,6 +225,8 @@ def with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
     Raises SettingError where a stage is missing or there is none, UserError for a `prior` of another teacher
     than the pairs of the student.
     """
+    if one.student.prior_shape is not None:
+        return _with_small(one, name, prior)
     before = stage_before("student", name, one.student.family, prior)
     if before is None or prior is None:
         return one
@@ -224,6 +241,27 @@ def with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
             f"sha256 {pretrained.denoiser_sha256(teacher)[:12]}, expected {expected[:12]}"
         )
     return replace(one, prior=load_student(prior, device=one.device))
+
+
+def _with_small(one: OneStep, name: str, prior: str | None) -> OneStep:
+    """A loaded upsampler `name` with the student `prior` whose latents it enlarges.
+
+    Raises SettingError without one, UserError for one whose latents have other channels or are too small.
+    """
+    channels, height, width = one.student.prior_shape or (0, 0, 0)
+    if prior is None:
+        raise SettingError(
+            f"prior is not set, but student {name} enlarges latents of {height}x{width}; give --prior the "
+            "student that draws them"
+        )
+    small = load_student(prior, device=one.device)
+    theirs = small.student.latent_shape
+    if theirs[0] != channels or theirs[1] < height or theirs[2] < width:
+        raise UserError(
+            f"student {prior} draws latents of {'x'.join(map(str, theirs))}, but student {name} enlarges "
+            f"latents of {channels}x{height}x{width}; give a student of the same latent space"
+        )
+    return replace(one, prior=with_prior(small, prior, None))
 
 
 def student_tensors(name: str) -> dict[str, Tensor]:
@@ -245,6 +283,19 @@ def student_config(name: str) -> StudentConfig:
     return from_json(StudentConfig, config["student"])
 
 
+def kind_settings(name: str) -> StudentConfig:
+    """The settings that build a student: its kind, and the sizes of a network of its own. Adapters and other
+    additions are in the weights."""
+    _, _, facts = _student_facts(name)
+    config = from_json(StudentConfig, facts.get("student", {}))
+    return StudentConfig() if config.is_diffusion else config
+
+
+def empty_student(name: str, teacher: str, timestep: int) -> Student:
+    """A student of the kind and sizes of `name`, for its weights."""
+    return build_student(teacher, timestep, kind_settings(name))
+
+
 def load_student_weights(student: Student, name: str, conditioner: Conditioner | None = None) -> bool:
     """Load the EMA weights of a run, or those of an exported student, into a `student` without adapters.
 
@@ -261,6 +312,7 @@ def load_student_weights(student: Student, name: str, conditioner: Conditioner |
         )
     if "unet.time_embedding.cond_proj.weight" in tensors and not student.guided:
         add_guidance_embedding(student.network)
+    tensors = student.grown(tensors)
     try:
         student.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
         if own_text and conditioner is not None:
@@ -296,7 +348,7 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
     """
     _, recorded_teacher, timestep = student_folder(name)
     source = teacher or recorded_teacher
-    student, conditioner = student_from_teacher(source, timestep), pretrained.load_conditioner(source)
+    student, conditioner = empty_student(name, source, timestep), pretrained.load_conditioner(source)
     own_text = load_student_weights(student, name, conditioner)
     one = _one_step(student, source, device, student_guidance(name, source), conditioner)
     return replace(one, own_text=own_text)
@@ -304,7 +356,7 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
 
 def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device | str = "cpu") -> OneStep:
     """Load the averaged student of one checkpoint folder of `run`, ready to sample on `device`."""
-    student, conditioner = student_from_teacher(teacher, student_folder(run)[2]), None
+    student, conditioner = empty_student(run, teacher, student_folder(run)[2]), None
     ema, own_text = split_tensors(checkpoint.open_checkpoint(folder).tensors("ema"))
     student.load_state_dict({name: tensor.float() for name, tensor in ema.items()})
     if own_text:
@@ -342,18 +394,37 @@ def save_samples(
     guidance: float | None = None,
     progress: Progress = quiet,
     prior: str | None = None,
+    psi: float | None = None,
 ) -> dict[str, Any]:
     """Generate one image per prompt; write OUT/00000.png, ... with the prompt as metadata, and OUT/grid.png.
 
-    guidance: the guidance scale to imitate. prior: the student of the stage before, in a cascade. Returns the
-    output folder, the number of images and the seconds per image. Raises SettingError if `guidance` is set
-    but the student does not take it as an input, and as `with_prior` does.
+    guidance: the guidance scale to imitate. prior: the student of the stage before, in a cascade, or that
+    whose latents an upsampler enlarges. psi: truncation of the styles. Returns the output folder, the number
+    of images and the seconds per image. Raises SettingError if `guidance` or `psi` is set but the student
+    does not take it, and as `with_prior` does.
     """
     images, seconds = _student_images(
-        name, prompts, seed, batch_size, teacher, guidance, progress, prior=prior
+        name, prompts, seed, batch_size, teacher, guidance, progress, prior=prior, psi=psi
     )
     _write_images(images, prompts, seed, out)
     return {"out": str(out), "images": len(images), "seconds_per_image": seconds}
+
+
+def with_psi(one: OneStep, name: str, psi: float | None) -> OneStep:
+    """A loaded student `name` that truncates its styles by psi; None leaves it.
+
+    Raises SettingError for a student without styles, and outside [0, 1].
+    """
+    if psi is None:
+        return one
+    if not one.student.has_styles:
+        raise SettingError(
+            f"psi is {psi:g}, but student {name} has no styles to truncate; leave --psi out, or use "
+            "--noise-scale of `d2g eval run`, which shrinks the noise"
+        )
+    if not 0 <= psi <= 1:
+        raise SettingError(f"psi is {psi:g}; expected 0 (the mean style) to 1 (no truncation)")
+    return replace(one, psi=psi)
 
 
 def save_teacher_samples(
@@ -440,9 +511,11 @@ def _student_images(
     progress: Progress,
     must_take_guidance: bool = True,
     prior: str | None = None,
+    psi: float | None = None,
 ) -> tuple[list[Tensor], float]:
     """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
     one_step = with_prior(load_student(name, teacher, process_group.own_device()), name, prior)
+    one_step = with_psi(one_step, name, psi)
     # The guidance scale is an input of some students only.
     if guidance is not None and one_step.student.guided:
         one_step = replace(one_step, guidance=guidance)

@@ -41,6 +41,10 @@ class Stream(IntEnum):
     """Order of the training pairs."""
     DISCRIMINATOR_INIT = 0xD15C
     """Initial weights of the discriminator's own layers."""
+    GENERATOR_INIT = 0x6E17
+    """Initial weights of a student that is not the teacher's network."""
+    GENERATOR_NOISE = 0x6E02
+    """Noise of such a student in training, by row since the run began."""
     LORA_INIT = 0x10BA
     """Initial weights of the adapters."""
     DROPOUT = 0xD209

@@ -9,9 +9,11 @@ from d2g.core.errors import SettingError
 from distill.config.components import (
     ClipGuidanceConfig,
     DiscriminatorConfig,
+    GeneratorConfig,
     OptimConfig,
     RegressionConfig,
     RegressionName,
+    StudentName,
 )
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig, StudentConfig, TrainConfig
 
@@ -394,6 +396,114 @@ SMALL_RECIPES["small-transformer"] = Recipe(
     },
 )
 
+
+def _generator(
+    student: StudentConfig,
+    model: TeacherModel,
+    about: str,
+    *,
+    gan: DiscriminatorConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    engine: EngineConfig,
+    clip_weight: float = 0.2,
+    **more: Any,
+) -> Recipe:
+    """A GAN from random weights on the latents of the pairs, without regression."""
+    config = DistillConfig(
+        stage="gan",
+        student=student,
+        regression=RegressionConfig(losses=()),
+        gan=replace(gan, weight=1.0, z_conditioning=False, mix_z=0.0),
+        optim=optim,
+        clip_guidance=ClipGuidanceConfig(weight=clip_weight),
+        train=train,
+        engine=engine,
+        **more,
+    )
+    return Recipe(about, model, {"gan": config})
+
+
+_STYLEGAN_T_OPTIM = OptimConfig(
+    name="adam", lr=2e-3, betas=(0.0, 0.99), weight_decay=0.0, attention_weight_decay=0.0
+)
+_STYLEGAN_T_GAN = DiscriminatorConfig(
+    discriminator="projected", loss="hinge", mix_fraction=0.0, penalty="none", optim=_STYLEGAN_T_OPTIM
+)
+_STYLEGAN_T_FULL = GeneratorConfig(channel_base=65_536, channel_max=2_048, residual_blocks=4, w_dim=704)
+_GIGAGAN = GeneratorConfig(z_dim=128, w_dim=1_024, mapping_layers=4)
+
+
+def _styled(
+    kind: StudentName, sizes: GeneratorConfig, about: str, gpus: int, images: int, **more: Any
+) -> Recipe:
+    """A generator with styles at StyleGAN-T's rates, batch and average (table 4)."""
+    return _generator(
+        StudentConfig(kind=kind, generator=sizes),
+        "sd15",
+        f"{about}, on {gpus} GPUs; sizes only, not trained yet",
+        gan=_STYLEGAN_T_GAN,
+        optim=_STYLEGAN_T_OPTIM,
+        train=TrainConfig(batch_size=2048, images=images, ema_beta=0.9978),
+        engine=_recompute(gpus),
+        **more,
+    )
+
+
+def _small_generator(kind: StudentName, sizes: GeneratorConfig, about: str, **gan: Any) -> Recipe:
+    """A generator with styles for the miniature's latents, which one CPU core can train."""
+    optim = OptimConfig(**{**_OPTIM_FIELDS, "lr": 2e-3})
+    return _generator(
+        StudentConfig(kind=kind, generator=sizes),
+        "miniature",
+        about,
+        gan=DiscriminatorConfig(
+            r1_interval=8, r1_gamma=0.1, optim=OptimConfig(**{**_OPTIM_FIELDS, "lr": 5e-4}), **gan
+        ),
+        optim=optim,
+        train=replace(_MINIATURE, images=96_000, batch_size=32, ema_beta=0.998, checkpoint_images=9_600),
+        engine=EngineConfig(),
+        clip_weight=0.0,
+        teacher="miniature",
+    )
+
+
+_OPTIM_FIELDS: dict[str, Any] = {
+    "name": "adam",
+    "betas": (0.0, 0.99),
+    "weight_decay": 0.0,
+    "attention_weight_decay": 0.0,
+}
+_SMALL_SIZES = GeneratorConfig(channel_base=1_024, channel_max=128, residual_blocks=2, kernels=2, factor=2)
+
+STYLE_RECIPES: dict[str, Recipe] = {
+    "stylegan-t": _styled(
+        "stylegan-t",
+        GeneratorConfig(),
+        "StyleGAN-T's lightweight generator (75 million parameters) on latents of 64x64",
+        *(8, 25_000_000),
+    ),
+    "stylegan-t-1b": _styled(
+        "stylegan-t",
+        _STYLEGAN_T_FULL,
+        "StyleGAN-T's full generator (1.02 billion parameters) on latents of 64x64, after those of 16 and 32",
+        *(64, 57_000 * 2048),
+    ),
+    "gigagan": _styled(
+        "gigagan",
+        _GIGAGAN,
+        "A generator with GigaGAN's adaptive kernels and attention on latents of 64x64",
+        *(64, 25_000_000),
+    ),
+    "miniature-stylegan-t": _small_generator(
+        "stylegan-t", _SMALL_SIZES, "A small StyleGAN-T on the pairs of the miniature, on one CPU core"
+    ),
+    "miniature-gigagan": _small_generator(
+        "gigagan", _SMALL_SIZES, "A small GigaGAN on the pairs of the miniature, on one CPU core"
+    ),
+}
+"""Generators with styles in place of the teacher's network. The paper's table 5 gives iterations of 2048."""
+
 _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "d": ("the discriminator", {}),
     "z": ("conditioning on the noise", {"z_conditioning": False}),
@@ -465,6 +575,7 @@ _RECIPES = {
     **CASCADE_RECIPES,
     **SMALL_CARD_RECIPES,
     **SMALL_RECIPES,
+    **STYLE_RECIPES,
     **ablation(TABLE_A1["sd15-cfg3"]),
     **loss_comparison(TABLE_A1["sd15-cfg3"], 20_000 * 256),
     **ablation(SMALL_RECIPES["miniature"], "miniature-"),

@@ -275,7 +275,8 @@ class DistillConfig:
             raise SettingError(f"regression.losses is (); expected one or more names in stage {self.stage}")
         # Validation needs an interval and pairs; a run without pairs can validate with --validate alone.
         interval, held_out = self.train.validate_images, self.train.validate_pairs
-        if bool(interval) != bool(held_out) and not (interval and self.without_pairs):
+        alone = self.without_pairs or not self.student.is_diffusion
+        if bool(interval) != bool(held_out) and not (interval and alone):
             raise SettingError(
                 f"train.validate_images is {interval} and train.validate_pairs {held_out}; expected both "
                 "above 0, or both 0"
@@ -398,6 +399,12 @@ class SampleConfig:
     )
     batch_size: int = setting(32, "Images per forward pass")
     seed: int = setting(0, "Image i uses the noise of (seed, i)")
+    psi: float | None = setting(
+        None,
+        "Truncation of the styles of a student that has some, 0 to 1: smaller is more typical and less "
+        "diverse; null: 1, none",
+        source="StyleGAN-T, section 3.3",
+    )
     guidance: float | None = setting(
         None,
         "Guidance scale of the teacher (null: 3), or to imitate, for a student with guidance conditioning "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from d2g.core.atomic_files import write_atomically
+from d2g.core.config import to_json
 from d2g.core.errors import SettingError
 from d2g.core.precision import exact_fp32
 from d2g.core.seeds import noise
@@ -28,6 +29,7 @@ from distill.export.to_onnx import export_onnx
 from distill.sampling import (
     condition_teacher,
     guiding_clip,
+    kind_settings,
     load_student,
     student_folder,
     student_guidance,
@@ -72,6 +74,8 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
     tensors = student_tensors(run)
     cast = {k: v.to(saved_dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     facts: dict[str, Any] = {"teacher": source, "student_timestep": timestep}
+    if (kind := kind_settings(run)).kind != "diffusion":
+        facts["student"] = to_json(kind)
     if family_of(teacher or source).embedded_guidance is not None:
         facts["guidance"] = student_guidance(run, teacher or source)
     if clip := guiding_clip(run):
@@ -82,7 +86,7 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
         write_atomically(folder / "student.json", json.dumps(facts, indent=1))
         save_tensors(cast, folder / "ema.safetensors", {k: str(v) for k, v in facts.items()})
         before, after = (load_student(name, teacher) for name in (run, str(folder)))
-        latents_noise, prompts = noise(0, range(2), before.student.latent_shape), before.examples
+        latents_noise, prompts = noise(0, range(2), before.student.noise_shape), before.examples
         prior = before.example_prior
         latents = (one.latents(latents_noise, prompts, prior) for one in (before, after))
         parity = check_parity(max_abs_diff((next(latents), next(latents))), saved_dtype)

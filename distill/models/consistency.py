@@ -9,10 +9,10 @@ from torch import Tensor
 
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.edm import EDMSchedule, sigmas
-from distill.models.student import Student
+from distill.models.student import DiffusionStudent
 
 
-class ConsistencyStudent(Student):
+class ConsistencyStudent(DiffusionStudent):
     """A student that takes images of any noise level: f(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
 
     Without `sigma` it is the one-step student, whose coefficients differ at sigma_max from those of f by at
@@ -58,9 +58,9 @@ class ConsistencyStudent(Student):
             return c_skip * x + self.schedule.sign * c_out * output[:, : x.shape[1]].float()
 
 
-def wrapper_of(stage: str) -> type[Student]:
+def wrapper_of(stage: str) -> type[DiffusionStudent]:
     """The class of the students that a stage trains."""
-    return ConsistencyStudent if stage == "cd" else Student
+    return ConsistencyStudent if stage == "cd" else DiffusionStudent
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ConsistencyTarget:
     sigmas: Tensor
 
     @classmethod
-    def of(cls, teacher: Student, levels: int) -> "ConsistencyTarget":
+    def of(cls, teacher: DiffusionStudent, levels: int) -> "ConsistencyTarget":
         """N = `levels` noise levels of EDM's grid (eq. 5)."""
         schedule = teacher.schedule
         assert isinstance(teacher, ConsistencyStudent) and isinstance(schedule, EDMSchedule)

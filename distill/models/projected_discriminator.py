@@ -4,7 +4,6 @@ Written from the paper. Layout and what the paper leaves open: method.md "Discri
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from d2g.core.errors import SettingError
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from d2g.diffusion.pipelines import family_of, open_pipeline
 from distill.config.components import DiscriminatorConfig
+from distill.models.condition_vector import condition_shape, condition_vector
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.feature_networks import open_feature_network
 from distill.models.pixel_view import DRAWS, FrozenView
@@ -137,24 +136,6 @@ class ProjectedDiscriminator(nn.Module):
         return logits
 
 
-def condition_vector(cond: Conditioning) -> Tensor | None:
-    """What the heads project: class numbers [B]; the pooled text [B, P], else the mean of the text's tokens
-    [B, D], without padding where there is a mask; None without a condition.
-    """
-    tensors = cond.tensors
-    if "class_labels" in tensors:
-        return tensors["class_labels"]
-    if "pooled" in tensors:
-        return tensors["pooled"]
-    if "hidden" not in tensors:
-        return None
-    hidden = tensors["hidden"]
-    if "mask" not in tensors:
-        return hidden.mean(1)
-    mask = tensors["mask"].to(hidden.dtype)[:, :, None]
-    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-
-
 def open_view(teacher: str, config: DiscriminatorConfig, on_meta: bool = False) -> FrozenView:
     """The teacher's autoencoder and the networks of `gan.feature_networks`, frozen. on_meta: without weights.
 
@@ -185,14 +166,8 @@ def _on_meta(teacher: str, config: DiscriminatorConfig) -> ProjectedDiscriminato
 
 def _condition(teacher: str) -> tuple[int, int]:
     """Number of classes, and width of the text that the heads project; 0 where there is none."""
-    family, pipeline = family_of(teacher), open_pipeline(teacher)
-    with torch.device("cpu"):
-        if not family.reads_text:
-            return pretrained.conditioner_on_meta(teacher).num_labels, 0
-        network: Any = pretrained.load_on_meta(teacher, family.network)
-        vector = condition_vector(family.fake_conditioning(pipeline, network.config, 1))
-    assert vector is not None
-    return 0, vector.shape[1]
+    shape = condition_shape(teacher)
+    return shape.classes, shape.text_width
 
 
 def _build(teacher: str, config: DiscriminatorConfig, rng: torch.Generator) -> ProjectedDiscriminator:

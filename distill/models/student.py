@@ -25,20 +25,99 @@ GUIDANCE_WIDTH = 256
 
 
 class Student(nn.Module):
-    """The one-step generator G(z, c) = (z - sigma_T eps(z, c, T)) / alpha_T (supplement eq. 2).
+    """A one-step generator of latents: (noise [B, *noise_shape], conditioning of B rows) -> scaled latents
+    [B, C, h, w], fp32.
 
-    Other predictions: method.md "One-step formulas"; a flow gives z - v(z, c, 1). For an EDM teacher
-    (method.md "CIFAR10 and EDM"): c_skip sigma_max z + c_out F(c_in sigma_max z, c_noise, c). The wrapper has
-    no parameters of its own, and combines in fp32 whatever the network runs in. `downscale`: pixels per
-    latent, for networks that take the size of the image.
+    `family`: of the teacher, whose latents and conditioning it has. `downscale`: pixels per latent.
 
     >>> from d2g.core.seeds import noise
     >>> from distill import load_student
     >>> loaded = load_student("miniature")
     >>> student = loaded.student  # a Student
-    >>> z = noise(0, range(2), student.latent_shape)
-    >>> student(z, loaded.conditioner.encode(["a red cube", "a blue cone"])).shape == z.shape
+    >>> z = noise(0, range(2), student.noise_shape)
+    >>> cond = loaded.conditioner.encode(["a red cube", "a blue cone"])
+    >>> student(z, cond).shape == (2, *student.latent_shape)
     True
+    """
+
+    family: Family
+    downscale: int
+    own_noise = False
+    """Whether its noise is not that of the pairs, but is drawn anew for each row of training."""
+    has_styles = False
+    """Whether it has styles w, whose truncation `psi` is an input of the forward pass."""
+
+    @property
+    def network(self) -> Any:
+        """The network that it evaluates once."""
+        raise NotImplementedError
+
+    @property
+    def conditioning_config(self) -> Any:
+        """The config of the teacher's network, which says what its conditioning is."""
+        raise NotImplementedError
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """The shape (C, h, w) of its latents."""
+        raise NotImplementedError
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """The shape of a row's noise, which is a function of (seed, index)."""
+        return self.latent_shape
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its conditioning is text."""
+        return self.family.reads_text
+
+    @property
+    def guided(self) -> bool:
+        """Whether it takes the guidance scale as an input."""
+        return False
+
+    @property
+    def timestep(self) -> int:
+        """The timestep of the network's one evaluation; -1 where there is none."""
+        return -1
+
+    @property
+    def prior_shape(self) -> tuple[int, int, int] | None:
+        """The shape of the latents of another student that it enlarges; None for other students."""
+        return None
+
+    @property
+    def where(self) -> str:
+        """The point at which the network is evaluated, in words."""
+        raise NotImplementedError
+
+    def real_view(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] with no more detail than the student can draw."""
+        return latents
+
+    def prior_of(self, latents: Tensor) -> Tensor | None:
+        """The small latents that it enlarges to `latents` [B, C, h, w]; None for other students."""
+        return None
+
+    def grown(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of a run to start from, with those that it lacks where the student has grown."""
+        return tensors
+
+    def begin_step(self) -> None:
+        """Called before the forward passes of a training step."""
+
+    def after_update(self, steps: int) -> None:
+        """Called on every rank after an update of the weights, which is preceded by `steps` steps."""
+
+
+class DiffusionStudent(Student):
+    """The teacher's network: G(z, c) = (z - sigma_T eps(z, c, T)) / alpha_T (supplement eq. 2).
+
+    Other predictions: method.md "One-step formulas"; a flow gives z - v(z, c, 1). For an EDM teacher
+    (method.md "CIFAR10 and EDM"): c_skip sigma_max z + c_out F(c_in sigma_max z, c_noise, c). The wrapper has
+    no parameters of its own, and combines in fp32 whatever the network runs in. `downscale` is for networks
+    that take the size of the image.
     """
 
     def __init__(
@@ -102,9 +181,9 @@ class Student(nn.Module):
         return getattr(self, self.family.network)
 
     @property
-    def reads_text(self) -> bool:
-        """Whether its conditioning is text."""
-        return self.family.reads_text
+    def conditioning_config(self) -> Any:
+        """The network's own config."""
+        return self.network.config
 
     @property
     def timestep(self) -> int:
@@ -151,12 +230,12 @@ def student_from_teacher(
     timestep: int = -1,
     config: StudentConfig | None = None,
     seed: int = 0,
-    wrapper: type[Student] = Student,
-) -> Student:
+    wrapper: type[DiffusionStudent] | None = None,
+) -> DiffusionStudent:
     """A student with the teacher's weights: its output is the teacher's own x_0 prediction at T.
 
-    config: what `add_adapters` adds to the network; `seed` initializes the adapters. wrapper: Student, or a
-    class derived from it.
+    config: what `add_adapters` adds to the network; `seed` initializes the adapters. wrapper: a class
+    derived from DiffusionStudent.
     """
     pretrained.expect_student_family(teacher)
     network = pretrained.load_model(teacher, family_of(teacher).network)
@@ -168,8 +247,8 @@ def meta_student(
     timestep: int = -1,
     config: StudentConfig | None = None,
     seed: int = 0,
-    wrapper: type[Student] = Student,
-) -> Student:
+    wrapper: type[DiffusionStudent] | None = None,
+) -> DiffusionStudent:
     """The same without weights: on torch's meta device, except for what `add_adapters` adds."""
     network = pretrained.load_on_meta(teacher, family_of(teacher).network)
     return _wrap(network, teacher, timestep, config, seed, wrapper)
@@ -181,10 +260,11 @@ def _wrap(
     timestep: int,
     config: StudentConfig | None,
     seed: int,
-    wrapper: type[Student],
-) -> Student:
+    wrapper: type[DiffusionStudent] | None,
+) -> DiffusionStudent:
     schedule, family = pretrained.load_any_schedule(teacher), family_of(teacher)
-    student = wrapper(network, schedule, family, timestep, pretrained.latent_downscale(teacher))
+    downscale = pretrained.latent_downscale(teacher)
+    student = (wrapper or DiffusionStudent)(network, schedule, family, timestep, downscale)
     if config is not None:
         add_adapters(student, config, seed)
     return student
@@ -232,7 +312,7 @@ def takes_guidance(teacher: str, student: StudentConfig) -> bool:
     return student.guidance_conditioning or family_of(teacher).embedded_guidance is not None
 
 
-def add_adapters(student: Student, config: StudentConfig, seed: int = 0) -> Student:
+def add_adapters(student: DiffusionStudent, config: StudentConfig, seed: int = 0) -> DiffusionStudent:
     """Add dropout, LoRA adapters and a guidance input to a student; dropout aside, its output stays the same.
 
     `seed` initializes the adapters. Raises SettingError for adapters of a network without attention.

@@ -14,13 +14,13 @@ from d2g.diffusion.conditioning import CLIPConditioner, Conditioning
 from d2g.diffusion.families.unet import TextUNetFamily
 from d2g.diffusion.pipelines import family_of, open_pipeline
 from distill.config.components import StudentConfig
-from distill.models.student import Student, freeze_by_pattern, set_trainable
+from distill.models.student import DiffusionStudent, Student, freeze_by_pattern, set_trainable
 
 PREFIX = "conditioner."
 """Before the names of the text encoders' tensors in a checkpoint and in an exported student."""
 
 
-class TextStudent(Student):
+class TextStudent(DiffusionStudent):
     """A student whose conditioning holds token ids: it runs its own text encoders on them.
 
     The weights of the text encoders are named conditioner.models.text_encoder.…
@@ -28,7 +28,7 @@ class TextStudent(Student):
 
     conditioner: CLIPConditioner
 
-    def __init__(self, student: Student, conditioner: CLIPConditioner) -> None:
+    def __init__(self, student: DiffusionStudent, conditioner: CLIPConditioner) -> None:
         super().__init__(
             student.network, student.schedule, student.family, student.timestep, student.downscale
         )

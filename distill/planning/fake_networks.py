@@ -19,11 +19,11 @@ from distill.config.run import DistillConfig
 from distill.losses.gradient_penalty import DiscriminatorInput
 from distill.losses.regression.decoder_features import DecoderFeatures
 from distill.losses.regression.registry import regression_networks
-from distill.models.consistency import wrapper_of
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.projected_discriminator import ProjectedDiscriminator
 from distill.models.row_dropout import set_dropout_keys
-from distill.models.student import Student, check_teacher, meta_student
+from distill.models.student import DiffusionStudent, Student, check_teacher
+from distill.models.students import build_student_on_meta, check_student
 from distill.models.text_student import (
     TextStudent,
     check_text_teacher,
@@ -54,11 +54,13 @@ def known_teacher(config: DistillConfig, model: str) -> Iterator[DistillConfig |
 def build_meta_student(config: DistillConfig) -> Student:
     """The student of a run without weights, with its trained parameters switched on."""
     check_teacher(config.teacher, config.stage, config.student)
-    student = meta_student(
-        config.teacher, config.student_timestep, config.student, config.seed, wrapper_of(config.stage)
+    check_student(config)
+    student = build_student_on_meta(
+        config.teacher, config.student_timestep, config.student, config.seed, config.stage
     )
     if config.own_text:
         check_text_teacher(config.teacher)
+        assert isinstance(student, DiffusionStudent), "check_student refuses others"
         student = TextStudent(student, text_conditioner_on_meta(config.teacher))
     set_stage_trainable(student, config.teacher, config.stage, config.student)
     return student
@@ -113,18 +115,22 @@ def latent_metric(config: DistillConfig, channels: int) -> LatentLPIPS | None:
 
 @dataclass(frozen=True)
 class FakeBatch:
-    """Inputs of B rows: noise [B, C, h, w], conditioning, and guidance scales for students that take them."""
+    """Inputs of B rows: noise [B, *noise_shape], latents [B, C, h, w], conditioning, and guidance scales for
+    students that take them."""
 
     noise: Tensor
+    latents: Tensor
     cond: Conditioning
     guidance: tuple[Tensor, ...]
 
 
 def fake_batch(pipeline: Pipeline, student: Student, count: int) -> FakeBatch:
     """Inputs of `count` rows for a student and its discriminator; `guidance` is empty without that input."""
-    noise = torch.empty(count, *student.latent_shape)
-    cond = student.family.fake_conditioning(pipeline, student.network.config, count)
-    return FakeBatch(noise, cond, (torch.empty(count),) if student.guided else ())
+    noise, latents = (torch.empty(count, *shape) for shape in (student.noise_shape, student.latent_shape))
+    cond = student.family.fake_conditioning(pipeline, student.conditioning_config, count)
+    if student.prior_shape is not None:
+        cond = cond.with_prior(torch.empty(count, *student.prior_shape))
+    return FakeBatch(noise, latents, cond, (torch.empty(count),) if student.guided else ())
 
 
 def fake_forward(student: Student, b: FakeBatch) -> Tensor:
@@ -139,7 +145,7 @@ def discriminator_input(gan: DiscriminatorConfig, b: FakeBatch) -> Discriminator
     """Inputs of a discriminator for the rows of a batch."""
     count = DISCRIMINATORS[gan.discriminator].draws
     draws = torch.zeros(len(b.noise), count, dtype=torch.int64) if count else None
-    return DiscriminatorInput(b.noise, b.noise, b.cond, None, draws)
+    return DiscriminatorInput(b.latents, b.latents, b.cond, None, draws)
 
 
 def frozen_views(discriminator: nn.Module) -> list[nn.Module]:

@@ -26,6 +26,7 @@ from distill.losses.gradient_penalty import r1_penalty
 from distill.losses.regression.registry import regression_networks
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.student import Student
+from distill.models.students import STUDENTS
 from distill.planning.fake_networks import (
     FakeBatch,
     autoencoder_distances,
@@ -98,7 +99,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
                 if trained_network is not None:
                     engine.store_frozen_in_bf16(trained_network)
         if config.engine.activation_checkpointing:
-            engine.recompute(list(family_of(config.teacher).shard_units(student)))
+            engine.recompute(list(STUDENTS[config.student.kind].shard_units(config.teacher, student)))
             if discriminator is not None:
                 kind = DISCRIMINATORS[config.gan.discriminator]
                 engine.recompute(list(kind.shard_units(config.teacher, discriminator)))

@@ -8,6 +8,7 @@ from distill.config.components import DiscriminatorConfig
 from distill.config.run import DistillConfig
 from distill.losses.regression.registry import REGRESSION_LOSSES, regression_networks
 from distill.models.discriminators import DISCRIMINATORS
+from distill.models.students import STUDENTS
 
 Condition = tuple[Callable[[DistillConfig], bool], str]
 
@@ -46,6 +47,22 @@ GAN_ONLY = sorted(
     {field.name for field in fields(DiscriminatorConfig)} - {"optim", "real", "real_column", "real_fraction"}
 )
 """Settings of the discriminator that no other stage reads."""
+
+
+def _student_conditions() -> dict[tuple[str, ...], Condition]:
+    """Settings of generators that some kinds of students read and others do not."""
+    readers: dict[str, tuple[str, ...]] = {}
+    for name, kind in STUDENTS.items():
+        for setting in kind.settings:
+            readers[setting] = (*readers.get(setting, ()), name)
+    return {
+        (f"student.generator.{setting}",): (
+            lambda config, names=names: config.student.kind in names,  # type: ignore[misc]
+            f"with student.kind={' or '.join(names)}",
+        )
+        for setting, names in readers.items()
+    }
+
 
 _CONDITIONS: dict[tuple[str, ...], Condition] = {
     tuple(f"gan.{name}" for name in GAN_ONLY): (lambda c: c.adversarial, _ADVERSARIAL),
@@ -105,6 +122,7 @@ _CONDITIONS: dict[tuple[str, ...], Condition] = {
         lambda c: c.clip_guidance.weight > 0,
         "with clip_guidance.weight above 0",
     ),
+    ("student_timestep",): (lambda c: c.student.is_diffusion, "with student.kind=diffusion"),
     ("optim.decay",): (lambda c: c.optim.decay_images != 0, "with optim.decay_images other than 0"),
     ("train.ema_beta",): (lambda c: not c.train.ema_halflife_images, "with train.ema_halflife_images=0"),
     (
@@ -124,7 +142,12 @@ _CONDITIONS: dict[tuple[str, ...], Condition] = {
         "with e_latent_lpips or latent_lpips in regression.losses",
     ),
 }
-CONDITIONS = (*_CONDITIONS.items(), *_loss_conditions().items(), *_discriminator_conditions().items())
+CONDITIONS = (
+    *_CONDITIONS.items(),
+    *_loss_conditions().items(),
+    *_discriminator_conditions().items(),
+    *_student_conditions().items(),
+)
 """When a run uses a setting (or a group, whose name ends with a dot): the condition, and its words. A setting
 with several conditions needs all of them.
 """

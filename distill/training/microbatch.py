@@ -24,6 +24,7 @@ from distill.losses.regression.base import Transforms
 from distill.losses.regression.regression import Regression
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.row_dropout import row_keys
+from distill.models.student import Student
 from distill.training.text_cache import TextCache
 from latent_lpips.augment import select_transforms
 from pairgen.store.concat import scales
@@ -49,7 +50,8 @@ class MicroBatch:
     """b rows that pass through the networks together, and what a step computes of them."""
 
     prompts: list[str]
-    noise: Tensor  # [b, C, h, w] fp32
+    noise: Tensor  # [b, C, h, w] fp32, of the pairs: what D is conditioned on
+    student_noise: Tensor  # [b, *noise_shape] fp32, of the pairs or the student's own: what it draws from
     target: Tensor  # [b, C, h, w] fp32, the teacher's latents
     cond: Conditioning
     student_cond: Conditioning  # `cond`, or the token ids of a student with text encoders of its own
@@ -77,10 +79,11 @@ class StepPreparation:
     """Turns a batch of pairs into the micro-batches and random numbers of one step on this process.
 
     `gan` is None in the regression stage. `microbatches`: per step and process. `dropout`: whether the
-    student has dropout. `encode_for_student`: gives the input of a student with text encoders of its own;
-    other students take what `encode` gives. `embedded_guidance`: whether the teacher's network takes the
-    guidance scale as an input, which is part of the conditioning then, for student and discriminator.
-    `noise_levels`: number of them in consistency distillation, 0 in other stages.
+    student has dropout. `student`: says what noise it takes, and what it sees of a row's latents.
+    `encode_for_student`: gives the input of a student with text encoders of its own; other students take
+    what `encode` gives. `embedded_guidance`: whether the teacher's network takes the guidance scale as an
+    input, which is part of the conditioning then, for student and discriminator. `noise_levels`: number of
+    them in consistency distillation, 0 in other stages.
     """
 
     def __init__(
@@ -96,12 +99,13 @@ class StepPreparation:
         encode: TextCache,
         encode_for_student: Callable[[Sequence[str]], Conditioning] | None = None,
         device: torch.device,
+        student: Student,
         embedded_guidance: bool = False,
         clip_guidance: ClipGuidance | None = None,
         noise_levels: int = 0,
     ) -> None:
         self.noise_levels = noise_levels
-        self.clip_guidance = clip_guidance
+        self.clip_guidance, self.student = clip_guidance, student
         self.embedded_guidance = embedded_guidance
         self.seed, self.batch_size, self.microbatches = seed, batch_size, microbatches
         self.dropout, self.gan = dropout, gan
@@ -121,6 +125,10 @@ class StepPreparation:
             cond = cond.with_guidance(*scales(batch))
         if batch.condition is not None:
             cond = cond.with_prior(batch.condition)
+        # A student of its own kind sees its own part of a row's latents.
+        if (small := self.student.prior_of(target)) is not None:
+            cond = cond.with_prior(small)
+        target = self.student.real_view(target)
         student_cond = self.encode_for_student(batch.prompts) if self.encode_for_student else cond
         rows = len(batch.prompts)
         size, first = rows // self.microbatches, process_group.rank() * rows
@@ -184,7 +192,7 @@ class StepPreparation:
         randomness: StepRandomness,
     ) -> MicroBatch:
         """Some of this process's rows; `first`: number of the first one in the whole batch."""
-        gan, device = self.gan, self.device
+        gan, device, student = self.gan, self.device, self.student
         # Numbers of the rows: within the batch, and since the start of the run.
         prompts = list(batch.prompts[local_rows])
         batch_rows = slice(first, first + len(prompts))
@@ -202,12 +210,17 @@ class StepPreparation:
             consistency_noise = row_noise(
                 generator(self.seed, Stream.CONSISTENCY_NOISE).initial_seed(), rows, shape
             )
+        own_noise = None
+        if student.own_noise:
+            seed = generator(self.seed, Stream.GENERATOR_NOISE).initial_seed()
+            own_noise = to_device(row_noise(seed, rows, student.noise_shape), device)
         # Take this micro-batch's part of the random numbers, and copy it to the device.
         mix_mode, mix_partner = sample_mismatches(prompts, fraction, randomness.mix[batch_rows], shares)
         transforms, levels = randomness.transforms, randomness.levels
         return MicroBatch(
             prompts=prompts,
             noise=noise[local_rows],
+            student_noise=noise[local_rows] if own_noise is None else own_noise,
             target=target[local_rows],
             cond=cond[local_rows],
             student_cond=student_cond[local_rows],

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ from d2g.core.distributed.engine import DistributedModule
 from d2g.core.distributed.sharded_checkpoint import Writer
 from d2g.core.errors import Interrupted, LostFolder, UserError
 from d2g.core.logs import logger
+from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import Pace, RunLog, speed_in_words
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.run import TrainConfig
 from distill.models.row_dropout import set_row_dropout
+from distill.models.student import Student
 from distill.monitoring import collapse
 from distill.monitoring.plots import plot_health
 from distill.training.preview import (
@@ -38,6 +40,7 @@ from distill.training.validation import (
 )
 from latent_lpips.distance import ELatentLPIPS
 from pairgen.store.dataset import Rows
+from pairgen.store.hdf5 import PairBatch
 
 
 @dataclass(frozen=True)
@@ -156,13 +159,29 @@ class RunMonitor:
         rows = range(len(self.reader))[-self.options.validate_pairs :][: self.options.preview_prompts]
         pairs = self.reader.read(list(rows))
         with self._ema_weights():
-            generated, target = preview_latents(self.draw, pairs, self.device, self.batch)
+            generated, target = preview_latents(self.draw, self._student_rows(pairs), self.device, self.batch)
         if process_group.rank() != 0:
             return {}
         student, teacher = (decode_images(self.vae, latents, self.batch) for latents in (generated, target))
         text = preview_text(pairs.prompts, nimg, "real" if isinstance(self.reader, ImageRows) else "teacher")
         self.log.picture(nimg, "preview", preview(student, teacher), text)
         return preview_statistics(student, teacher, teacher.shape[-1] // target.shape[-1])
+
+    def _student_rows(self, pairs: PairBatch) -> PairBatch:
+        """Pairs with the noise of a student that draws its own, and an upsampler's small latents."""
+        student = self.student
+        if not student.own_noise:
+            return pairs
+        own_noise = noise(self.seed, pairs.index.tolist(), student.noise_shape)
+        small = student.prior_of(pairs.latents.float())
+        return replace(pairs, noise=own_noise, condition=pairs.condition if small is None else small)
+
+    @property
+    def student(self) -> Student:
+        """The network in training."""
+        module = self.state.student.module
+        assert isinstance(module, Student)
+        return module
 
     @contextmanager
     def _ema_weights(self) -> Iterator[None]:
@@ -176,7 +195,7 @@ class RunMonitor:
     def _sample_latents(self, seed: int, prompts: Sequence[str]) -> Tensor:
         return sample_across_ranks(
             self.draw,
-            self.shape,
+            self.student.noise_shape,
             seed,
             prompts,
             batch_size=self.batch,

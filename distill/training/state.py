@@ -17,19 +17,17 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import logger
 from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
-from d2g.diffusion.pipelines import family_of
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig
-from distill.models.consistency import wrapper_of
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.ema import EMA
 from distill.models.student import (
+    DiffusionStudent,
     Student,
     add_adapters,
-    meta_student,
-    student_from_teacher,
     takes_guidance,
 )
+from distill.models.students import STUDENTS, build_student, build_student_on_meta
 from distill.models.text_student import (
     TextStudent,
     load_text_conditioner,
@@ -59,6 +57,12 @@ class NetworkDigests:
     def of(cls, config: DistillConfig) -> "NetworkDigests":
         """The digests of a run's networks."""
         settings, teacher = to_json(config), pretrained.denoiser_sha256(config.teacher)
+        if config.student.is_diffusion:  # as before there were other kinds
+            settings["student"] = {
+                name: value
+                for name, value in settings["student"].items()
+                if name not in ("kind", "generator")
+            }
         features = weights_sha256_of(config.gan.feature_networks) or settings["gan"]["feature_networks"]
         gan = {**settings["gan"], "real": "", "feature_networks": features}
         return cls(
@@ -150,7 +154,7 @@ def state_of(
         build_student,
         lambda: _build_student_on_meta(config),
         lambda net: [net.network, *text_modules(net)],
-        family_of(config.teacher).shard_units,
+        lambda net: STUDENTS[config.student.kind].shard_units(config.teacher, net),
     )
     # The discriminator of the second stage, with the frozen networks that it reads through.
     discriminator: DistributedModule | None = None
@@ -242,7 +246,9 @@ def _distribute(
 
 
 def _build_student(config: DistillConfig, fresh: bool) -> Student:
-    student = student_from_teacher(config.teacher, config.student_timestep, wrapper=wrapper_of(config.stage))
+    student = build_student(
+        config.teacher, config.student_timestep, config.student, config.seed, config.stage
+    )
     conditioner = load_text_conditioner(config.teacher) if config.own_text else None
     if config.init not in ("", FROM_TEACHER) and fresh:
         load_student_weights(student, config.init, conditioner)
@@ -250,9 +256,10 @@ def _build_student(config: DistillConfig, fresh: bool) -> Student:
         raise SettingError(
             f"{config.init} takes the guidance scale as an input; set student.guidance_conditioning=true"
         )
-    add_adapters(student, config.student, config.seed)
-    if conditioner is not None:
-        student = TextStudent(student, conditioner)
+    if isinstance(student, DiffusionStudent):
+        add_adapters(student, config.student, config.seed)
+        if conditioner is not None:
+            student = TextStudent(student, conditioner)
     set_stage_trainable(student, config.teacher, config.stage, config.student)
     return student
 
@@ -277,10 +284,11 @@ def _build_discriminator(config: DistillConfig, fresh: bool, rng: torch.Generato
 
 
 def _build_student_on_meta(config: DistillConfig) -> Student:
-    student = meta_student(
-        config.teacher, config.student_timestep, config.student, config.seed, wrapper_of(config.stage)
+    student = build_student_on_meta(
+        config.teacher, config.student_timestep, config.student, config.seed, config.stage
     )
     if config.own_text:
+        assert isinstance(student, DiffusionStudent), "check_student refuses others"
         student = TextStudent(student, text_conditioner_on_meta(config.teacher, with_tokenizers=True))
     set_stage_trainable(student, config.teacher, config.stage, config.student)
     return student

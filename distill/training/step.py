@@ -20,6 +20,7 @@ from distill.losses.noise_augmentation import NoiseAugmentation
 from distill.losses.regression.regression import Regression
 from distill.models.consistency import ConsistencyTarget
 from distill.models.row_dropout import set_dropout_keys
+from distill.models.student import Student
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import MicroBatch, StepRandomness, penalty_batches
 from distill.training.optim import learning_rate, update
@@ -92,6 +93,8 @@ def train_step(
     state, gan = context.state, context.gan
     terms = LossTerms(len(microbatches))
     update_generator = state.discriminator is None or (state.steps + 1) % gan.d_steps_per_g_step == 0
+    student: Student = state.student.module  # type: ignore[assignment]
+    student.begin_step()
     # One forward pass serves both updates, unless gradients are accumulated or each is to have its own.
     reuse_student_pass = len(microbatches) == 1 and update_generator
     reuse_student_pass &= state.discriminator is None or not context.own_generator_passes
@@ -115,7 +118,7 @@ def generate(context: StepContext, microbatch: MicroBatch) -> Tensor:
     if microbatch.dropout_keys is not None:
         set_dropout_keys(student.module, microbatch.dropout_keys)
     with context.autocast():
-        latents: Tensor = student(microbatch.noise, microbatch.student_cond, *microbatch.guidance)
+        latents: Tensor = student(microbatch.student_noise, microbatch.student_cond, *microbatch.guidance)
     return latents
 
 
@@ -223,6 +226,7 @@ def generator_step(
             (grad_latents,) = torch.autograd.grad(loss, latents, one_or_nan(loss))
             microbatch.generated.backward(grad_latents / len(microbatches))
     update_network(context, "grad/g", terms)
+    state.student.module.after_update(state.steps)  # type: ignore[operator]
     state.ema.update(state.student.module, state.nimg + context.batch_size)
 
 

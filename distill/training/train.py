@@ -28,6 +28,7 @@ from distill.losses.regression.regression import Regression, build_regression
 from distill.models.consistency import ConsistencyStudent, ConsistencyTarget
 from distill.models.discriminators import check_discriminator
 from distill.models.student import check_teacher, student_from_teacher, takes_guidance
+from distill.models.students import check_student
 from distill.models.text_student import TextStudent, check_text_teacher
 from distill.planning.flops import seconds_per_image_at_peak
 from distill.sampling import OneStep
@@ -103,6 +104,11 @@ def train(
         raise SettingError(
             f"--validate draws images, which {config.teacher}, a stage of a cascade, does not alone; leave "
             "it out, and set train.validate_pairs=K for held-out pairs"
+        )
+    if validate is not None and config.student.kind == "gigagan-upsampler":
+        raise SettingError(
+            "--validate draws images, which an upsampler does not alone; leave it out, and set "
+            "train.validate_images=0"
         )
     if validate is None and config.train.validate_images and not config.train.validate_pairs:
         raise SettingError("train.validate_images needs pairs, or --validate PROTOCOL; set it to 0")
@@ -201,7 +207,9 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         writer=writer,
         pace=pace,
         finite=finite,
-        prepare=_build_preparation(config, regression, noise_augment, encode, own_encode, guide, device),
+        prepare=_build_preparation(
+            config, state, regression, noise_augment, encode, own_encode, guide, device
+        ),
         context=StepContext(
             state=state,
             regression=regression,
@@ -412,6 +420,7 @@ def _build_autocast(
 
 def _build_preparation(
     config: DistillConfig,
+    state: State,
     regression: Regression,
     noise_augment: NoiseAugmentation,
     encode: TextCache,
@@ -430,6 +439,7 @@ def _build_preparation(
         encode=encode,
         encode_for_student=own_encode,
         device=device,
+        student=state.student.module,  # type: ignore[arg-type]
         embedded_guidance=family_of(config.teacher).embedded_guidance is not None,
         clip_guidance=guide,
         noise_levels=config.consistency.levels if config.stage == "cd" else 0,
@@ -445,9 +455,12 @@ def agree_on_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
 
 def validate_config(config: DistillConfig) -> None:
     """Raise SettingError for settings that are wrong whatever the inputs hold, before anything is loaded."""
-    for name in ("teacher", *(["init"] if config.adversarial else [])):
+    # A generator of its own kind may start with random weights.
+    starts = config.adversarial and config.student.is_diffusion
+    for name in ("teacher", *(["init"] if starts else [])):
         if not getattr(config, name):
             raise SettingError(f"{name} is not set; give --{name}")
+    check_student(config)
     if not config.pairs:
         _check_without_pairs(config)
     family = family_of(config.teacher)

@@ -130,7 +130,7 @@ def _measure_batch(
 @torch.no_grad()
 def sample_across_ranks(
     draw: Draw,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     seed: int,
     prompts: Sequence[str],
     *,
@@ -140,7 +140,7 @@ def sample_across_ranks(
 ) -> Tensor:
     """Sample one latent per prompt on all ranks together; see `SampleLatents` for the result.
 
-    Every rank samples equally many batches. `shape`: (C, h, w) of a latent. `guidance`: the guidance scale,
+    Every rank samples equally many batches. `shape`: of a row's noise. `guidance`: the guidance scale,
     for a student that takes it as an input.
     """
     local = []

@@ -98,7 +98,7 @@ def one_step_source(
     """
 
     def scaled_noise(numbers: range) -> Tensor:
-        return noise(request.seed, numbers, one.student.latent_shape) * noise_scale
+        return noise(request.seed, numbers, one.student.noise_shape) * noise_scale
 
     @torch.no_grad()
     def sample(numbers: range, texts: list[str]) -> Tensor:

@@ -286,6 +286,15 @@ def gather(rows: Tensor) -> list[Tensor]:
     return [part[: int(count)].to(rows.device) for part, count in zip(parts, counts, strict=True)]
 
 
+def sum_in_order(value: Tensor) -> Tensor:
+    """The sum of every rank's tensor, in rank order, on every rank and on the tensor's own device."""
+    if not td.is_initialized():
+        return value
+    parts = [torch.empty_like(value) for _ in range(td.get_world_size())]
+    td.all_gather(parts, value)
+    return torch.stack(parts).sum(0)
+
+
 def average_in_order(_: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """A DDP communication hook for gloo: the mean over ranks, summed in rank order.
 

@@ -1,0 +1,65 @@
+"""The generator of StyleGAN-T (arXiv 2301.09515, section 3.1, figure 3, table 4) as a student.
+
+Written from the paper. What it leaves open, and the counts of parameters: method.md "GANs with styles as
+students".
+"""
+
+import torch
+from torch import Tensor, nn
+
+from distill.config.components import GeneratorConfig
+from distill.models.condition_vector import ConditionShape
+from distill.models.generator_student import generator_kind
+from distill.models.style_generator import StyleGenerator, block_sizes, channels_at, run_blocks
+from distill.models.style_layers import FourierInput, MappingNetwork, SynthesisBlock
+
+
+class StyleGANT(StyleGenerator):
+    """Fourier features, then blocks with second-order styles of w = [f(z), c]: the text bypasses f."""
+
+    def __init__(
+        self, config: GeneratorConfig, image_shape: tuple[int, int, int], shape: ConditionShape
+    ) -> None:
+        super().__init__(config.z_dim, shape)
+        image_channels, *size = image_shape
+        sizes = block_sizes((size[0], size[1]))
+        widths = [channels_at(size, config.channel_base, config.channel_max) for size in sizes]
+        self.first_size = sizes[0]
+        self.mapping = MappingNetwork(config.z_dim, config.w_dim, config.mapping_layers)
+        self.input = FourierInput(widths[0], sizes[0])
+        self.blocks = nn.ModuleList(
+            SynthesisBlock(
+                widths[max(0, number - 1)],
+                channels,
+                config.w_dim + self.condition_width,
+                image_channels,
+                up=number > 0,
+                residual_blocks=config.residual_blocks,
+            )
+            for number, channels in enumerate(widths)
+        )
+
+    def forward(
+        self,
+        noise: Tensor,
+        condition: Tensor | None,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        prior: Tensor | None,
+        psi: float,
+    ) -> Tensor:
+        """noise [B, N] and the condition's vector [B, D] (or classes [B], or None) -> image [B, c, h, w].
+
+        Tokens, mask and prior are not read.
+        """
+        z, spatial = self.split(noise)
+        w = torch.cat([self.mapped(z, psi), self.embed(condition, z)], dim=1)
+        return run_blocks(self.blocks, self.input(len(z)), None, w, spatial)
+
+
+STYLEGAN_T = generator_kind(
+    "stylegan-t",
+    StyleGANT,
+    settings=("channel_base", "channel_max", "residual_blocks", "z_dim", "w_dim", "mapping_layers"),
+    grows=True,
+)
