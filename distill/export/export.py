@@ -8,7 +8,7 @@ import torch
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import to_json
-from d2g.core.errors import SettingError
+from d2g.core.errors import SettingError, UserError
 from d2g.core.precision import exact_fp32
 from d2g.core.seeds import noise
 from d2g.core.staged_folder import staged
@@ -49,6 +49,12 @@ def export(config: ExportConfig, out: Path, device: torch.device | str = "cpu") 
     """
     if not config.student:
         raise SettingError("student is not set; give --student")
+    if config.format != "safetensors" and not kind_settings(config.student).is_diffusion:
+        kind = kind_settings(config.student).kind
+        raise UserError(
+            f"student {config.student} is a generator of kind {kind}, for which there is no class in "
+            f"diffusers, so that format={config.format} cannot hold it; use --format safetensors"
+        )
     with exact_fp32(torch.device(device)):  # the rounding of TF32 would dominate the parity
         if config.format == "safetensors":
             return export_student(config.student, out, config.dtype or "fp16", config.teacher)

@@ -8,7 +8,7 @@ the file's.
 from importlib import import_module
 from typing import get_args
 
-from d2g.core.errors import SettingError, UserError
+from d2g.core.errors import SettingError
 from distill.config.components import StudentConfig, StudentName
 from distill.config.run import FROM_TEACHER, DistillConfig
 from distill.models.student import Student
@@ -41,15 +41,6 @@ def build_student_on_meta(
     return STUDENTS[config.kind].build_on_meta(teacher, timestep, config, seed, stage)
 
 
-def require_diffusion(student: Student, name: str, purpose: str) -> None:
-    """Raise UserError for a student that is not the teacher's network, where only that works.
-
-    purpose: what it is refused for, such as "diffusers has no class for it".
-    """
-    if student.own_noise:
-        raise UserError(f"student {name} is {student.where}: {purpose}; use --format safetensors")
-
-
 def check_student(config: DistillConfig) -> None:
     """Raise SettingError for a run that trains a student of another kind than it can train."""
     student, gan = config.student, config.gan
@@ -77,6 +68,12 @@ def check_student(config: DistillConfig) -> None:
         raise SettingError(
             f"{kind}, whose noise is its own, but gan.z_conditioning is true; set gan.z_conditioning=false "
             "and gan.mix_z=0"
+        )
+    mixes = config.stage == "gan" and gan.real and not config.without_pairs
+    if mixes and (student.kind == "gigagan-upsampler" or student.generator.resolution):
+        raise SettingError(
+            f"{kind}, for which the latents of pairs are reduced, but gan.real mixes photographs with them; "
+            "leave gan.real out"
         )
     if config.train.validate_pairs:
         raise SettingError(

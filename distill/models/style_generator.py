@@ -80,7 +80,7 @@ class StyleGenerator(nn.Module):
     def embed(self, condition: Tensor | None, like: Tensor) -> Tensor:
         """The condition's vector with mean square 1: of a text [B, D], of class numbers [B], or of none.
         [B, D]; [B, 0] without a condition."""
-        if condition is None:
+        if condition is None or not self.condition_width:
             return like[:, :0]
         vector = condition if self.classes is None else self.classes(condition)
         return normalize_second_moment(vector).to(like.dtype)

@@ -209,7 +209,7 @@ class SynthesisConv(nn.Module):
         self.style = (SecondOrderStyle if second_order else Style)(width, inputs)
         self.select = EqualizedLinear(width, kernels) if kernels > 1 else None
         self.conv = ModulatedConv(inputs, outputs, 3, kernels=kernels)
-        self.bias, self.noise_strength = nn.Parameter(torch.empty(outputs)), nn.Parameter(torch.empty(()))
+        self.bias, self.noise_strength = nn.Parameter(torch.empty(outputs)), nn.Parameter(torch.empty(1))
         self.norm = group_norm(inputs) if residual else None
         self.layer_scale = nn.Parameter(torch.empty(outputs)) if residual else None
 

@@ -1,0 +1,460 @@
+"""Generators with styles as students: layers against their formulas, counts of parameters, truncation,
+progressive growing, the upsampler, runs that resume, and what is refused.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tiny_teachers
+from d2g.core.config import override
+from d2g.core.errors import SettingError, UserError
+from d2g.core.seeds import noise
+from d2g.diffusion import pretrained
+from d2g.diffusion.pipelines import open_pipeline
+from distill.config.components import GeneratorConfig, StudentConfig
+from distill.config.export import ExportConfig
+from distill.config.presets import STYLE_RECIPES
+from distill.config.run import DistillConfig
+from distill.export.export import export, export_student
+from distill.models.attention_layers import SelfAttention, distance_logits
+from distill.models.generator_student import GeneratorStudent
+from distill.models.students import STUDENTS, build_student, check_student
+from distill.models.style_generator import block_sizes
+from distill.models.style_layers import (
+    LAYER_SCALE,
+    FourierInput,
+    ModulatedConv,
+    SecondOrderStyle,
+    SynthesisConv,
+    initialize,
+    upsample,
+)
+from distill.planning.flops import flop_per_image
+from distill.planning.memory import predict
+from distill.planning.parameters import student_parameters
+from distill.sampling import load_student, with_prior, with_psi
+from distill.training.train import train
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from runs import assert_resumes_exactly, losses
+
+SIZES = GeneratorConfig(
+    channel_base=64,
+    channel_max=16,
+    residual_blocks=2,
+    z_dim=8,
+    w_dim=8,
+    kernels=2,
+    attention_sizes=(4, 8),
+    text_layers=1,
+    factor=2,
+)
+KINDS = ("stylegan-t", "gigagan", "gigagan-upsampler")
+RUN = (
+    *("regression.losses=[]", "gan.z_conditioning=false", "gan.mix_z=0", "gan.r1_interval=2"),
+    *("student.generator.channel_base=64", "student.generator.channel_max=16"),
+    *("student.generator.residual_blocks=1", "student.generator.z_dim=8", "student.generator.w_dim=8"),
+)
+
+
+def value(scalar: Tensor) -> float:
+    return scalar.detach().item()
+
+
+def drawn(module: nn.Module, seed: int = 0) -> Any:
+    initialize(module, torch.Generator().manual_seed(seed))
+    return module
+
+
+def build(teacher: str, kind: str, **sizes: Any) -> GeneratorStudent:
+    config = StudentConfig(kind=kind, generator=replace(SIZES, **sizes))  # type: ignore[arg-type]
+    student = build_student(teacher, -1, config)
+    assert isinstance(student, GeneratorStudent)
+    return student
+
+
+def conditioning(teacher: str, student: GeneratorStudent, rows: int = 2) -> Any:
+    config = student.conditioning_config
+    cond = student.family.fake_conditioning(open_pipeline(teacher), config, rows)
+    names = {"hidden", "pooled"}
+    cond = replace(
+        cond, tensors={n: torch.randn_like(t) if n in names else t for n, t in cond.tensors.items()}
+    )
+    return cond if student.prior_shape is None else cond.with_prior(torch.randn(rows, *student.prior_shape))
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    root = tmp_path_factory.mktemp("teachers")
+    saved = {kind: tiny_teachers.save_kind(kind, root / kind) for kind in ("sd", "pixart", "unet2d", "ldm")}
+    return {**saved, "sdxl": tiny_teachers.save_sdxl(root / "sdxl")}
+
+
+@pytest.fixture(scope="module")
+def pairs(teachers: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(Path(teachers["sd"]), tmp_path_factory.mktemp("pairs"))
+
+
+# Layers.
+
+
+def test_second_order_styles() -> None:
+    """StyleGAN-T, eq. 1; the mean style of the layer is 1."""
+    style = drawn(SecondOrderStyle(6, 4))
+    w = torch.randn(3, 6)
+    s1, s2, s3 = F.linear(w, style.affine.weight / 6**0.5, style.affine.bias).split(4, dim=1)
+    torch.testing.assert_close(style(w), s1 * s2 + s3)
+    assert torch.equal(style(torch.zeros(1, 6)), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+def test_modulated_convolutions(demodulate: bool) -> None:
+    """StyleGAN2, eqs. 1 and 3, with a kernel for each row; and GigaGAN's eq. 2 with a bank of kernels."""
+    x, style = torch.randn(2, 5, 6, 6), torch.randn(2, 5)
+
+    def expected(kernels: list[Tensor]) -> Tensor:
+        rows = []
+        for row, kernel in enumerate(kernels):
+            own = kernel * style[row][None, :, None, None]
+            if demodulate:
+                own = own / (own.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+            rows.append(F.conv2d(x[row : row + 1], own, padding=1))
+        return torch.cat(rows)
+
+    conv = drawn(ModulatedConv(5, 7, 3, demodulate))
+    torch.testing.assert_close(conv(x, style), expected([conv.weight / 45**0.5] * 2), rtol=1e-4, atol=1e-5)
+    bank = drawn(ModulatedConv(5, 7, 3, demodulate, kernels=3))
+    selection = torch.randn(2, 3).softmax(1)
+    mixed = [sum(p * k for p, k in zip(row, bank.weight / 45**0.5, strict=True)) for row in selection]
+    torch.testing.assert_close(bank(x, style, selection), expected(mixed), rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_demodulated_outputs_have_unit_variance() -> None:
+    conv = drawn(ModulatedConv(64, 64, 3))
+    y = conv(torch.randn(4, 64, 16, 16), 10 * torch.rand(4, 64))
+    assert value(y[:, :, 1:-1, 1:-1].std()) == pytest.approx(1, abs=0.05)
+
+
+def test_residual_convolutions_start_as_nothing() -> None:
+    """Layer scale 1e-5 (StyleGAN-T, section 3.1), and a contribution whose scale is trained."""
+    conv = drawn(SynthesisConv(16, 16, 6, residual=True))
+    x, w, spatial = torch.randn(2, 16, 4, 4), torch.randn(2, 6), torch.randn(2, 1, 4, 4)
+    assert torch.all(conv.layer_scale == LAYER_SCALE) and value((conv(x, w, spatial) - x).abs().max()) < 1e-3
+    with torch.no_grad():
+        conv.layer_scale.fill_(1.0)
+        conv.noise_strength.fill_(0.5)
+    y = conv.conv(F.group_norm(x, 16), conv.style(w)) + 0.5 * spatial
+    torch.testing.assert_close(conv(x, w, spatial), x + F.leaky_relu(y, 0.2) * math.sqrt(2))
+
+
+def test_fourier_input_moves_with_its_grid() -> None:
+    """A shift by one cell gives the neighbor's features, and frequencies lie below the grid's limit."""
+    layer = drawn(FourierInput(32, (4, 6)))
+    assert value(layer.frequencies.norm(dim=1).max()) <= 2
+    still = layer.features()
+    torch.testing.assert_close(layer.features((1 / 4, 0))[:, :-1], still[:, 1:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer.features((0, 1 / 6))[:, :, :-1], still[:, :, 1:], rtol=0, atol=1e-5)
+    assert value(still.square().mean()) == pytest.approx(1, abs=0.2) and layer(3).shape == (3, 32, 4, 6)
+
+
+def test_attention_by_distance() -> None:
+    """Logits are squared distances, about of unit variance; queries are the keys."""
+    q = torch.randn(4, 64, 32)
+    logits = distance_logits(q)
+    torch.testing.assert_close(logits, -torch.cdist(q, q).square() / math.sqrt(8 * 32), rtol=1e-3, atol=1e-3)
+    apart = logits[:, ~torch.eye(64, dtype=torch.bool)]
+    assert value(apart.std()) == pytest.approx(1, abs=0.2)
+    layer, x = drawn(SelfAttention(16)), torch.randn(2, 5, 16)
+    q, v = layer.query_key(x), layer.value(x)
+    torch.testing.assert_close(layer(x), layer.out(distance_logits(q).softmax(-1) @ v))
+
+
+def test_blocks_halve_down_to_four() -> None:
+    assert block_sizes((64, 64)) == [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64)]
+    assert block_sizes((12, 20)) == [(6, 10), (12, 20)] and block_sizes((3, 3)) == [(3, 3)]
+
+
+# Generators.
+
+
+@pytest.mark.parametrize(("name", "millions"), [("stylegan-t", 75.0), ("stylegan-t-1b", 1020.0)])
+def test_parameter_counts_are_those_of_table_4(name: str, millions: float) -> None:
+    recipe = STYLE_RECIPES[name]
+    counts = student_parameters(recipe["gan"], recipe.model)
+    assert counts is not None and counts["total"] == pytest.approx(millions, rel=0.02)
+    assert counts["total"] == pytest.approx(sum(v for k, v in counts.items() if k != "total"), abs=0.01)
+    # Every convolution and every style by hand: 19 or 24 layers of 3x3, each with an affine map of [w, c].
+    sizes = recipe["gan"].student.generator
+    widths = [min(sizes.channel_base // 2**n, sizes.channel_max) for n in range(2, 7)]
+    kernels = sum(sizes.residual_blocks * c * c * 9 for c in widths)
+    kernels += sum(a * b * 9 for a, b in pairwise(widths)) + sum(4 * c for c in widths)
+    inputs = [c for c in widths for _ in range(sizes.residual_blocks + 1)] + widths[:-1]
+    assert counts["convolutions"] == pytest.approx(kernels / 1e6, abs=1e-3)
+    assert counts["styles"] == pytest.approx(sum(inputs) * 3 * (sizes.w_dim + 768 + 1) / 1e6, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("teacher", ["sd", "sdxl", "pixart", "unet2d", "ldm"])
+def test_every_kind_draws_for_every_condition(kind: str, teacher: str, teachers: Mapping[str, str]) -> None:
+    """Text, pooled text, text with a mask, classes, no condition; all weights have a gradient."""
+    student = build(teachers[teacher], kind)
+    z = noise(0, range(2), student.noise_shape)
+    latents = student(z, conditioning(teachers[teacher], student))
+    assert latents.shape == (2, *student.latent_shape) and latents.isfinite().all()
+    latents.square().sum().backward()
+    assert [n for n, p in student.named_parameters() if p.grad is None] == []
+
+
+def test_text_bypasses_the_mapping_and_spatial_noise_is_local(teachers: Mapping[str, str]) -> None:
+    student = build(teachers["sd"], "stylegan-t")
+    generator: Any = student.network
+    z = noise(0, range(2), student.noise_shape)
+    cond = conditioning(teachers["sd"], student)
+    before = student(z, cond)
+    # Spatial noise has no effect until its strength is trained.
+    other = z.clone()
+    other[:, generator.z_dim :] = 0
+    assert torch.equal(student(other, cond), before)
+    with torch.no_grad():
+        generator.blocks[0].convs[0].noise_strength.fill_(1e5)
+    assert not torch.equal(student(other, cond), student(z, cond))
+    # Text changes the image at one z, and f(z) stays.
+    assert not torch.allclose(student(z, cond.map(lambda t: t.flip(0))), before)
+
+
+def test_truncation(teachers: Mapping[str, str]) -> None:
+    """psi = 1 changes nothing; psi = 0 forgets z but not the text; between, w moves on a line."""
+    student = build(teachers["sd"], "stylegan-t")
+    generator: Any = student.network
+    generator.mapping.mean.copy_(torch.randn(8))
+    z, cond = noise(0, range(2), student.noise_shape), conditioning(teachers["sd"], student)
+    assert torch.equal(student(z, cond, None, 1.0), student(z, cond))
+    same_text = cond.map(lambda t: t[:1].expand_as(t))
+    first, second = student(z, same_text, None, 0.0)
+    torch.testing.assert_close(first, second)
+    assert not torch.allclose(*student(z, cond, None, 0.0))
+    x = z[:, :8, 0, 0]
+    f, mean = generator.mapping(x), generator.mapping.mean
+    torch.testing.assert_close(generator.mapped(x, 0.3), mean + 0.3 * (f - mean))
+
+
+def test_the_tracked_mean_is_that_of_the_mapping(teachers: Mapping[str, str]) -> None:
+    """It does not depend on how a step's rows are split, and previews before a step do not count."""
+    whole, split = (build(teachers["sd"], "stylegan-t") for _ in range(2))
+    cond = conditioning(teachers["sd"], whole, 4)
+    with torch.no_grad():
+        for step in range(60):
+            z = noise(1, range(4 * step, 4 * step + 4), whole.noise_shape)
+            split(3 * z, cond)
+            for student in (whole, split):
+                student.begin_step()
+            whole(z, cond)
+            for rows in (slice(0, 2), slice(2, 4)):
+                split(z[rows], cond[rows])
+            for student in (whole, split):
+                student.after_update(step)
+        network: Any = whole.network
+        f = network.mapping(noise(2, range(2000), (8,)))
+    torch.testing.assert_close(split.network.mapping.mean, network.mapping.mean)
+    assert value((network.mapping.mean - f.mean(0)).abs().max()) < 0.4 * value(f.std())
+
+
+def test_growing_keeps_the_image() -> None:
+    """The grown generator draws the small one's latents, enlarged; all its layers are trained."""
+    for kind in ("stylegan-t", "gigagan"):
+        big = build("miniature", kind)
+        small = build("miniature", kind, resolution=4)
+        assert (big.size, small.size) == ((8, 8), (4, 4)) and small.latent_shape == (8, 8, 8)
+        loaded = big.grown(small.state_dict())
+        big.load_state_dict(loaded)
+        z = noise(0, range(2), big.noise_shape)
+        cond = pretrained.load_conditioner("miniature").encode(["a red cube", "a blue cone"])
+        first = z[:, : small.noise_shape[0]]  # the same numbers first
+        torch.testing.assert_close(big(z, cond), small(first, cond), rtol=1e-4, atol=1e-5)
+        assert all(p.requires_grad for p in big.parameters())
+        # What is missing elsewhere is not made up.
+        other = {k: v for k, v in small.state_dict().items() if "blocks.0.convs.0" not in k}
+        assert big.grown(other).keys() != big.state_dict().keys()
+    # Real latents lose the detail that the small generator cannot draw.
+    latents = torch.randn(2, 8, 8, 8)
+    view = small.real_view(latents)
+    torch.testing.assert_close(view, upsample(F.avg_pool2d(latents, 2)))
+    assert torch.equal(big.real_view(latents), latents)
+
+
+def test_an_upsampler_starts_with_the_enlarged_latents() -> None:
+    student = build("miniature", "gigagan-upsampler")
+    network: Any = student.network
+    with torch.no_grad():
+        for block in network.blocks:
+            block.to_image.conv.weight.zero_()
+    latents = torch.randn(2, 8, 8, 8)
+    small = student.prior_of(latents)
+    assert small is not None
+    torch.testing.assert_close(small, F.avg_pool2d(latents, 2))
+    cond = pretrained.load_conditioner("miniature").encode(["a red cube", "a blue cone"])
+    z = noise(0, range(2), student.noise_shape)
+    expected = F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(student(z, cond.with_prior(small)), expected)
+    # Larger latents of another student are reduced first.
+    torch.testing.assert_close(student(z, cond.with_prior(latents)), expected)
+
+
+# Runs.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_resume_exactly(kind: str, teachers: Mapping[str, str], pairs: Path, tmp_path: Path) -> None:
+    """With exact R1, accumulated gradients and recomputed blocks; the tracked mean is part of the state."""
+    more = ("engine.gradient_accumulation=2", "engine.activation_checkpointing=true", "gan.mix_fraction=0")
+    settings = (
+        *RUN,
+        f"student.kind={kind}",
+        *(("student.generator.factor=2",) if "up" in kind else ()),
+        *more,
+    )
+    config, shorter = (
+        distill_config(Path(teachers["sd"]), pairs, *settings, f"train.images={n}", stage="gan")
+        for n in (12, 4)
+    )
+    assert_resumes_exactly(config, shorter, tmp_path)
+    one = load_student(str(tmp_path / "once"))
+    assert value(one.student.network.mapping.mean.abs().max()) > 0
+
+
+def test_r1_is_that_of_the_discriminator_alone(
+    teachers: Mapping[str, str], pairs: Path, tmp_path: Path
+) -> None:
+    """At the first step D and the real rows are those of a diffusion student, and so is the penalty."""
+    for name, kind in (("own", "stylegan-t"), ("teacher", "diffusion")):
+        settings = (*RUN, f"student.kind={kind}", "train.images=4")
+        init = "" if name == "own" else "teacher"
+        train(distill_config(Path(teachers["sd"]), pairs, *settings, stage="gan", init=init), tmp_path / name)
+    own, theirs = (losses(tmp_path / name)[0] for name in ("own", "teacher"))
+    assert own["loss/r1"] == theirs["loss/r1"] > 0 and own["loss/g"] != theirs["loss/g"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_like_one(
+    kind: str, engine: str, teachers: Mapping[str, str], pairs: Path, tmp_path: Path
+) -> None:
+    config = distill_config(Path(teachers["sd"]), pairs, stage="gan")
+    settings = (*RUN, f"student.kind={kind}", "train.images=12", "train.preview_prompts=2")
+    settings += ("student.generator.factor=2",) if "up" in kind else ()
+    single = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
+    assert single.code == 0, single.stderr
+    command = distill_arguments(config, tmp_path / "two", *settings, f"engine.parallel={engine}")
+    for ended in d2g_ranks(command, tmp_path / "log"):
+        assert ended.code == 0, ended.stderr
+    names = ("loss/d", "loss/g_gan", "loss/g", "grad/d", "grad/g", "loss/r1")
+    one, two = (
+        [line[name] for line in losses(tmp_path / run) for name in names if name in line]
+        for run in ("one", "two")
+    )
+    assert len(one) == 17 and two == pytest.approx(one, rel=1e-3)
+    means = [load_student(str(tmp_path / run)).student.network.mapping.mean for run in ("one", "two")]
+    torch.testing.assert_close(*means)
+
+
+def test_samples_exports_and_plans(teachers: Mapping[str, str], pairs: Path, tmp_path: Path) -> None:
+    """Noise of (seed, index), whatever the batch; an export draws the same; other formats are refused."""
+    config = distill_config(
+        Path(teachers["sd"]), pairs, *RUN, "student.kind=stylegan-t", "train.images=8", stage="gan"
+    )
+    run, teacher = tmp_path / "run", config.teacher
+    train(config, run)
+    one = load_student(str(run))
+    prompts = ["a red cube", "a blue ball", "a cat"]
+    images = one(prompts, seed=3)
+    assert torch.equal(torch.cat([x for x, _ in one.sample(prompts, 3, batch_size=1)]), images)
+    truncated = with_psi(one, str(run), 0.0)
+    assert not torch.equal(truncated.latents(noise(3, range(3), one.student.noise_shape), prompts), images)
+    summary = export_student(str(run), tmp_path / "export", "fp32")
+    assert summary["parity_max_abs_err"] == 0
+    facts = json.loads((tmp_path / "export" / "student.json").read_text())
+    assert facts["student"]["kind"] == "stylegan-t" and torch.equal(
+        load_student(str(tmp_path / "export"))(prompts, seed=3), images
+    )
+    for form in ("diffusers", "onnx", "lora", "comfyui"):
+        with pytest.raises(UserError, match=r"no class in diffusers, so that format=.* cannot hold it"):
+            export(ExportConfig(student=str(run), format=form), tmp_path / form)  # type: ignore[arg-type]
+    # Plans of memory and operations.
+    recomputed = override(config, ["engine.activation_checkpointing=true"])
+    assert predict(config, 1).total > 0 and predict(recomputed, 1).total > 0
+    assert flop_per_image(config) > 0 and teacher == facts["teacher"]
+
+
+def test_an_upsampler_enlarges_what_another_student_draws(
+    teachers: Mapping[str, str], pairs: Path, tmp_path: Path
+) -> None:
+    """It is trained with and without regression, in both stages."""
+    sizes = (*RUN, "student.kind=gigagan-upsampler", "student.generator.factor=2", "train.images=8")
+    config = distill_config(
+        Path(teachers["sd"]), pairs, *sizes, "regression.losses=l1:1", "gan.z_conditioning=true"
+    )
+    train(config, tmp_path / "up")
+    assert predict(config, 1).total > 0
+    base = distill_config(Path(teachers["sd"]), pairs, "train.images=4", "regression.losses=l1:1")
+    train(base, tmp_path / "base")
+    one = with_prior(load_student(str(tmp_path / "up")), "up", str(tmp_path / "base"))
+    small = load_student(str(tmp_path / "base"))
+    assert one.prior is not None and one(["a cat"], seed=1).shape == small(["a cat"], seed=1).shape
+    with pytest.raises(SettingError, match="prior is not set, but student up enlarges latents of"):
+        with_prior(load_student(str(tmp_path / "up")), "up", None)
+    with pytest.raises(UserError, match="give a student of the same latent space"):
+        with_prior(load_student(str(tmp_path / "up")), "up", "miniature")
+    export_student(str(tmp_path / "up"), tmp_path / "export", "fp32")
+
+
+# Bad input.
+
+BAD: list[tuple[tuple[str, ...], str]] = [
+    (("stage=ode",), "no latents of the pairs to compare with.*regression.losses=\\[\\]"),
+    (("regression.losses=l1:1",), "no latents of the pairs to compare with"),
+    (
+        ("gan.z_conditioning=true",),
+        "gan.z_conditioning is true; set gan.z_conditioning=false and gan.mix_z=0",
+    ),
+    (("init=teacher",), "none of the teacher's weights, but init is 'teacher'"),
+    (("train.validate_pairs=2", "train.validate_images=4"), "give --validate PROTOCOL"),
+    (("student.generator.resolution=4", "gan.real=x", "gan.real_fraction=0.5"), "gan.real mixes photographs"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD)
+def test_settings_that_do_not_fit_a_generator(settings: tuple[str, ...], message: str) -> None:
+    start = override(DistillConfig(stage="gan", pairs="pairs"), ["student.kind=stylegan-t", *RUN])
+    check_student(start)
+    if settings[0] == "stage=ode":
+        settings = (*settings, "regression.losses=l1:1")
+    with pytest.raises(SettingError, match=message):
+        check_student(override(start, settings))
+
+
+def test_bad_input_in_one_line(teachers: Mapping[str, str], tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="stylegan-t"):
+        StudentConfig(kind="stylegan")  # type: ignore[arg-type]
+    for name, value in (("lora_rank", 4), ("dropout", 0.1), ("guidance_conditioning", True)):
+        with pytest.raises(
+            SettingError, match=rf"{name} is .*, but kind=gigagan is no network of the teacher"
+        ):
+            StudentConfig(kind="gigagan", **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=r"resolution is 3, but latents of .* are 8x8; expected 8, or the"):
+        build("miniature", "stylegan-t", resolution=3)
+    with pytest.raises(SettingError, match="factor is 3; expected a power of two"):
+        build("miniature", "gigagan-upsampler", factor=3)
+    ended = d2g(["sample", "--psi", "0.5", "--prompt", "a cube", "--out", str(tmp_path / "s")], tmp_path)
+    assert ended.code == 2 and "psi is 0.5, but student miniature has no styles to truncate" in ended.error
+    assert set(STUDENTS) == {"diffusion", *KINDS}
