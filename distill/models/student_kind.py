@@ -13,8 +13,8 @@ from distill.models.student import Student
 class StudentKind:
     """A value of `student.kind`: how it is built from a teacher, and what it can be trained with.
 
-    `build` and `build_on_meta` take (teacher, timestep, settings, seed of new weights, stage of the run). What
-    a student draws from, and how a row becomes its input, is said by `Student`.
+    `build` and `build_on_meta` take (teacher, timestep, settings, seed of new weights, stage of the run).
+    What a student draws from, and how a row becomes its input, is said by `Student`.
     """
 
     name: str
