@@ -368,6 +368,16 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("clip_guidance.model=x", (), ("clip_guidance.weight=0.2",)),
     ("clip_guidance.crop=8", (), ("clip_guidance.model=x", "clip_guidance.weight=0.2")),
     ("engine.frozen_weights=bf16", (), ("student.lora_rank=4",)),
+    *(
+        (f"student.generator.{name}=4", ("student.kind=diffusion",), ("student.kind=stylegan-t",))
+        for name in ("channel_base", "channel_max", "residual_blocks", "z_dim", "w_dim", "mapping_layers")
+    ),
+    ("student.generator.resolution=4", ("student.kind=gigagan-upsampler",), ("student.kind=gigagan",)),
+    ("student.generator.kernels=4", ("student.kind=stylegan-t",), ("student.kind=gigagan",)),
+    ("student.generator.attention_sizes=4", ("student.kind=stylegan-t",), ("student.kind=gigagan",)),
+    ("student.generator.text_layers=4", ("student.kind=stylegan-t",), ("student.kind=gigagan-upsampler",)),
+    ("student.generator.factor=4", ("student.kind=gigagan",), ("student.kind=gigagan-upsampler",)),
+    ("student_timestep=900", ("student.kind=gigagan",), ("student.kind=diffusion",)),
     ("student.own_text_encoder=true", ("stage=text",), ("stage=gan",)),
     ("gan.timestep_shift=2", (), ("gan.timestep_mode=random",)),
     ("gan.noise_max_timestep=2", (), ("gan.noise_augment=small",)),
