@@ -374,7 +374,7 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ),
     ("student.generator.resolution=4", ("student.kind=gigagan-upsampler",), ("student.kind=gigagan",)),
     ("student.generator.kernels=4", ("student.kind=stylegan-t",), ("student.kind=gigagan",)),
-    ("student.generator.attention_sizes=4", ("student.kind=stylegan-t",), ("student.kind=gigagan",)),
+    ("student.generator.attention_sizes=[4]", ("student.kind=stylegan-t",), ("student.kind=gigagan",)),
     ("student.generator.text_layers=4", ("student.kind=stylegan-t",), ("student.kind=gigagan-upsampler",)),
     ("student.generator.factor=4", ("student.kind=gigagan",), ("student.kind=gigagan-upsampler",)),
     ("student_timestep=900", ("student.kind=gigagan",), ("student.kind=diffusion",)),
