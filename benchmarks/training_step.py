@@ -81,6 +81,7 @@ class RandomStep:
             noise_augment=noise_augment,
             encode=encode,
             device=device,
+            student=self.student,
         )
         self.context = StepContext(
             state=self.state,

@@ -420,10 +420,15 @@ class SampleConfig:
             steps=(self.steps is None or self.steps >= 1, "1 or more"),
             prior_steps=(self.prior_steps is None or self.prior_steps >= 1, "1 or more"),
             prior_guidance=(_is_scale(self.prior_guidance), "1 (no guidance) or more"),
+            psi=(self.psi is None or 0 <= self.psi <= 1, "0 (the mean style) to 1 (no truncation)"),
         )
         if self.prior is not None and self.student is None and self.teacher is None:
             raise SettingError(
                 f"prior is {self.prior!r}, but there is nothing to draw with; give --student or --teacher"
+            )
+        if self.psi is not None and self.teacher is not None:
+            raise SettingError(
+                f"psi is {self.psi:g}, which truncates a student, but teacher is {self.teacher!r}; leave one out"
             )
         for name in ("prior_steps", "prior_guidance"):
             if getattr(self, name) is not None and (self.teacher is None or self.prior is None):

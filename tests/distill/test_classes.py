@@ -33,7 +33,13 @@ from distill.config.run import (
 )
 from distill.losses.regression.regression import build_regression
 from distill.models.row_dropout import row_keys, set_dropout_keys
-from distill.models.student import Student, add_adapters, check_teacher, set_trainable, student_from_teacher
+from distill.models.student import (
+    DiffusionStudent,
+    add_adapters,
+    check_teacher,
+    set_trainable,
+    student_from_teacher,
+)
 from distill.planning.memory import predict
 from distill.planning.saved_activations import saved_bytes
 from distill.sampling import untrained_one_step
@@ -157,7 +163,9 @@ def test_dropout_and_adapters_on_a_class_conditional_student(folders: dict[str, 
 def test_adapters_need_attention(tmp_path: Path) -> None:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = tiny_teachers.unet2d(**blocks, add_attention=False)
-    student = Student(unet, pretrained.load_schedule(tiny_teachers.save_pixels(tmp_path)), FAMILIES["unet2d"])
+    student = DiffusionStudent(
+        unet, pretrained.load_schedule(tiny_teachers.save_pixels(tmp_path)), FAMILIES["unet2d"]
+    )
     with pytest.raises(SettingError, match="lora_rank is 2, but the network has no attention to adapt"):
         add_adapters(student, StudentConfig(lora_rank=2))
 

@@ -22,7 +22,7 @@ from distill.config.components import StudentConfig
 from distill.config.presets import PIXEL_RECIPES
 from distill.models.row_dropout import RowDropout, row_keys, set_dropout_keys, set_row_dropout
 from distill.models.student import (
-    Student,
+    DiffusionStudent,
     guidance_embedding,
     meta_student,
     set_trainable,
@@ -89,10 +89,10 @@ def test_zero_terminal_snr_is_finite_for_v_and_refused_for_epsilon(teacher: Path
     unet = pretrained.load_unet(str(teacher))
     z, hidden = noise(0, range(1), (4, 4, 4)), torch.zeros(1, 12, 16)
     text, family = Conditioning.from_text(hidden), FAMILIES["sd"]
-    student = Student(unet, zero, family)
+    student = DiffusionStudent(unet, zero, family)
     torch.testing.assert_close(student(z, text), -unet(z, 999, hidden).sample)
     with pytest.raises(Exception, match="zero terminal SNR"):
-        Student(unet, replace(zero, prediction="epsilon"), family)(z, text)
+        DiffusionStudent(unet, replace(zero, prediction="epsilon"), family)(z, text)
 
 
 def noise_and_text(rows: int = 3) -> tuple[Tensor, Conditioning]:
@@ -128,7 +128,7 @@ def with_adapters(teacher: Path, **settings: Any) -> tuple[Student, StudentConfi
     return student, config
 
 
-def train_two_steps(student: Student) -> None:
+def train_two_steps(student: DiffusionStudent) -> None:
     """Train until every trainable weight has changed."""
     z, text = noise_and_text()
     guidance = (torch.tensor([1.0, 3.0, 8.0]),) if student.guided else ()

@@ -457,4 +457,10 @@ def test_bad_input_in_one_line(teachers: Mapping[str, str], tmp_path: Path) -> N
         build("miniature", "gigagan-upsampler", factor=3)
     ended = d2g(["sample", "--psi", "0.5", "--prompt", "a cube", "--out", str(tmp_path / "s")], tmp_path)
     assert ended.code == 2 and "psi is 0.5, but student miniature has no styles to truncate" in ended.error
+    for more, message in (
+        (("--psi", "1.5"), "psi is 1.5; expected 0 (the mean style) to 1 (no truncation)"),
+        (("--psi", "0.5", "--teacher", "miniature"), "psi is 0.5, which truncates a student, but teacher is"),
+    ):
+        ended = d2g(["sample", "--prompt", "a cube", "--out", str(tmp_path / "s"), *more], tmp_path)
+        assert ended.code == 2 and message in ended.error
     assert set(STUDENTS) == {"diffusion", *KINDS}
