@@ -428,7 +428,8 @@ class SampleConfig:
             )
         if self.psi is not None and self.teacher is not None:
             raise SettingError(
-                f"psi is {self.psi:g}, which truncates a student, but teacher is {self.teacher!r}; leave one out"
+                f"psi is {self.psi:g}, which truncates a student, but teacher is {self.teacher!r}; leave one "
+                "out"
             )
         for name in ("prior_steps", "prior_guidance"):
             if getattr(self, name) is not None and (self.teacher is None or self.prior is None):

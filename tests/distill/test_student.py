@@ -121,7 +121,7 @@ def test_sdxl_student_starts_as_its_teacher(tmp_path: Path) -> None:
 # Adapters.
 
 
-def with_adapters(teacher: Path, **settings: Any) -> tuple[Student, StudentConfig]:
+def with_adapters(teacher: Path, **settings: Any) -> tuple[DiffusionStudent, StudentConfig]:
     config = StudentConfig(lora_rank=2, **settings)
     student = student_from_teacher(str(teacher), -1, config, seed=3)
     set_trainable(student, config)
