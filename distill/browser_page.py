@@ -59,7 +59,7 @@ class BrowserPage:
     prompt: str = ""
 
     def noise_of(self, request: DrawRequest) -> Tensor:
-        """The noises [N, C, h, w] of a request."""
+        """The noises [N, *noise_shape] of a request."""
         rows, shape = range(request.count), self.one.student.noise_shape
         first = noise(request.seed, rows, shape)
         if request.position == 0:

@@ -108,7 +108,7 @@ def one_step_source(
     # The parts that latency is measured of.
     def parts(batch: int) -> dict[str, Callable[[], object]]:
         texts, inputs = request.texts(range(batch)), scaled_noise(range(batch)).to(request.device)
-        cond = one.conditioner.encode(texts)
+        cond, latents = one.conditioner.encode(texts), torch.zeros(batch, *one.student.latent_shape)
         if (prior := one.prior_latents(request.seed, range(batch), texts)) is not None:
             cond = cond.with_prior(prior)
         stage_before = (
@@ -118,7 +118,7 @@ def one_step_source(
             **stage_before,
             "text": lambda: one.conditioner.encode(texts),
             "network": torch.no_grad()(lambda: one.student(inputs, cond)),
-            "decoder": torch.no_grad()(lambda: to_uint8(decode(one.vae, inputs))),
+            "decoder": torch.no_grad()(lambda: to_uint8(decode(one.vae, latents.to(request.device)))),
         }
 
     all_facts = {"kind": "student", "noise_scale": noise_scale, **(facts or {})}
