@@ -58,9 +58,9 @@ class BrowserPage:
     teacher: TeacherSampler | None = None
     prompt: str = ""
 
-    def noise_of(self, request: DrawRequest) -> Tensor:
-        """The noises [N, *noise_shape] of a request."""
-        rows, shape = range(request.count), self.one.student.noise_shape
+    def noise_of(self, request: DrawRequest, shape: tuple[int, ...]) -> Tensor:
+        """The noises [N, *shape] of a request."""
+        rows = range(request.count)
         first = noise(request.seed, rows, shape)
         if request.position == 0:
             return first
@@ -73,7 +73,7 @@ class BrowserPage:
         prompts = [prompt_text("the prompt", request.prompt)] * request.count
         started = time.monotonic()
         prior = one.prior_latents(request.seed, range(request.count), prompts)
-        images = one.images(self.noise_of(request), prompts, prior)
+        images = one.images(self.noise_of(request, one.student.noise_shape), prompts, prior)
         return Drawing(images, 1000 * (time.monotonic() - started) / request.count)
 
     @torch.no_grad()
@@ -85,7 +85,12 @@ class BrowserPage:
         sampler = self.teacher
         cond = sampler.conditioning(request.seed, range(request.count), prompts)
         latents = sampler.teacher.sample(
-            self.noise_of(request), prompts, sampler.steps, sampler.guidance, sampler.solver, cond=cond
+            self.noise_of(request, sampler.teacher.latent_shape),
+            prompts,
+            sampler.steps,
+            sampler.guidance,
+            sampler.solver,
+            cond=cond,
         )
         images = to_uint8(decode(self.one.vae, latents)).cpu()
         return Drawing(images, 1000 * (time.monotonic() - started) / request.count)

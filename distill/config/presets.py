@@ -452,16 +452,16 @@ def _styled(
 
 def _small_generator(kind: StudentName, sizes: GeneratorConfig, about: str, **gan: Any) -> Recipe:
     """A generator with styles for the miniature's latents, which one CPU core can train."""
-    optim = OptimConfig(**{**_OPTIM_FIELDS, "lr": 2e-3})
+    optim = OptimConfig(**{**_OPTIM_FIELDS, "lr": 1e-3})
     return _generator(
         StudentConfig(kind=kind, generator=sizes),
         "miniature",
         about,
         gan=DiscriminatorConfig(
-            r1_interval=8, r1_gamma=0.1, optim=OptimConfig(**{**_OPTIM_FIELDS, "lr": 5e-4}), **gan
+            r1_interval=8, r1_gamma=1.0, optim=OptimConfig(**{**_OPTIM_FIELDS, "lr": 2e-4}), **gan
         ),
         optim=optim,
-        train=replace(_MINIATURE, images=96_000, batch_size=32, ema_beta=0.998, checkpoint_images=9_600),
+        train=replace(_MINIATURE, images=96_000, batch_size=16, ema_beta=0.99, checkpoint_images=9_600),
         engine=EngineConfig(),
         clip_weight=0.0,
         teacher="miniature",
