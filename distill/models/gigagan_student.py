@@ -11,7 +11,7 @@ from distill.config.components import GeneratorConfig
 from distill.models.attention_layers import AttentionBlock, TextLayers
 from distill.models.condition_vector import ConditionShape
 from distill.models.generator_student import generator_kind
-from distill.models.style_generator import StyleGenerator, block_sizes, channels_at, run_blocks
+from distill.models.style_generator import StyleGenerator, block_sizes, channels_at, synthesize
 from distill.models.style_layers import FourierInput, MappingNetwork, SynthesisBlock
 
 GIGAGAN_SETTINGS = (
@@ -102,7 +102,7 @@ class GigaGAN(AdaptiveGenerator):
         """
         z, spatial = self.split(noise)
         w, local = self.read_text(z, condition, tokens, mask, psi)
-        return run_blocks(self.blocks, self.input(len(z)), None, w, spatial, local, mask)
+        return synthesize(self.blocks, self.input(len(z)), None, w, spatial, local, mask)
 
 
 GIGAGAN = generator_kind("gigagan", GigaGAN, settings=GIGAGAN_SETTINGS, grows=True)

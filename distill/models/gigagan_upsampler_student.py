@@ -17,7 +17,7 @@ from distill.models.condition_vector import ConditionShape
 from distill.models.generator_student import generator_kind
 from distill.models.gigagan_student import GIGAGAN_SETTINGS, AdaptiveGenerator
 from distill.models.style_generator import channels_at
-from distill.models.style_layers import SLOPE, EqualizedConv, group_norm
+from distill.models.style_layers import LEAKY_SLOPE, EqualizedConv, group_norm
 
 DOWNS = 3
 """Blocks that halve the input (GigaGAN, section 3.4); fewer for small inputs."""
@@ -39,7 +39,7 @@ class DownBlock(nn.Module):
         """x [B, C_in, h, w] -> [B, C_out, h / 2, w / 2]."""
         y = x
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            y = conv(F.leaky_relu(norm(y), SLOPE))
+            y = conv(F.leaky_relu(norm(y), LEAKY_SLOPE))
         shortcut: Tensor = self.shortcut(x)
         return F.avg_pool2d((shortcut + y) * 0.5**0.5, 2)
 

@@ -20,16 +20,16 @@ from distill.models.style_layers import (
 
 CLASS_WIDTH = 512
 """Width of the embedding of a class, where the condition is no text (ours)."""
-SMALLEST = 4
+SMALLEST_BLOCK = 4
 """Smallest height and width of the first block (StyleGAN)."""
 TRACKING_BETA = 0.998
 """Decay per step of the tracked mean of the mapping network (ours)."""
 
 
 def block_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes of the blocks of a generator of h x w, from the first one: halves of it down to SMALLEST."""
+    """Sizes of the blocks of a generator of h x w, from the first one: halves of it down to SMALLEST_BLOCK."""
     sizes = [size]
-    while all(side % 2 == 0 and side // 2 >= SMALLEST for side in sizes[0]):
+    while all(side % 2 == 0 and side // 2 >= SMALLEST_BLOCK for side in sizes[0]):
         sizes.insert(0, (sizes[0][0] // 2, sizes[0][1] // 2))
     return sizes
 
@@ -110,7 +110,7 @@ class StyleGenerator(nn.Module):
         self._sums = None
 
 
-def run_blocks(
+def synthesize(
     blocks: nn.ModuleList,
     x: Tensor,
     image: Tensor | None,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SLOPE = 0.2
+LEAKY_SLOPE = 0.2
 ACTIVATION_GAIN = math.sqrt(2)
 """Keeps the second moment of a leaky ReLU's output near that of its input."""
 LAYER_SCALE = 1e-5
@@ -94,7 +94,7 @@ class MappingNetwork(nn.Module):
         """x [B, inputs] -> f(x) [B, outputs]."""
         x = normalize_second_moment(x)
         for layer in self.layers:
-            x = F.leaky_relu(layer(x), SLOPE) * ACTIVATION_GAIN
+            x = F.leaky_relu(layer(x), LEAKY_SLOPE) * ACTIVATION_GAIN
         return x
 
 
@@ -227,7 +227,7 @@ class SynthesisConv(nn.Module):
         y = upsample(y) if self.up else y
         selection = None if self.select is None else self.select(w).float().softmax(1)
         y = self.conv(y, self.style(w), selection) + self.noise_strength * noise
-        y = F.leaky_relu(y + self.bias[:, None, None], SLOPE) * ACTIVATION_GAIN
+        y = F.leaky_relu(y + self.bias[:, None, None], LEAKY_SLOPE) * ACTIVATION_GAIN
         return y if self.layer_scale is None else x + self.layer_scale[:, None, None] * y
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distill.config.components import GeneratorConfig
 from distill.models.condition_vector import ConditionShape
 from distill.models.generator_student import generator_kind
-from distill.models.style_generator import StyleGenerator, block_sizes, channels_at, run_blocks
+from distill.models.style_generator import StyleGenerator, block_sizes, channels_at, synthesize
 from distill.models.style_layers import FourierInput, MappingNetwork, SynthesisBlock
 
 
@@ -54,7 +54,7 @@ class StyleGANT(StyleGenerator):
         """
         z, spatial = self.split(noise)
         w = torch.cat([self.mapped(z, psi), self.embed(condition, z)], dim=1)
-        return run_blocks(self.blocks, self.input(len(z)), None, w, spatial)
+        return synthesize(self.blocks, self.input(len(z)), None, w, spatial)
 
 
 STYLEGAN_T = generator_kind(

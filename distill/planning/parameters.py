@@ -3,7 +3,7 @@
 from distill.config.run import DistillConfig
 from distill.planning.fake_networks import build_meta_student, known_teacher
 
-PARTS = {
+GENERATOR_PARTS = {
     "styles": ".affine.",
     "kernel selection": ".select.",
     "convolutions": ".conv.weight",
@@ -26,7 +26,7 @@ def student_parameters(config: DistillConfig, model: str = "") -> dict[str, floa
         student = build_meta_student(known)
     counts: dict[str, int] = {}
     for name, parameter in student.network.named_parameters():
-        part = next((part for part, inside in PARTS.items() if inside in name), "other")
+        part = next((part for part, inside in GENERATOR_PARTS.items() if inside in name), "other")
         counts[part] = counts.get(part, 0) + parameter.numel()
     counts["total"] = sum(counts.values())
     return {part: round(count / 1e6, 3) for part, count in counts.items()}
