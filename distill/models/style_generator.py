@@ -27,7 +27,7 @@ TRACKING_BETA = 0.998
 
 
 def block_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes of the blocks of a generator of h x w, from the first one: halves of it down to SMALLEST_BLOCK."""
+    """Sizes of the blocks of a generator of h x w, from the first: halves of it down to SMALLEST_BLOCK."""
     sizes = [size]
     while all(side % 2 == 0 and side // 2 >= SMALLEST_BLOCK for side in sizes[0]):
         sizes.insert(0, (sizes[0][0] // 2, sizes[0][1] // 2))
