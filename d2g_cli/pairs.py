@@ -1,7 +1,6 @@
 """`d2g pairs`: generate and maintain noise-latent pairs."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +9,6 @@ from d2g.core.config import Presets
 from d2g.core.errors import UserError
 from d2g_cli import pair_store
 from d2g_cli.common import (
-    Out,
     Prompts,
     TeacherOption,
     WorkOptions,
@@ -90,9 +88,15 @@ def _pair_config(options: PairOptions) -> Any:
     return configure_preset(_presets(), "default", options, settings_from(options, PairConfig))
 
 
+StoreOut = Annotated[
+    str,
+    typer.Option("--out", help="Store to write: a folder, or a URL (s3://, gs://, az://, file://)."),
+]
+
+
 @pairs_app.command("generate", cls=presets_in_help(_presets))
 @expand_options
-def pairs_generate(options: GenerateOptions, out: Out = Path("pairs")) -> None:
+def pairs_generate(options: GenerateOptions, out: StoreOut = "pairs") -> None:
     """Solve the teacher's ODE from noise and store rows of (noise, latent, prompt)."""
     config = _pair_config(options)
     if options.dry_run:
@@ -100,15 +104,17 @@ def pairs_generate(options: GenerateOptions, out: Out = Path("pairs")) -> None:
             config, options.as_json, inputs=config_inputs(config, ("teacher", "prompts", "condition"))
         )
     from pairgen.generate import generate_pairs
+    from pairgen.store.remote import is_url
 
     with leave_process_group():
         summary = generate_pairs(config, out, reporter)
         emit(summary, options.as_json, "pairs")
     if bad := summary.quarantined:
+        again = "" if is_url(out) else f", `d2g pairs repair {out}` tries these again"
         raise UserError(
             f"{len(bad)} of {summary.pairs + len(bad)} pairs have no finite latent: "
-            f"{pair_store.first_ten(bad)}; their prompts are in {out / 'quarantine'}, the other pairs are "
-            f"usable, `d2g pairs repair {out}` tries these again"
+            f"{pair_store.first_ten(bad)}; their prompts are in {out}/quarantine, the other pairs are "
+            f"usable{again}"
         )
 
 

@@ -90,6 +90,11 @@ class PairConfig:
         "here, measured and kept as the precision",
     )
     patience: float = setting(120.0, "Seconds after which the shard of a silent process is taken over")
+    scratch: str = setting(
+        "",
+        "Folder of this machine in which the shards of a store at a URL are made; empty: unfinished/ in the "
+        "cache folder",
+    )
     max_bad: float = setting(0.1, "Stop when more than this share of the rows has no finite latent")
 
     def __post_init__(self) -> None:

@@ -1,13 +1,15 @@
 """Generating pairs: the loop from a teacher to stored (noise, latents, prompt) rows."""
 
+import re
 import time
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
 
+from d2g.core.claims import WorkClaims
 from d2g.core.distributed import process_group
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.progress import Progress, quiet
@@ -16,20 +18,16 @@ from d2g.diffusion import pretrained
 from pairgen.config import PairConfig
 from pairgen.grow import grow_store
 from pairgen.job import Job, batched, config_of, log_supported_stages, open_job
-from pairgen.shard_claims import Claims
+from pairgen.object_place import ObjectPlace
+from pairgen.place import FolderPlace, StorePlace
 from pairgen.speed import choose_speed, fastest_batch
 from pairgen.statistics import evenly_spread
 from pairgen.store.reader import PairReader
+from pairgen.store.remote import is_url
 from pairgen.store.spec import (
     StoreSpec,
-    create_store,
     is_teacher_of,
-    pending,
-    prompts_path,
-    quarantined_rows,
     read_spec,
-    shards_present,
-    writing,
 )
 from pairgen.store.writer import BackgroundWriter, PairWriter
 
@@ -79,12 +77,13 @@ class Tally:
 
 
 def generate_pairs(
-    config: PairConfig, out: Path, progress: Progress = quiet, retry: bool = False
+    config: PairConfig, out: Path | str, progress: Progress = quiet, retry: bool = False
 ) -> PairSummary:
     """Generate every pair that the store `out` does not hold yet: noise -> ODE solver -> latents -> HDF5.
 
-    Calling it again resumes. Ranks under torchrun, and jobs on other machines that use the same folder, share
-    the work: each claims one shard at a time (`pairgen.shard_claims`). `retry`: generate quarantined rows
+    `out`: a folder, or a URL s3://, gs://, az:// or file:// (`pairgen.object_place`). Calling it again
+    resumes. Ranks under torchrun, and jobs on other machines that use the same folder or URL, share the work:
+    each claims one shard at a time (`d2g.core.claims`). `retry`: generate quarantined rows of a folder
     again. Raises UserError for bad input or a folder with another spec, Interrupted on Ctrl-C with all
     finished rows saved, and FloatingPointError if more than `config.max_bad` of the latents are not finite.
     Source: method.md "Pair data sets".
@@ -105,21 +104,22 @@ def generate_pairs(
     device = process_group.init(long_waits=True)
     log_supported_stages(config)
     # Check everything before the first file is written.
-    job = open_store(config, Path(out), device)
-    spec, folder, tally = job.spec, Path(out), Tally(config.max_bad)
+    place = open_place(out, config.scratch)
+    job = open_store(config, place, device)
+    spec, tally = job.spec, Tally(config.max_bad)
     batch_size = config.batch_size or fastest_batch(job)
     offload = config.text_cache > 0 and device.type != "cpu"
     # With `retry`, each rank takes its share of the shards with quarantined rows.
-    quarantined = sorted(quarantined_rows(folder, spec)) if retry else []
+    quarantined = sorted(place.quarantined_rows(spec)) if retry else []
     retry_shards = quarantined[process_group.rank() :: process_group.world_size()]
     queued: set[int] = set()  # shards whose commit is queued in the writer thread
     # Take shards until none is left. The teacher computes while a thread writes.
-    with StopFlag() as stop, Claims(folder, config.patience) as claims, BackgroundWriter() as background:
-        while (shard := next_shard(claims, folder, spec, retry_shards, stop)) is not None:
-            _check_not_grown(folder, spec)
-            writer = PairWriter(folder, spec, shard, retry=shard in retry_shards)
+    with StopFlag() as stop, place.claims(config.patience) as claims, BackgroundWriter() as background:
+        while (shard := next_shard(claims, place, spec, retry_shards, stop)) is not None:
+            _check_not_grown(place, spec)
+            writer = PairWriter(place.folder, spec, shard, retry=shard in retry_shards)
             retry_shards = [other for other in retry_shards if other != shard]
-            present = pairs_present(folder, spec, queued)
+            present = place.pairs_present(spec, queued)
             try:
                 # Encode prompts in large chunks, sample in batches, and write in the background.
                 todo = writer.open()
@@ -138,63 +138,76 @@ def generate_pairs(
             # Ctrl-C: save what is finished, and say how much that is.
             if stop:
                 background.submit(writer.flush)
+                background.submit(place.save_rows, shard)
                 background.finish()
-                safe = pairs_present(folder, spec) + len(spec.rows(shard)) - len(writer.missing)
+                safe = place.pairs_present(spec) + len(spec.rows(shard)) - len(writer.missing)
                 raise Interrupted(
                     f"stopped; {safe} of {spec.num_pairs} pairs are safe in {out}; "
                     "run the same command again to generate the rest"
                 )
             if not claims.lost(shard):  # otherwise this job stalled and another one has taken the shard over
-                background.submit(commit, writer, claims, shard)
+                background.submit(commit, writer, place, claims, shard)
                 queued.add(shard)
         # Wait for the last commits before anything is counted.
         background.finish()
     if stop:
-        raise Interrupted(
-            f"stopped; {pairs_present(folder, spec)} of {spec.num_pairs} pairs are safe in {out}"
-        )
-    return _summary(folder, spec, tally, batch_size, time.monotonic() - started)
+        raise Interrupted(f"stopped; {place.pairs_present(spec)} of {spec.num_pairs} pairs are safe in {out}")
+    return _summary(place, spec, tally, batch_size, time.monotonic() - started)
 
 
-def _summary(folder: Path, spec: StoreSpec, tally: Tally, batch_size: int, seconds: float) -> PairSummary:
+def _summary(
+    place: StorePlace, spec: StoreSpec, tally: Tally, batch_size: int, seconds: float
+) -> PairSummary:
     """Count the new rows of all ranks and the rows of the store. Waits for all ranks."""
     totals = process_group.mean({"new": float(tally.written - tally.bad)})
     new = round(totals["new"] * process_group.world_size())
     return PairSummary(
-        out=str(folder),
-        pairs=pairs_present(folder, spec),
+        out=place.name,
+        pairs=place.pairs_present(spec),
         new_pairs=new,
-        shards=len(shards_present(folder, spec)),
+        shards=len(place.shards_present(spec)),
         seconds=seconds,
         pairs_per_sec=new / seconds,
-        complete=not pending(folder, spec),
+        complete=not place.pending(spec),
         batch_size=batch_size,
-        quarantined=[row["index"] for rows in quarantined_rows(folder, spec).values() for row in rows],
+        quarantined=[row["index"] for rows in place.quarantined_rows(spec).values() for row in rows],
     )
 
 
-def open_store(config: PairConfig, folder: Path, device: torch.device) -> Job:
+def open_place(out: Path | str, scratch: Path | str = "") -> StorePlace:
+    """The place of a store at a path or URL. `scratch`: the folder in which shards for a URL are made.
+
+    Raises UserError for a URL at which no store can be written.
+    """
+    # A Path merges the slashes of a URL.
+    name = str(out)
+    if name.startswith("file:"):
+        return FolderPlace(Path(url2pathname("/" + name.removeprefix("file:").lstrip("/"))))
+    url = re.sub("^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", name)
+    if not is_url(url):
+        return FolderPlace(Path(out))
+    return ObjectPlace(url, scratch)
+
+
+def open_store(config: PairConfig, place: StorePlace, device: torch.device) -> Job:
     """Rank 0 resolves the config and creates the store; the other ranks read its spec and its prompts."""
     if process_group.rank() == 0:
-        exists = (folder / "store.json").exists()
-        config = choose_speed(config, device, read_spec(folder) if exists else None)
-        job = open_job(config, device, folder)
+        exists = place.open()
+        config = choose_speed(config, device, place.read_spec() if exists else None)
+        job = open_job(config, device, place.folder)
         if exists:
-            grow_store(folder, job.spec, job.prompts, config.patience)
-        job = replace(job, spec=create_store(folder, job.spec))
-        # A resumed job keeps the prompt list that the store already has.
-        if not prompts_path(folder).exists():
-            with writing(folder, "nothing was lost"):
-                job.prompts.save(prompts_path(folder))
+            grow_store(place, job.spec, job.prompts, config.patience)
+        job = replace(job, spec=place.create(job.spec, job.prompts))
     process_group.barrier()
     if process_group.rank() == 0:
         return job
-    spec = read_spec(folder)
-    return open_job(choose_speed(config, device, spec), device, folder, spec)
+    place.open()
+    spec = place.read_spec()
+    return open_job(choose_speed(config, device, spec), device, place.folder, spec)
 
 
 def next_shard(
-    claims: Claims, folder: Path, spec: StoreSpec, retry_shards: list[int], stop: StopFlag
+    claims: WorkClaims, place: StorePlace, spec: StoreSpec, retry_shards: list[int], stop: StopFlag
 ) -> int | None:
     """Claim an unfinished shard, or one of `retry_shards`; None when live jobs hold all that are left.
 
@@ -202,40 +215,34 @@ def next_shard(
     """
     while not stop:
         # List again each time: other jobs finish shards meanwhile.
-        unfinished = [*retry_shards, *(rows[0] // spec.shard_size for rows in pending(folder, spec))]
+        unfinished = [*retry_shards, *place.pending(spec)]
         shard = claims.take(unfinished)
         if shard is None:
             # Live jobs hold all remaining shards: this job is done.
             if not claims.undecided(unfinished):
                 return None
-            time.sleep(min(1.0, claims.patience / 8))
-        elif shard in retry_shards or shard not in shards_present(folder, spec):
+            time.sleep(claims.poll_seconds)
+        elif shard in retry_shards or place.prepare(shard):
             return shard
         else:
             claims.release(shard)  # another job finished it between the listing and the claim
     return None
 
 
-def _check_not_grown(folder: Path, spec: StoreSpec) -> None:
+def _check_not_grown(place: StorePlace, spec: StoreSpec) -> None:
     """Raise UserError if another job has grown the store: the claimed shard may have more rows now."""
-    if (now := read_spec(folder)) != spec:
+    if (now := place.read_spec()) != spec:
         raise UserError(
-            f"{folder} has grown to {now.num_pairs} pairs and {now.num_prompts} prompts while this job ran; "
-            "its shards are safe; run the command that made it grow to make the rest"
+            f"{place.name} has grown to {now.num_pairs} pairs and {now.num_prompts} prompts while this job "
+            "ran; its shards are safe; run the command that made it grow to make the rest"
         )
 
 
-def commit(writer: PairWriter, claims: Claims, shard: int) -> None:
+def commit(writer: PairWriter, place: StorePlace, claims: WorkClaims, shard: int) -> None:
     """Put a finished shard in place, then release its claim."""
     writer.commit()
+    place.publish(shard)
     claims.release(shard)
-
-
-def pairs_present(folder: Path, spec: StoreSpec, also: Collection[int] = ()) -> int:
-    """Number of rows in the shards that are present and in the shards `also`."""
-    present = {*shards_present(folder, spec), *also}
-    quarantined = sum(len(rows) for shard, rows in quarantined_rows(folder, spec).items() if shard in present)
-    return sum(len(spec.rows(shard)) for shard in present) - quarantined
 
 
 def regenerate(

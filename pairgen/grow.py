@@ -5,33 +5,24 @@ Pair i depends on the seed, on i, and on its prompt alone, so a larger store beg
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from d2g.core.claims import WorkClaims
 from d2g.core.errors import UserError
 from d2g.core.logs import logger
+from pairgen.place import StorePlace
 from pairgen.prompts import PromptList, prompt_list_sha256
-from pairgen.shard_claims import Claims
-from pairgen.store.hdf5 import load_rows
-from pairgen.store.spec import (
-    StoreSpec,
-    differing_facts,
-    prompts_path,
-    read_spec,
-    shard_path,
-    write_spec,
-    writing,
-)
+from pairgen.store.spec import StoreSpec, differing_facts
 
 
-def grow_store(folder: Path, spec: StoreSpec, prompts: PromptList, patience: float = 120.0) -> None:
+def grow_store(place: StorePlace, spec: StoreSpec, prompts: PromptList, patience: float = 120.0) -> None:
     """Raise the number of pairs and prompts of an existing store to those of `spec`.
 
     Does nothing for a store of that size, and for one that differs in more than its size, which
-    `create_store` refuses. `patience`: as of `Claims`. Raises UserError when the rows of the store would get
+    `create_store` refuses. `patience`: of its claims. Raises UserError when the rows of the store would get
     other prompts, and while another job makes its last shard.
     """
     # Stop here unless the store differs from the wanted one in its size alone, and is smaller.
-    old = read_spec(folder)
+    old = place.read_spec()
     small = replace(
         spec, num_pairs=old.num_pairs, num_prompts=old.num_prompts, prompts_sha256=old.prompts_sha256
     )
@@ -42,7 +33,7 @@ def grow_store(folder: Path, spec: StoreSpec, prompts: PromptList, patience: flo
     if appended != changed or not (appended or spec.num_pairs > old.num_pairs):
         return
     if appended:
-        _check_appended(folder, old, prompts)
+        _check_appended(place.name, old, prompts)
     # The larger spec remembers the prompt lists that the store had before.
     history = (*old.earlier_prompts, (old.num_prompts, old.prompts_sha256))
     new = replace(
@@ -53,23 +44,18 @@ def grow_store(folder: Path, spec: StoreSpec, prompts: PromptList, patience: flo
         earlier_prompts=history if appended else old.earlier_prompts,
     )
     # A short last shard is opened again. The spec is written last, so that a kill leaves the old store.
-    with writing(folder, "the store is as it was"):
-        for name in ("partial", "claims"):
-            (folder / name).mkdir(exist_ok=True)
-    with Claims(folder, patience) as claims, writing(folder, "the store is as it was"):
+    with place.claims(patience) as claims:
         if (short := _short_shard(old, new)) is not None:
-            _claim(claims, short, folder)
-            _reopen(folder, old, short)
-        if appended:
-            prompts.save(prompts_path(folder))
-        write_spec(folder, new)
+            _claim(claims, short, place.name)
+            place.reopen(short, old)
+        place.write_grown(new, prompts if appended else None)
     logger.info(
         "%s grows from %d to %d pairs and from %d to %d prompts",
-        *(folder, old.num_pairs, new.num_pairs, old.num_prompts, new.num_prompts),
+        *(place.name, old.num_pairs, new.num_pairs, old.num_prompts, new.num_prompts),
     )
 
 
-def _check_appended(folder: Path, old: StoreSpec, prompts: Sequence[str]) -> None:
+def _check_appended(folder: str, old: StoreSpec, prompts: Sequence[str]) -> None:
     """Raise UserError unless every pair of the store keeps its prompt."""
     if prompt_list_sha256(prompts[: old.num_prompts]) != old.prompts_sha256:
         raise UserError(
@@ -90,20 +76,9 @@ def _short_shard(old: StoreSpec, new: StoreSpec) -> int | None:
     return last if len(new.rows(last)) > len(old.rows(last)) else None
 
 
-def _claim(claims: Claims, shard: int, folder: Path) -> None:
+def _claim(claims: WorkClaims, shard: int, folder: str) -> None:
     if claims.take([shard]) is None:
         raise UserError(
             f"{folder} cannot grow now: {claims.owner(shard)} makes its last shard; wait for it or stop "
             "it, then run the same command again"
         )
-
-
-def _reopen(folder: Path, old: StoreSpec, shard: int) -> None:
-    """Turn a complete shard into a partial file, from which the writer of the longer shard resumes."""
-    path = shard_path(folder, shard)
-    if path.exists():
-        index = load_rows(path, old).index.tolist()
-        if index:
-            path.rename(folder / "partial" / f"{path.stem}.rows-{index[0]:010d}.h5")
-        else:
-            path.unlink()  # all its rows are quarantined

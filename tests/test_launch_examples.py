@@ -140,8 +140,12 @@ def yaml_commands(path: Path, folder: Path) -> list[list[str]]:
         work.mkdir()
         recorder = f"{shlex.quote(sys.executable)} -c {shlex.quote(RECORD)}"
         environment = stub_environment(work, recorder, SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2", **variables)
-        assert list(document["file_mounts"]) == ["/data"] and document["run"].startswith("cd /data\n")
-        run_script(document["run"].partition("\n")[2], work, {**environment, "STAGE": stage})
+        script = document["run"]
+        if "/data" in document["file_mounts"]:  # the bucket is mounted, else `--out` is its URL
+            assert script.startswith("cd /data\n")
+            script = script.partition("\n")[2]
+        assert document["envs"]["PAIRS"].startswith("s3://")
+        run_script(script, work, {**environment, **document["envs"], "STAGE": stage})
         commands += [json.loads(line) for line in (work / "log").read_text().splitlines()]
     return commands
 

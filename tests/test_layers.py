@@ -70,6 +70,8 @@ FORBIDDEN: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 ENTRY_POINTS = {
     "h5py": {"pairgen/store/"},
     "fsspec": {"pairgen/store/remote.py"},
+    "obstore": {"d2g/core/object_store.py"},
+    "botocore": {"d2g/core/object_store.py"},
     "kornia": {"latent_lpips/"},
     "open_clip": {"eval/networks/clip.py"},
     "torchvision.models.inception": {"eval/networks/inception.py"},
@@ -87,7 +89,7 @@ ENTRY_POINTS = {
     "onnxruntime": {"distill/export/to_onnx.py", "eval/networks/user_network.py"},
     "timm": {"d2g/vision/efficientnet.py"},
     "csv": {"d2g/data/text_files.py"},
-    "datetime": {"d2g/core/distributed/process_group.py"},
+    "datetime": {"d2g/core/distributed/process_group.py", "d2g/core/object_store.py"},
 }
 
 # Functions and the only files that may use them. A clock of the wall may be set back; text in a CSV may be a

@@ -1,9 +1,12 @@
-"""Dividing work among jobs that share a folder, without a server or a common clock; owning a folder alone.
+"""Dividing work among jobs without a server or a common clock (`WorkClaims`); owning a folder alone.
 
-A claim is a file, created with O_EXCL. Its owner increments the file's modification time as a heartbeat
-counter, independent of the wall clock. Other jobs consider a claim dead when the owner's process has ended
-(same machine), or when they saw no increment for `patience` seconds of their own monotonic clock. A job that
-was only suspended finds its claim gone. Stale NFS handles are opened again.
+A claim has a heartbeat counter, which its owner increments. Other jobs consider a claim dead when the owner's
+process has ended (same machine), or when they saw no increment for `patience` seconds of their own monotonic
+clock. A job that was only suspended finds its claim gone.
+
+In a folder, a claim is a file, created with O_EXCL, whose modification time is the counter, independent of
+the wall clock. Stale NFS handles are opened again. `FolderOwner` owns a folder alone.
+`d2g.core.object_claims` has the claims of object stores.
 """
 
 import errno
@@ -13,6 +16,7 @@ import socket
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -27,13 +31,15 @@ from d2g.core.logs import logger
 from d2g.core.regular_files import open_regular
 
 R = TypeVar("R")
+ClaimState = tuple[int, int | str]
+"""What a job sees of a claim: its identity (the inode of a file), and its counter."""
 CLAIM_BYTES = 1 << 16  # more than any claim has
 OWNER = ".owner"
 """The folder of the claim of a `FolderOwner`."""
 
 
-class FileClaims:
-    """The claims of one process on numbered pieces of work, as files in `folder`.
+class WorkClaims(ABC):
+    """The claims of one process on numbered pieces of work.
 
         with FileClaims(folder) as claims:
             while (number := claims.take(unfinished())) is not None:
@@ -43,15 +49,15 @@ class FileClaims:
     Leaving the block releases all claims. Claims of a killed process are taken over by other jobs.
     """
 
-    def __init__(self, folder: Path, patience: float = 120.0) -> None:
-        self.folder, self.patience = Path(folder), patience
+    def __init__(self, patience: float = 120.0) -> None:
+        self.patience = patience
+        self.poll_seconds = min(1.0, patience / 8)
+        """How long a job should wait before it asks again for a claim that may be dead."""
         self.place = _place()
-        self._held: dict[int, int] = {}  # number -> open file
-        self._observed: dict[int, tuple[tuple[int, int], float]] = {}  # number -> (state, when)
+        self._observed: dict[int, tuple[ClaimState, float]] = {}  # number -> (state, when)
         self._alive: set[int] = set()  # claims of other jobs whose counter has increased
         self._stopped = threading.Event()
         self._guard = threading.Lock()
-        self._beats = 0
 
     def __enter__(self) -> Self:
         self._heartbeat = threading.Thread(target=self._beat, name="claims", daemon=True)
@@ -63,42 +69,111 @@ class FileClaims:
     ) -> None:
         self._stopped.set()
         self._heartbeat.join()
-        for number in list(self._held):
+        for number in self.held():
             self.release(number)
 
     def take(self, numbers: Sequence[int]) -> int | None:
         """Claim the first of `numbers` that no live job holds; None if there is none now."""
+        held = set(self.held())
         for number in numbers:
-            if number not in self._held and (self._create(number) or self._take_over(number)):
+            if number not in held and (self._create(number) or self._take_over(number)):
                 return number
         return None
 
     def undecided(self, numbers: Sequence[int]) -> list[int]:
         """The numbers whose owners may be alive or dead: a caller should wait until that is known."""
-        return [number for number in numbers if number not in self._held and number not in self._alive]
+        decided = self._alive.union(self.held())
+        return [number for number in numbers if number not in decided]
 
+    @abstractmethod
+    def held(self) -> list[int]:
+        """The numbers that this process has claimed."""
+
+    @abstractmethod
     def lost(self, number: int) -> bool:
         """Whether another job has taken over this process's claim because it was suspended too long."""
+
+    @abstractmethod
+    def release(self, number: int) -> None:
+        """Release the claim, whether the number is finished or not."""
+
+    def owner(self, number: int) -> str:
+        """`host, process N` of a claim, for messages."""
+        claim = self._read(number)
+        return f"{claim.get('host', 'an unknown host')}, process {claim.get('pid', '?')}"
+
+    @abstractmethod
+    def _create(self, number: int) -> bool:
+        """Claim a number that has no claim; False if it has one."""
+
+    @abstractmethod
+    def _take_over(self, number: int) -> bool:
+        """Replace a dead claim by an own one; False if it may be alive, or another job was quicker."""
+
+    @abstractmethod
+    def _read(self, number: int) -> dict[str, Any]:
+        """The content of a claim; empty if it does not exist or its owner died before writing it."""
+
+    @abstractmethod
+    def _increment_held(self) -> None:
+        """Increment the counters of all claims of this process. Runs in the thread of the heartbeat."""
+
+    def _own_claim(self) -> dict[str, Any]:
+        """Content of this process's claims: others check with it whether the process still runs."""
+        return {"host": socket.gethostname(), "place": self.place, "pid": os.getpid(), "start": _start()}
+
+    def _runs(self, claim: dict[str, Any]) -> bool:
+        """Whether the process of a claim of this machine still runs."""
+        pid = claim.get("pid")
+        return isinstance(pid, int) and _start(pid) == claim.get("start")
+
+    def _dead(self, number: int, state: ClaimState) -> bool:
+        """Whether the owner of a claim is gone. `state`: identity of the claim, and its counter now."""
+        # On this machine, ask the system whether the owner still runs; elsewhere, watch the counter.
+        claim = self._read(number)
+        if claim.get("place") == self.place:
+            return not self._runs(claim)
+        # Another machine: a counter that does not increase for `patience` seconds of our clock is dead.
+        now = time.monotonic()
+        before, since = self._observed.setdefault(number, (state, now))
+        if before == state:
+            return now - since >= self.patience
+        if before[0] == state[0]:
+            self._alive.add(number)
+        self._observed[number] = (state, now)
+        return False
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(self.patience / 8):
+            self._increment_held()
+
+
+class FileClaims(WorkClaims):
+    """The claims of one process on numbered pieces of work, as files in `folder`."""
+
+    def __init__(self, folder: Path, patience: float = 120.0) -> None:
+        super().__init__(patience)
+        self.folder = Path(folder)
+        self._held: dict[int, int] = {}  # number -> open file
+
+    def held(self) -> list[int]:
+        return list(self._held)
+
+    def lost(self, number: int) -> bool:
         with self._guard:
             own = self._on_held(number, os.fstat)
         return own is None or _state(self._path(number), inode_only=True) != (own.st_ino, 0)
 
     def release(self, number: int) -> None:
-        """Release the claim, whether the number is finished or not."""
         with self._exclusive() if self.folder.is_dir() else nullcontext():  # somebody may delete the folder
             if not self.lost(number):
                 retry_stale(lambda: self._path(number).unlink(missing_ok=True))
         with self._guard:
             _close(self._held.pop(number))
 
-    def owner(self, number: int) -> str:
-        """`host, process N` of a claim, for messages."""
-        claim = _read(self._path(number))
-        return f"{claim.get('host', 'an unknown host')}, process {claim.get('pid', '?')}"
-
     def is_alive_here(self, number: int) -> bool:
         """Whether the owner of a claim is a process of this machine, which runs."""
-        claim = _read(self._path(number))
+        claim = self._read(number)
         return claim.get("place") == self.place and self._runs(claim)
 
     def exists(self, number: int) -> bool:
@@ -107,11 +182,6 @@ class FileClaims:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"
-
-    def _runs(self, claim: dict[str, Any]) -> bool:
-        """Whether the process of a claim of this machine still runs."""
-        pid = claim.get("pid")
-        return isinstance(pid, int) and _start(pid) == claim.get("start")
 
     def _create(self, number: int) -> bool:
         try:
@@ -135,10 +205,6 @@ class FileClaims:
             raise
         return file
 
-    def _own_claim(self) -> dict[str, Any]:
-        """Content of this process's claims: others check with it whether the process still runs."""
-        return {"host": socket.gethostname(), "place": self.place, "pid": os.getpid(), "start": _start()}
-
     def _on_held(self, number: int, operation: Callable[[int], R]) -> R | None:
         """The result of an operation on the open file of an own claim; None if the file is gone.
 
@@ -154,7 +220,7 @@ class FileClaims:
             file = retry_stale(lambda: os.open(self._path(number), os.O_RDWR))
         except FileNotFoundError:
             return None
-        if _parse_claim(os.read(file, CLAIM_BYTES)) != self._own_claim():
+        if parse_claim(os.read(file, CLAIM_BYTES)) != self._own_claim():
             os.close(file)
             return None
         _close(self._held[number])
@@ -183,21 +249,6 @@ class FileClaims:
             self._observed.pop(number, None)
             return self._create(number)
 
-    def _dead(self, number: int, state: tuple[int, int]) -> bool:
-        # On this machine, ask the system whether the owner still runs; elsewhere, watch the counter.
-        claim = _read(self._path(number))
-        if claim.get("place") == self.place:
-            return not self._runs(claim)
-        # Another machine: a counter that does not increase for `patience` seconds of our clock is dead.
-        now = time.monotonic()
-        before, since = self._observed.setdefault(number, (state, now))
-        if before == state:
-            return now - since >= self.patience
-        if before[0] == state[0]:
-            self._alive.add(number)
-        self._observed[number] = (state, now)
-        return False
-
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Exclude other jobs, on file systems with locks."""
@@ -209,12 +260,13 @@ class FileClaims:
         finally:
             os.close(file)
 
-    def _beat(self) -> None:
-        while not self._stopped.wait(self.patience / 8):
-            self._beats += 1
-            with self._guard:
-                for number in self._held:
-                    self._on_held(number, _increment)
+    def _read(self, number: int) -> dict[str, Any]:
+        return _read(self._path(number))
+
+    def _increment_held(self) -> None:
+        with self._guard:
+            for number in self._held:
+                self._on_held(number, _increment)
 
 
 def _increment(file: int) -> None:
@@ -244,7 +296,7 @@ def _state(path: Path, inode_only: bool = False) -> tuple[int, int] | None:
 def _read(path: Path) -> dict[str, Any]:
     """The content of a claim; empty if it does not exist or its owner died before writing it."""
     try:
-        return _parse_claim(retry_stale(lambda: _read_bytes(path)))
+        return parse_claim(retry_stale(lambda: _read_bytes(path)))
     except OSError:
         return {}
 
@@ -254,7 +306,8 @@ def _read_bytes(path: Path) -> bytes:
         return file.read(CLAIM_BYTES)
 
 
-def _parse_claim(data: bytes) -> dict[str, Any]:
+def parse_claim(data: bytes) -> dict[str, Any]:
+    """The content of a claim from its bytes; empty for bytes that are no JSON object."""
     try:
         content = parse_json(data)
     except ValueError:
@@ -337,7 +390,7 @@ class FolderOwner:
             if not other:
                 other = self.claims.owner(0)
                 logger.info("%s: waiting to see whether %s, still runs", self.folder, other)
-            time.sleep(min(1.0, self.claims.patience / 8))
+            time.sleep(self.claims.poll_seconds)
 
     def _try(self) -> bool:
         """Take the claim if it is free, or if its owner is gone."""

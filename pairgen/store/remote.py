@@ -62,8 +62,7 @@ class RemoteShards:
         except _MissingFile as error:
             raise UserError(f"{url} is not a pair store: it has no store.json; check the URL") from error
         self.spec = parse_spec(content, f"{self.url}/store.json")
-        label = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(self.url).name)
-        self.folder = self.root / f"{label}-{digest([self.url, self.spec.sha256])[:16]}"
+        self.folder = self.root / f"{cache_label(self.url)}-{digest([self.url, self.spec.sha256])[:16]}"
         self.remedy = f"repair the store there; if it is intact, remove its copy {self.folder}"
         # List the shards once; a cache must hold at least one of them.
         sizes = self._list("shards")
@@ -280,6 +279,11 @@ def _verify_copy(path: Path, length: int, sha256: str) -> bool:
 def default_cache() -> Path:
     """$XDG_CACHE_HOME/diffusion2gan/pairs, or ~/.cache/diffusion2gan/pairs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion2gan" / "pairs"
+
+
+def cache_label(url: str) -> str:
+    """The readable part of the name of a store's folder: the end of its URL."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(url).name)
 
 
 @contextmanager

@@ -237,24 +237,36 @@ def encode_record(shard: int, rows: Sequence[dict[str, Any]]) -> bytes:
 def read_record(folder: Path, shard: int) -> list[dict[str, Any]]:
     """The rows of a shard's quarantine record. Raises UserError for a damaged record."""
     path = quarantine_path(folder, shard)
+    remedy = f"run `d2g pairs repair {folder}`"
     try:
         with open_regular(path) as file:
             data = file.read()
+    except OSError as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    return parse_record(data, shard, str(path), remedy)
+
+
+def parse_record(data: bytes, shard: int, name: str, remedy: str) -> list[dict[str, Any]]:
+    """The rows of a quarantine record. `name` and `remedy` are for messages. Raises UserError for damage."""
+    try:
         rows: list[dict[str, Any]] = parse_json(data)["rows"]
         check_type(rows, list[QuarantinedRow], "rows")
         if data != encode_record(shard, rows):
             raise ValueError("its sha256 does not match its rows")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); run `d2g pairs repair {folder}`") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name} is damaged ({error}); {remedy}") from error
     return rows
 
 
 def records_present(folder: Path) -> list[int]:
     """Numbers of the shards that have a quarantine record."""
-    names = (p.name for p in (Path(folder) / "quarantine").glob("*.rows.json"))
-    return sorted(
-        int(m[1]) for m in (re.fullmatch(r"pairs-(\d{5,})\.rows\.json", name) for name in names) if m
-    )
+    return sorted(record_numbers(path.name for path in (Path(folder) / "quarantine").glob("*.rows.json")))
+
+
+def record_numbers(names: Iterable[str]) -> dict[int, str]:
+    """Shard number -> the file of its quarantine record, among file names."""
+    matches = (re.fullmatch(r"pairs-(\d{5,})\.rows\.json", name) for name in names)
+    return {int(match[1]): match[0] for match in matches if match}
 
 
 def quarantined_rows(folder: Path, spec: StoreSpec) -> dict[int, list[dict[str, Any]]]:
@@ -302,16 +314,20 @@ def remove_leftovers(folder: Path, spec: StoreSpec) -> None:
 
 def write_spec(folder: Path, spec: StoreSpec) -> None:
     """Write DIR/store.json. Raises OSError."""
+    write_through_scratch(encode_spec(spec), folder / "store.json", folder / "partial")
+
+
+def encode_spec(spec: StoreSpec) -> bytes:
+    """The content of store.json."""
     content = {"schema": SCHEMA, "sha256": spec.sha256, "spec": spec.as_json()}
-    write_through_scratch(
-        json.dumps(content, indent=2).encode() + b"\n", folder / "store.json", folder / "partial"
-    )
+    return json.dumps(content, indent=2).encode() + b"\n"
 
 
 def local_folder(folder: Path | str) -> Path:
     """`folder` as a Path. Raises UserError for a URL, also if a Path has merged its slashes."""
-    if re.match("[a-z][a-z0-9+.-]+:/", str(folder)):
-        raise UserError(f"{folder} is a URL; this needs a folder of this machine: copy the store here first")
+    if re.match("[a-z][a-z0-9+.:-]+:/", str(folder)):
+        url = re.sub(":/+", "://", str(folder))
+        raise UserError(f"{url} is a URL; this needs a folder of this machine: copy the store here first")
     return Path(folder)
 
 

@@ -14,6 +14,7 @@ from pairgen.config import PairConfig
 from pairgen.generate import generate_pairs, regenerate
 from pairgen.grow import grow_store
 from pairgen.merge import merge_stores
+from pairgen.place import FolderPlace
 from pairgen.prompts import PromptList
 from pairgen.shard_claims import Claims
 from pairgen.store.reader import PairReader
@@ -142,9 +143,9 @@ def test_a_store_cannot_grow_while_another_job_writes_its_last_shard(
     with Claims(store) as other:
         assert other.take([1]) == 1
         with pytest.raises(UserError, match=r"cannot grow now: .*, process .* makes its last shard"):
-            grow_store(store, spec, PromptList.of(tiny.CAPTIONS))
+            grow_store(FolderPlace(store), spec, PromptList.of(tiny.CAPTIONS))
     assert read_spec(store).num_pairs == 6
-    grow_store(store, spec, PromptList.of(tiny.CAPTIONS))
+    grow_store(FolderPlace(store), spec, PromptList.of(tiny.CAPTIONS))
     assert [list(part) for part in pending(store, read_spec(store))] == [[5, 6, 7, 8]]
 
 
@@ -160,7 +161,7 @@ def test_a_job_stops_if_its_store_has_grown(
 
     def grow_first(*arguments: Any) -> Any:
         job = opened(*arguments)
-        grow_store(store, replace(job.spec, num_pairs=9), job.prompts)
+        grow_store(FolderPlace(store), replace(job.spec, num_pairs=9), job.prompts)
         return job
 
     monkeypatch.setattr(generate, "open_store", grow_first)

@@ -205,7 +205,7 @@ def test_a_dataset_without_checksums_is_refused(store: Path) -> None:
 
 
 def test_a_url_with_one_slash_is_refused() -> None:
-    with pytest.raises(UserError, match=r"s3:/bucket/pairs is a URL; this needs a folder of this machine"):
+    with pytest.raises(UserError, match=r"s3://bucket/pairs is a URL; this needs a folder of this machine"):
         PairReader(Path("s3://bucket/pairs"))
 
 

@@ -373,6 +373,6 @@ def test_commands_accept_or_refuse_urls(store: Path, memory: str, tmp_path: Path
         ended = runner.invoke(cli.app, ["pairs", *words])
         assert isinstance(ended.exception, UserError), ended.output
         assert str(ended.exception).startswith(
-            "memory:/bucket/pairs is a URL; this needs a folder of this machine"
+            "memory://bucket/pairs is a URL; this needs a folder of this machine"
         )
     assert not list(tmp_path.glob("memory*")) and not Path("memory:").exists()
