@@ -435,7 +435,7 @@ _GIGAGAN = GeneratorConfig(z_dim=128, w_dim=1_024, mapping_layers=4)
 
 
 def _styled(
-    kind: StudentName, sizes: GeneratorConfig, about: str, gpus: int, images: int, **more: Any
+    kind: StudentName, sizes: GeneratorConfig, about: str, gpus: int, images: int, microbatches: int = 1
 ) -> Recipe:
     """A generator with styles at StyleGAN-T's rates, batch and average (table 4)."""
     return _generator(
@@ -445,8 +445,7 @@ def _styled(
         gan=_STYLEGAN_T_GAN,
         optim=_STYLEGAN_T_OPTIM,
         train=TrainConfig(batch_size=2048, images=images, ema_beta=0.9978),
-        engine=_recompute(gpus),
-        **more,
+        engine=replace(_recompute(gpus), gradient_accumulation=microbatches),
     )
 
 
@@ -481,7 +480,7 @@ STYLE_RECIPES: dict[str, Recipe] = {
         "stylegan-t",
         GeneratorConfig(),
         "StyleGAN-T's lightweight generator (75 million parameters) on latents of 64x64",
-        *(8, 25_000_000),
+        *(8, 25_000_000, 4),
     ),
     "stylegan-t-1b": _styled(
         "stylegan-t",
