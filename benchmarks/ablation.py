@@ -107,10 +107,9 @@ def run(pairs: str, out: Path, seed: int, images: tuple[int, int, int], count: i
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation as text."""
-    return (
-        f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else float('nan'):.3f}"
-    )
+    """Mean and standard deviation as text; one value alone."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def tables(out: Path) -> list[str]:

@@ -72,7 +72,7 @@ def draw(scores: dict[tuple[int, int], list[dict[str, float]]], file: Path) -> N
                 if length == images
             }
             (line,) = axes.plot(
-                points, [mean(values) for values in points.values()], label=f"{images:,} images"
+                list(points), [mean(values) for values in points.values()], label=f"{images:,} images"
             )
             for pairs, values in points.items():
                 axes.plot([pairs] * len(values), values, ".", color=line.get_color())
