@@ -68,8 +68,8 @@ def test_logit_statistics_cover_all_microbatches() -> None:
     for number, rows in enumerate((slice(0, 2), slice(2, 4), slice(4, 6))):
         zeros = torch.zeros(2, 1, 4, 4)
         microbatch = MicroBatch(
-            prompts=["", ""], noise=zeros, target=real[rows], cond=zeros, student_noise=zeros, student_cond=zeros,
-            guidance=(),
+            prompts=["", ""], noise=zeros, target=real[rows], cond=zeros, student_noise=zeros,
+            student_cond=zeros, guidance=(),
             rows=range(2), dropout_keys=None, mix_mode=mode[rows], mix_partner=torch.arange(2), t=None,
             transforms=None, augment_noise=(None, None), r1_noise=None,
         )  # fmt: skip
