@@ -102,7 +102,7 @@ class GigaGAN(AdaptiveGenerator):
         """
         z, spatial = self.split(noise)
         w, local = self.read_text(z, condition, tokens, mask, psi)
-        return synthesize(self.blocks, self.input(len(z)), None, w, spatial, local, mask)
+        return synthesize(self.blocks, self.input(len(z)), w, spatial, local, mask)
 
 
 GIGAGAN = generator_kind("gigagan", GigaGAN, settings=GIGAGAN_SETTINGS, grows=True)

@@ -113,16 +113,14 @@ class StyleGenerator(nn.Module):
 def synthesize(
     blocks: nn.ModuleList,
     x: Tensor,
-    image: Tensor | None,
     styles: Tensor,
     noise: Sequence[Tensor],
     tokens: Tensor | None = None,
     mask: Tensor | None = None,
-    skips: Sequence[Tensor | None] = (),
 ) -> Tensor:
-    """The image of a synthesis network's blocks. skips: features to add in the first blocks."""
-    for number, (block, part) in enumerate(zip(blocks, noise, strict=True)):
-        skip = skips[number] if number < len(skips) else None
-        x, image = block(x, image, styles, part, tokens, mask, skip)
+    """The image of a synthesis network's blocks from their input x [B, C, h, w]."""
+    image: Tensor | None = None
+    for block, part in zip(blocks, noise, strict=True):
+        x, image = block(x, image, styles, part, tokens, mask)
     assert image is not None
     return image

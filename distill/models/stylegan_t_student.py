@@ -54,7 +54,7 @@ class StyleGANT(StyleGenerator):
         """
         z, spatial = self.split(noise)
         w = torch.cat([self.mapped(z, psi), self.embed(condition, z)], dim=1)
-        return synthesize(self.blocks, self.input(len(z)), None, w, spatial)
+        return synthesize(self.blocks, self.input(len(z)), w, spatial)
 
 
 STYLEGAN_T = generator_kind(
