@@ -89,17 +89,15 @@ class ObjectPlace(StorePlace):
 
     def _remove_leftovers(self, spec: StoreSpec) -> None:
         """Remove what killed jobs left of shards that are present: nobody makes those any more."""
-        shards = self.shards_present(spec)
-        for shard in shards:  # an upload whose answer was lost is complete
-            self._forget(shard)
-        present = {_stem(shard) for shard in shards}
+        present = {_stem(shard) for shard in self.shards_present(spec)}
         for folder in ("claims", "partial"):
             for file in self.store.list(folder):
                 if file.partition(".")[0] in present:
                     self.store.remove(f"{folder}/{file}")
-        for path in (self.folder / "partial").glob("pairs-*"):
-            if path.name.partition(".")[0] in present:
-                path.unlink(missing_ok=True)
+        for folder in ("shards", "partial", "quarantine"):
+            for path in (self.folder / folder).glob("pairs-*"):
+                if path.name.partition(".")[0] in present:
+                    path.unlink(missing_ok=True)
 
     def _check_conditions(self) -> None:
         """Warn if the store ignores conditions of writes, as some servers do: then jobs repeat work."""
@@ -176,7 +174,12 @@ class ObjectPlace(StorePlace):
         remote_record = f"quarantine/{record.name}"
         if record.exists():
             self.store.write(remote_record, record)
-        self.store.write(_shard_name(shard), shard_path(self.folder, shard))
+        try:
+            self.store.write(_shard_name(shard), shard_path(self.folder, shard))
+        except (FileNotFoundError, MissingObject):
+            # Another job of this machine has seen it in its place, and removed the file.
+            if self.store.size(_shard_name(shard)) is None:
+                raise
         if not record.exists():
             self.store.remove(remote_record)
         for file in self._remote_rows(shard):

@@ -64,7 +64,12 @@ class Running:
         self.process.send_signal(number)
 
     def wait(self) -> Ended:
-        return Ended(self.process.wait(120), self.out.read_text(), self.err.read_text())
+        try:
+            code = self.process.wait(240)
+        finally:
+            self.process.kill()
+            self.process.wait()
+        return Ended(code, self.out.read_text(), self.err.read_text())
 
 
 def run_d2g(arguments: list[str], folder: Path) -> Ended:
@@ -176,6 +181,7 @@ def test_a_url_of_a_folder_is_the_folder(teacher: Path, prompts: str, tmp_path: 
     assert done.json["complete"] and verify_store(out).ok
 
 
+@pytest.mark.slow
 def test_readers_read_what_the_job_has_written(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
 ) -> None:
@@ -246,10 +252,11 @@ def test_kills_in_a_row(
     assert_complete(server, prefix, expected, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_asked_to_stop_leaves_its_rows_to_the_next_machine(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
 ) -> None:
-    sets = ("batch_size=1", "steps=40", "shard_size=96")
+    sets = ("batch_size=1", "steps=20", "shard_size=96")
     job = Running(
         command(teacher, prompts, url(prefix), *sets, f"scratch={tmp_path / 'a'}"), tmp_path / "log"
     )
@@ -281,7 +288,10 @@ def test_a_shard_that_could_not_be_uploaded_is_uploaded_by_the_next_job(
     assert_complete(server, prefix, expected, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["busy", "lost answer", "lost upload"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("busy", "lost answer")]
+
+
+@pytest.mark.parametrize("kind", [*SLOW, "lost upload"])
 def test_a_network_that_fails_now_and_then_is_no_matter(
     kind: str, server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
 ) -> None:
