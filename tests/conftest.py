@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -68,8 +69,16 @@ LONGEST = (
 """Files that take long. They start first, so that both processes end at nearly the same time."""
 
 
+def _restore_ignored_signals() -> None:
+    """A shell ignores SIGINT in background jobs, and nohup SIGHUP; tests of signals need both."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide CUDA devices unless `-m gpu`: a forked process cannot run a backward pass if one is visible."""
+    _restore_ignored_signals()
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
