@@ -136,7 +136,7 @@ class LatentLPIPS(PerceptualDistance):
 
         `precision="bf16"` takes half the time of fp32 or less; `"auto"` uses bf16 where the hardware supports
         it. Distances then agree to 1 % and gradients to a cosine of 0.999, unless the latents are nearly
-        equal (distance below 0.02). fp32 layers run without TF32 on CUDA. A trunk with group norm cannot be
+        equal (distance below 0.01). fp32 layers run without TF32 on CUDA. A trunk with group norm cannot be
         folded and stays unchanged.
         """
         if self.config.norm != "group":

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latent_lpips.vgg import ConvLayer
-from latent_lpips.winograd import conv3x3, conv3x3_transposed, is_exact_enough
+from latent_lpips.winograd import conv3x3_transposed
 
 NORM_EPS = 1e-8
 CPU_POSITIONS, GPU_POSITIONS = 2**13, 2**16
@@ -131,11 +131,7 @@ def _taps(layers: Sequence[ConvLayer], x: Tensor, records: list[LayerRecord] | N
     x = x.contiguous(memory_format=torch.channels_last)
     taps = []
     for layer in layers:
-        x = x.to(layer.weight.dtype)
-        if layer.winograd is not None and is_exact_enough(layer.winograd):
-            x = conv3x3(x, layer.winograd, layer.bias).relu_()
-        else:
-            x = F.conv2d(x, layer.weight, layer.bias, padding=1).relu_()
+        x = F.conv2d(x.to(layer.weight.dtype), layer.weight, layer.bias, padding=1).relu_()
         size, indices = (x.shape[2], x.shape[3]), None
         if layer.pool:
             x, indices = F.max_pool2d(x, 2, return_indices=True)

@@ -1,9 +1,13 @@
-"""3x3 convolutions with 16 multiplications instead of 36 for each 2x2 block of outputs, for bf16 on a CPU.
+"""Transposed 3x3 convolutions with 16 multiplications instead of 36 for each 2x2 block of outputs, for
+backward passes in bf16 on a CPU.
 
 Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray 2016, section 4.1): blocks of 4x4 inputs, which
 overlap by two, and the weights are transformed, multiplied, and transformed back, Y = A^T [(G w G^T) * (B^T d
 B)] A. The products of all blocks are 16 matrix products over channels. Direct convolutions already run at the
 peak of a CPU's bf16 units, so only fewer multiplications are faster: 1.5 times from 256 channels on.
+
+A forward pass keeps direct convolutions: the larger rounding error, 0.6 % of the output instead of 0.2 %,
+would move distances by more than 1 % where the latents are nearly equal.
 """
 
 import torch
@@ -12,14 +16,13 @@ from torch.nn import functional as F
 
 MIN_CHANNELS = 256
 """Fewer channels leave too little work per transformed value."""
-EXACT_CHANNELS = 512
-"""Fewer channels only in a backward pass. The error of a convolution, 0.6 % instead of 0.2 %, flips ReLUs,
-and with them gradients, in later layers; in the layers of 512 channels, the last ones, few follow."""
 MAX_TILES = 512
 """Blocks per matrix product: transformed inputs of 512 channels then take 8 MiB, which fit a cache."""
 
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 """Transform of weights along one axis."""
+MIRRORED = (3, 1, 2, 0)
+"""A transposed convolution convolves with mirrored weights, which exchanges the outer rows of G w G^T."""
 
 
 def transform_weight(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -29,53 +32,35 @@ def transform_weight(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Ten
     return transformed.flatten(0, 1).to(dtype).contiguous()
 
 
-def is_exact_enough(transformed: Tensor) -> bool:
-    """Whether weights [16, C, K] may serve in a forward pass."""
-    return min(transformed.shape[1:]) >= EXACT_CHANNELS
-
-
-def conv3x3(x: Tensor, transformed: Tensor, bias: Tensor) -> Tensor:
-    """Return F.conv2d(x, weight, bias, padding=1) of x [B, C, h, w]: [B, K, h, w], channels-last."""
-    return _convolve(x, transformed, (0, 1, 2, 3), bias)
-
-
 def conv3x3_transposed(x: Tensor, transformed: Tensor) -> Tensor:
     """Return F.conv_transpose2d(x, weight, padding=1) of x [B, K, h, w]: [B, C, h, w], channels-last."""
-    # A transposed convolution convolves with mirrored weights; mirroring exchanges the outer rows of G w G^T.
-    return _convolve(x, transformed.transpose(1, 2), (3, 1, 2, 0), None)
-
-
-def _convolve(x: Tensor, transformed: Tensor, order: tuple[int, ...], bias: Tensor | None) -> Tensor:
-    """Convolve x [B, C, h, w] with weights [16, C, K], whose rows and columns are in `order`."""
+    weights = transformed.transpose(1, 2)
     batch, _, height, width = x.shape
     rows, columns = -(-height // 2), -(-width // 2)
     # A border of one, and another row or column where the size is odd.
     border = (1, 1 + 2 * columns - width, 1, 1 + 2 * rows - height)
     padded = F.pad(x, border).permute(0, 2, 3, 1).contiguous()
-    result = x.new_empty(batch, 2 * rows, 2 * columns, transformed.shape[2])
+    result = x.new_empty(batch, 2 * rows, 2 * columns, weights.shape[2])
     # As many images, or rows of one image, as have MAX_TILES blocks.
     images, step = max(1, MAX_TILES // (rows * columns)), max(1, min(rows, MAX_TILES // columns))
     for image in range(0, batch, images):
         for row in range(0, rows, step):
             end = min(row + step, rows)
-            tiles = _transform_input(padded[image : image + images, 2 * row : 2 * end + 2], order)
-            products = torch.bmm(tiles.view(16, -1, x.shape[1]), transformed)
-            products = products.view(4, 4, *tiles.shape[2:5], -1)
-            if bias is not None:
-                products[1, 1] += bias  # this product enters each of the four outputs once, with sign +
-            _transform_output(products, order, result[image : image + images, 2 * row : 2 * end])
+            tiles = _transform_input(padded[image : image + images, 2 * row : 2 * end + 2])
+            products = torch.bmm(tiles.view(16, -1, x.shape[1]), weights).view(4, 4, *tiles.shape[2:5], -1)
+            _transform_output(products, result[image : image + images, 2 * row : 2 * end])
     return result[:, :height, :width].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
-def _transform_input(x: Tensor, order: tuple[int, ...]) -> Tensor:
+def _transform_input(x: Tensor) -> Tensor:
     """Transform padded inputs [b, 2r + 2, 2c + 2, C] to [4, 4, b, r, c, C]."""
     batch, height, width, channels = x.shape
     rows, columns = height // 2 - 1, width // 2 - 1
     # Along the height, then along the width: d0 - d2, d1 + d2, d2 - d1, d1 - d3.
     half = x.new_empty(4, batch, rows, width, channels)
-    _differences(x.unflatten(1, (rows + 1, 2)).movedim(2, 0), [half[k] for k in order], 1)
+    _differences(x.unflatten(1, (rows + 1, 2)).movedim(2, 0), [half[k] for k in MIRRORED], 1)
     tiles = x.new_empty(4, 4, batch, rows, columns, channels)
-    _differences(half.unflatten(3, (columns + 1, 2)).movedim(4, 0), [tiles[:, k] for k in order], 3)
+    _differences(half.unflatten(3, (columns + 1, 2)).movedim(4, 0), [tiles[:, k] for k in MIRRORED], 3)
     return tiles
 
 
@@ -90,11 +75,11 @@ def _differences(pairs: Tensor, out: list[Tensor], dim: int) -> None:
     torch.sub(d1, d3, out=out[3])
 
 
-def _transform_output(products: Tensor, order: tuple[int, ...], out: Tensor) -> None:
+def _transform_output(products: Tensor, out: Tensor) -> None:
     """Transform products [4, 4, b, r, c, K] to outputs [b, 2r, 2c, K]."""
-    half = torch.stack(_sums([products[k] for k in order]))
+    half = torch.stack(_sums([products[k] for k in MIRRORED]))
     blocks = out.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [b, r, 2, c, 2, K]
-    for column, values in enumerate(_sums([half[:, k] for k in order])):
+    for column, values in enumerate(_sums([half[:, k] for k in MIRRORED])):
         blocks[:, :, :, :, column].copy_(values.permute(1, 2, 0, 3, 4))
 
 

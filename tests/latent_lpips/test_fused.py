@@ -58,7 +58,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
 
 
-@pytest.mark.parametrize(("noise", "width"), [(math.inf, 0.5), (1.0, 0.5), (0.1, 0.5), (0.2, 1.0)])
+@pytest.mark.parametrize(("noise", "width"), [(math.inf, 0.5), (1.0, 0.5), (0.1, 0.5), (0.1, 1.0)])
 def test_fast_path_agrees_with_float64(narrow_metric: LatentLPIPS, noise: float, width: float) -> None:
     """For unrelated to similar latents: relative errors of 1e-5 in fp32 and 1e-2 in bf16, cosine of the
     gradients above 0.999. benchmarks/latent_lpips.py has larger latents."""
