@@ -2,6 +2,7 @@
 
 import fnmatch
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ GUIDANCE_WIDTH = 256
 """Width of the sinusoidal embedding of the guidance scale, as in latent consistency models."""
 
 
-class Student(nn.Module):
+class Student(nn.Module, ABC):
     """A one-step generator of latents: (noise [B, *noise_shape], conditioning of B rows) -> scaled latents
     [B, C, h, w], fp32.
 
@@ -43,24 +44,24 @@ class Student(nn.Module):
     family: Family
     downscale: int
     own_noise = False
-    """Whether its noise is not that of the pairs, but is drawn anew for each row of training."""
+    """Whether each row of training draws new noise, in place of the noise of its pair."""
     has_styles = False
     """Whether it has styles w, whose truncation `psi` is an input of the forward pass."""
 
     @property
+    @abstractmethod
     def network(self) -> Any:
         """The network that it evaluates once."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def conditioning_config(self) -> Any:
         """The config of the teacher's network, which says what its conditioning is."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """The shape (C, h, w) of its latents."""
-        raise NotImplementedError
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -88,9 +89,9 @@ class Student(nn.Module):
         return None
 
     @property
+    @abstractmethod
     def where(self) -> str:
         """The point at which the network is evaluated, in words."""
-        raise NotImplementedError
 
     def real_view(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] with no more detail than the student can draw."""

@@ -118,7 +118,7 @@ def read_answers(path: Path) -> tuple[Study, list[Answer]]:
 def summarize_answers(answers: Sequence[Answer]) -> dict[str, Any]:
     """Counts and win rates of the first model, a tie counting half, with Wilson's 95 % intervals.
 
-    `all`: over all answers. `users`: over users, each by the model that he prefers more often; of those who
+    `all`: over all answers. `users`: over users, each by the model that they prefer more often; of those who
     answered at least as often as the median user, as Wuerstchen's section 4.2 does, because few users give
     most answers otherwise. `left`: how often the left image won, which is a half without a bias. Raises
     UserError without answers.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -91,7 +92,7 @@ def _sha256(file: Path) -> str:
 
 
 class PreferenceStudy:
-    """Chooses what a user sees. `seed`: of the orders; every user has his own."""
+    """Chooses what a user sees. `seed`: of the orders; each user has another one."""
 
     def __init__(self, contestants: Contestants, answers: AnswerFile, seed: int) -> None:
         self.contestants, self.answers, self.seed = contestants, answers, seed
@@ -125,8 +126,8 @@ class PreferenceStudy:
         """The PNG of one side: pixels alone, because a file's text or format could name its model."""
         left = self.left(user, pair)
         is_first = (left == "first") == (side == "left")
-        shown = self.contestants.first if is_first else self.contestants.second
-        file = shown.pictures[pair]
+        model = self.contestants.first if is_first else self.contestants.second
+        file = model.pictures[pair]
         buffer = BytesIO()
         pixels = decode_image(file.read_bytes, str(file)).image
         Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
@@ -139,7 +140,7 @@ class PreferenceStudy:
 def open_server(study: PreferenceStudy, host: str, port: int) -> ThreadingHTTPServer:
     """A server of the page, not running yet; port 0 takes a free one. Raises UserError for an address that
     cannot be listened on."""
-    page = files("eval.study").joinpath("prefer.html.jinja").read_bytes()
+    page = files("eval.study").joinpath("prefer.html").read_bytes()
 
     class Handler(_Handler):
         routes: ClassVar[dict[str, Route]] = {
@@ -164,12 +165,12 @@ def open_server(study: PreferenceStudy, host: str, port: int) -> ThreadingHTTPSe
         raise UserError(f"cannot listen on {host}:{port} ({error}); give another --host or --port") from error
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler, ABC):
     routes: ClassVar[dict[str, Route]]
 
+    @abstractmethod
     def record(self, values: dict[str, Any]) -> None:
         """Record an answer."""
-        raise NotImplementedError
 
     def do_GET(self) -> None:
         address = urlsplit(self.path)
