@@ -211,7 +211,7 @@ def save_edits(
     images, labels = list[Tensor](), list[str]()
     for seed in seeds:
         # One noise per row of the grid.
-        start = noise(seed, range(1), one.student.latent_shape) * noise_scale
+        start = noise(seed, range(1), one.student.noise_shape) * noise_scale
         with torch.no_grad():
             images += list(one.decode(one.latents_of(start.expand(columns, -1, -1, -1), cond)))
         labels += [f"seed {seed}, {strength:g}" for strength in strengths]

@@ -25,6 +25,7 @@ from distill.config.components import GeneratorConfig, StudentConfig
 from distill.config.export import ExportConfig
 from distill.config.presets import STYLE_RECIPES
 from distill.config.run import DistillConfig
+from distill.exploration import save_edits
 from distill.export.export import export, export_student
 from distill.models.attention_layers import SelfAttention, distance_logits
 from distill.models.generator_student import GeneratorStudent
@@ -379,6 +380,8 @@ def test_samples_exports_and_plans(teachers: Mapping[str, str], pairs: Path, tmp
     prompts = ["a red cube", "a blue ball", "a cat"]
     images = one(prompts, seed=3)
     assert torch.equal(torch.cat([x for x, _ in one.sample(prompts, 3, batch_size=1)]), images)
+    edited = save_edits("run", one, prompts[0], prompts[1], [3], [0.0, 1.0], tmp_path / "edit")
+    assert edited["images"] == 2
     truncated = with_psi(one, str(run), 0.0)
     assert not torch.equal(truncated.latents(noise(3, range(3), one.student.noise_shape), prompts), images)
     summary = export_student(str(run), tmp_path / "export", "fp32")
