@@ -53,8 +53,7 @@ def distance_logits(q: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """x + gain * attention of tokens [B, L, D] to each other by L2 distance, with one matrix for queries and
-    keys."""
+    """Attention of tokens [B, L, D] to each other by L2 distance, with one matrix for queries and keys."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -193,6 +193,7 @@ def generator_kind(
         shard_units=lambda teacher, student: student.network.shard_units(),
         settings=(*settings, "resolution") if grows else settings,
         regresses=upsamples,
+        enlarges=upsamples,
     )
 
 

@@ -100,7 +100,7 @@ class GigaGANUpsampler(AdaptiveGenerator):
         assert prior is not None, "the upsampler reads small latents"
         z, spatial = self.split(noise)
         w, local = self.read_text(z, condition, tokens, mask, psi)
-        # Down: the features of each size are kept for the way up.
+        # Downsample, and keep the features of each size for the skip connections.
         features = [self.enter(prior)]
         for down in self.downs:
             features.append(down(features[-1]))

@@ -28,3 +28,5 @@ class StudentKind:
     """Fields of GeneratorConfig that not every kind reads."""
     regresses: bool = True
     """Whether its output for a row belongs to the row's latents, so that a regression loss compares them."""
+    enlarges: bool = False
+    """Whether it enlarges the latents of another student, and draws no image alone."""

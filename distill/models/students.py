@@ -70,7 +70,7 @@ def check_student(config: DistillConfig) -> None:
             "and gan.mix_z=0"
         )
     mixes = config.stage == "gan" and gan.real and not config.without_pairs
-    if mixes and (student.kind == "gigagan-upsampler" or student.generator.resolution):
+    if mixes and (STUDENTS[student.kind].enlarges or student.generator.resolution):
         raise SettingError(
             f"{kind}, for which the latents of pairs are reduced, but gan.real mixes photographs with them; "
             "leave gan.real out"

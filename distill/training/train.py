@@ -28,7 +28,7 @@ from distill.losses.regression.regression import Regression, build_regression
 from distill.models.consistency import ConsistencyStudent, ConsistencyTarget
 from distill.models.discriminators import check_discriminator
 from distill.models.student import check_teacher, student_from_teacher, takes_guidance
-from distill.models.students import check_student
+from distill.models.students import STUDENTS, check_student
 from distill.models.text_student import TextStudent, check_text_teacher
 from distill.planning.flops import seconds_per_image_at_peak
 from distill.sampling import OneStep
@@ -105,7 +105,7 @@ def train(
             f"--validate draws images, which {config.teacher}, a stage of a cascade, does not alone; leave "
             "it out, and set train.validate_pairs=K for held-out pairs"
         )
-    if validate is not None and config.student.kind == "gigagan-upsampler":
+    if validate is not None and STUDENTS[config.student.kind].enlarges:
         raise SettingError(
             "--validate draws images, which an upsampler does not alone; leave it out, and set "
             "train.validate_images=0"
