@@ -61,8 +61,8 @@ def train_guide(out: Path, images: int, steps: int, seed: int) -> None:
     for _ in range(steps):
         rows = torch.randint(len(captions), (64,))
         mean, deviation = (torch.tensor(s).view(3, 1, 1) for s in OPENAI)
-        shown = (from_uint8(pixels[rows]) / 2 + 0.5 - mean) / deviation
-        output = model(tokens.input_ids[rows], shown, tokens.attention_mask[rows])
+        normalized = (from_uint8(pixels[rows]) / 2 + 0.5 - mean) / deviation
+        output = model(tokens.input_ids[rows], normalized, tokens.attention_mask[rows])
         loss = contrastive_loss(
             output.image_embeds, output.text_embeds, model.logit_scale.exp().clamp(max=100), ids[rows]
         )

@@ -36,7 +36,7 @@ def eval_prefer(
     summary: Annotated[
         bool, typer.Option("--summary", help="Print what the answers say, and open no page.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the orders; every user has one of his own.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the orders; each user has another order.")] = 0,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")
     ] = "127.0.0.1",

@@ -226,7 +226,7 @@ def with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
     than the pairs of the student.
     """
     if one.student.prior_shape is not None:
-        return _with_small(one, name, prior)
+        return _upsampler_with_prior(one, name, prior)
     before = stage_before("student", name, one.student.family, prior)
     if before is None or prior is None:
         return one
@@ -243,7 +243,7 @@ def with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
     return replace(one, prior=load_student(prior, device=one.device))
 
 
-def _with_small(one: OneStep, name: str, prior: str | None) -> OneStep:
+def _upsampler_with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
     """A loaded upsampler `name` with the student `prior` whose latents it enlarges.
 
     Raises SettingError without one, UserError for one whose latents have other channels or are too small.
@@ -255,10 +255,10 @@ def _with_small(one: OneStep, name: str, prior: str | None) -> OneStep:
             "student that draws them"
         )
     small = load_student(prior, device=one.device)
-    theirs = small.student.latent_shape
-    if theirs[0] != channels or theirs[1] < height or theirs[2] < width:
+    shape = small.student.latent_shape
+    if shape[0] != channels or shape[1] < height or shape[2] < width:
         raise UserError(
-            f"student {prior} draws latents of {'x'.join(map(str, theirs))}, but student {name} enlarges "
+            f"student {prior} draws latents of {'x'.join(map(str, shape))}, but student {name} enlarges "
             f"latents of {channels}x{height}x{width}; give a student of the same latent space"
         )
     return replace(one, prior=with_prior(small, prior, None))

@@ -86,8 +86,8 @@ class PairConfig:
     channels_last: bool = setting(False, "Run the network in channels-last memory format")
     compile: Literal["auto", True, False] = setting(
         "auto",
-        "Run the network through torch.compile. auto: if the job takes ten minutes or more and it is faster "
-        "here, measured and kept as the precision",
+        "Run the network through torch.compile. auto: if the job takes ten minutes or more and compilation "
+        "is faster on this machine; measured and stored like the precision",
     )
     patience: float = setting(120.0, "Seconds after which the shard of a silent process is taken over")
     scratch: str = setting(

@@ -177,7 +177,7 @@ class ObjectPlace(StorePlace):
         try:
             self.store.write(_shard_name(shard), shard_path(self.folder, shard))
         except (FileNotFoundError, MissingObject):
-            # Another job of this machine has seen it in its place, and removed the file.
+            # Another job on this machine saw the uploaded shard, and removed the local file.
             if self.store.size(_shard_name(shard)) is None:
                 raise
         if not record.exists():

@@ -57,7 +57,7 @@ class NetworkDigests:
     def of(cls, config: DistillConfig) -> "NetworkDigests":
         """The digests of a run's networks."""
         settings, teacher = to_json(config), pretrained.denoiser_sha256(config.teacher)
-        if config.student.is_diffusion:  # as before there were other kinds
+        if config.student.is_diffusion:  # checkpoints of before student.kind lack these settings
             settings["student"] = {
                 name: value
                 for name, value in settings["student"].items()
@@ -279,7 +279,7 @@ def _build_discriminator(config: DistillConfig, fresh: bool, rng: torch.Generato
         network.load_state_dict(weights)
         logger.info("the discriminator goes on from %s", config.init)
     else:
-        logger.info("the discriminator starts anew: %s has none of this form", config.init)
+        logger.info("the discriminator starts with new weights: %s has none of the same shapes", config.init)
     return network
 
 

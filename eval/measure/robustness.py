@@ -80,7 +80,7 @@ def robustness(
         raise UserError(f"{files.name} has {images} images; robustness needs at least 4")
 
     def features(source: ImageSource, label: str) -> torch.Tensor:
-        measure = {"features": Measure(size=size, function=lambda shown, _: net(shown).float())}
+        measure = {"features": Measure(size=size, function=lambda pixels, _: net(pixels).float())}
         progress(label, 0, 1)
         rows = measure_source(source, range(images), measure, work=MeasureOptions(batch_size=batch_size))
         progress(label, 1, 1)

@@ -68,10 +68,10 @@ def test_only_the_text_encoder_changes(first: DistillConfig, trained: Path) -> N
     stored = state_at(Path(first.init), 4)
     weights = start.discriminator.module.state_dict()
     assert all(torch.equal(value, stored[f"discriminator.{name}"]) for name, value in weights.items())
-    anew = new_state(replace(first, init="teacher"), torch.device("cpu"))
-    assert anew.discriminator is not None
+    fresh = new_state(replace(first, init="teacher"), torch.device("cpu"))
+    assert fresh.discriminator is not None
     assert any(
-        (value != weights[name]).any() for name, value in anew.discriminator.module.state_dict().items()
+        (value != weights[name]).any() for name, value in fresh.discriminator.module.state_dict().items()
     )
     report = losses(trained)[-1]
     expected = 0.25 * report["loss/g_gan"] + 50 * report["loss/clip"]
