@@ -1,12 +1,13 @@
 """VGG16 for latents: torchvision's layout and parameter names without the first three max-pools."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError
+from d2g.core.precision import supports_bf16
 from latent_lpips.config import LPIPSConfig, Precision
 from latent_lpips.winograd import MIN_CHANNELS, transform_weight
 
@@ -169,17 +170,8 @@ def convolution_dtype(precision: Precision, device: torch.device) -> torch.dtype
     """Return the dtype that `precision` means on `device`. `auto` depends on the hardware's capability only,
     not on timings, so the same machine always gives the same numbers."""
     if precision == "auto":
-        return torch.bfloat16 if _supports_bf16(device) else torch.float32
+        return torch.bfloat16 if supports_bf16(device) else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def _supports_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False
 
 
 def _folded_weights(trunk: VGG16) -> list[tuple[Tensor, Tensor]]:

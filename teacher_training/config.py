@@ -314,6 +314,11 @@ class TeacherConfig:
         "Minutes of all stages together on this machine, in place of the stages' own lengths (option "
         "--minutes); 0: those lengths",
     )
+    precision: Literal["fp32", "bf16", "auto"] = setting(
+        "fp32",
+        "Precision of the network's training: bf16 is autocast, with weights and loss in fp32; auto: bf16 "
+        "where the hardware has it. Autoencoder, LatentLPIPS and CLIP train in fp32",
+    )
     vae: AutoencoderConfig = setting(AutoencoderConfig(), "The autoencoder")
     unet: DenoiserConfig = setting(DenoiserConfig(), "The text encoder and the UNet")
     dit: DiTConfig = setting(DiTConfig(), "The DiT")
@@ -368,17 +373,18 @@ TEACHER_PRESETS = Presets(
             TeacherConfig(
                 size=32,
                 minutes=15.0,
+                precision="auto",
                 vae=AutoencoderConfig(channels=(16, 32, 64), latent_channels=4),
                 unet=replace(_OWN_WORDS, text_layers=1),
             ),
         ),
         "evening": (
             "Your own pictures at 64 px in three hours",
-            TeacherConfig(minutes=180.0, unet=_OWN_WORDS),
+            TeacherConfig(minutes=180.0, precision="auto", unet=_OWN_WORDS),
         ),
         "night": (
             "Your own pictures at 64 px in nine hours, with a larger U-Net",
-            TeacherConfig(minutes=540.0, unet=replace(_OWN_WORDS, channels=(96, 160))),
+            TeacherConfig(minutes=540.0, precision="auto", unet=replace(_OWN_WORDS, channels=(96, 160))),
         ),
         # The shipped miniature was trained with this; its scores are in weights/teacher/meta.json.
         "scenes": (

@@ -19,6 +19,7 @@ from teacher_training.config import TeacherConfig
 from teacher_training.data import TrainingPictures
 from teacher_training.loop import LossFn
 from teacher_training.networks.kind import NetworkKind
+from teacher_training.networks.precision import with_precision
 from teacher_training.networks.registry import network_of
 from teacher_training.start import starting_autoencoder
 
@@ -59,7 +60,8 @@ def measure_speed(config: TeacherConfig, stages: Sequence[str]) -> Speed:
         # The network, with its tokenizer if it has one.
         network = kind.build(config, pictures, (latents.shape[1], latents.shape[-1]), Path(folder), True)
         if kind.stage in stages:
-            loss_of = network.loss(images if config.denoiser.in_pixels else latents, pictures.prompts)
+            inputs = images if config.denoiser.in_pixels else latents
+            loss_of = with_precision(network.loss(inputs, pictures.prompts), config)
             modules = list(network.modules.values())
             _time_stage(speed, kind.stage, modules, loss_of, config.denoiser.fit.batch_size)
         # LatentLPIPS: a judgment encodes 3 pictures and takes 4 passes, each a third of a training step.

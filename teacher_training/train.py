@@ -31,6 +31,7 @@ from teacher_training.config import TeacherConfig
 from teacher_training.data import TrainingPictures, cached_pictures, load_pictures
 from teacher_training.loop import fit_modules
 from teacher_training.networks.kind import NetworkKind
+from teacher_training.networks.precision import with_precision
 from teacher_training.networks.registry import network_of
 from teacher_training.previews import as_latents, autoencoder_previews, network_previews
 from teacher_training.report import write_teacher_report
@@ -131,7 +132,10 @@ def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> T
     for stage in [s for s in job.kind.stages[1:] if s in stages]:
         scores_file = job.work / stage / "scores.json"
         finished = is_finished(scores_file, stage, config)
-        log = RunLog(job.work / stage, _stage_settings(config, stage), notes=("images",))
+        settings = _stage_settings(config, stage)
+        # Trainings of older versions have no precision in their config.json: they were in fp32.
+        defaults = {"precision": "fp32"} if stage == job.kind.stage else {}
+        log = RunLog(job.work / stage, settings, notes=("images",), defaults=defaults)
         if not finished:
             trained_any = True
             _run_stage(stage, job, log, scores_file)
@@ -214,6 +218,8 @@ def _stage_settings(config: TeacherConfig, stage: str) -> dict[str, Any]:
     settings = to_json(getattr(config, stage))
     group = {"lpips": "trunk", "clip": None}.get(stage, "fit")
     del (settings[group] if group else settings)["images"]
+    if stage == network_of(config).stage:
+        settings["precision"] = config.precision
     return {**settings, "images": stage_length(config, stage)}
 
 
@@ -317,7 +323,7 @@ def _train_network(job: TeacherJob, log: RunLog) -> dict[str, Any]:
     previews = network_previews(
         job.out / "previews", job.pipeline, network, inputs, job.pictures, log, config.preview_minutes
     )
-    loss_of, fit = network.loss(inputs, job.captions), config.denoiser.fit
+    loss_of, fit = with_precision(network.loss(inputs, job.captions), config), config.denoiser.fit
     fit_modules(
         kind.stage, log, network.modules, loss_of, len(inputs), fit, config.seed, job.progress, previews
     )

@@ -1,4 +1,5 @@
-"""How CUDA computes fp32 matrix products and convolutions: the one place that decides it.
+"""Which hardware has bf16, and how CUDA computes fp32 matrix products and convolutions: the one place that
+decides it.
 
 By default PyTorch rounds the inputs of cuDNN's convolutions to TF32 (a mantissa of 10 bits), but not those of
 matrix products. Here both follow one decision. It has no effect on a CPU, nor on bf16 and fp16 tensors.
@@ -6,10 +7,21 @@ matrix products. Here both follow one decision. It has no effect on a CPU, nor o
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
 from d2g.core.logs import log_once
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether the hardware has bf16 arithmetic."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
 
 
 def set_exact_fp32(device: torch.device) -> None:

@@ -19,6 +19,7 @@ from teacher_training.data import TrainingPictures
 from teacher_training.loop import LossFn
 from teacher_training.networks.epsilon_loss import epsilon_loss, min_snr_weights
 from teacher_training.networks.kind import NetworkKind, TrainableNetwork
+from teacher_training.networks.precision import FP32Attention, trains_in_bf16
 
 
 def build_denoiser(
@@ -109,7 +110,8 @@ def _build(
         tokenizer = pretrained.new_tokenizer(pictures.prompts, folder / "tokenizer", vocab_size, max_length)
     if not config.init:
         torch.manual_seed(config.seed)
-        return TextUNet(*build_denoiser(config.unet, tokenizer, channels, side), config.unet)
+        text, unet = build_denoiser(config.unet, tokenizer, channels, side)
+        return _with_attention(TextUNet(text, unet, config.unet), config)
     unet = pretrained.load_unet(config.init)
     if unet.config.in_channels != channels:
         raise UserError(
@@ -117,9 +119,17 @@ def _build(
             f"{config.pretrained_vae} makes {channels}; leave --vae out, or give another"
         )
     unet.register_to_config(sample_size=side)
-    text: Any = pretrained.load_conditioner(config.init)
-    conditioner = SDConditioner(dict(text.models.items()), {"tokenizer": tokenizer})
-    return TextUNet(conditioner, unet, config.unet)
+    loaded: Any = pretrained.load_conditioner(config.init)
+    conditioner = SDConditioner(dict(loaded.models.items()), {"tokenizer": tokenizer})
+    return _with_attention(TextUNet(conditioner, unet, config.unet), config)
+
+
+def _with_attention(network: TextUNet, config: TeacherConfig) -> TextUNet:
+    """The network with attention that is fast in the training's precision. What is saved stays the same."""
+    if trains_in_bf16(config):
+        unet: Any = network.unet
+        unet.set_attn_processor(FP32Attention())
+    return network
 
 
 TEXT_UNET_NETWORK = NetworkKind(
