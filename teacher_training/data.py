@@ -13,12 +13,13 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json
+from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
 from d2g.data.captions import class_captions
 from d2g.data.columns import caption_column
 from d2g.data.folders import list_folder
 from d2g.data.tables import open_table
-from eval.images.folders import ImageFiles, load_all, open_images, read_images
+from eval.images.folders import ImageFiles, Reading, load_all, open_images, read_images
 from teacher_training.config import TeacherConfig
 
 DataSource = Callable[[int, int, int, Progress], tuple[Tensor, list[str]]]
@@ -81,7 +82,7 @@ def captioned_images(
     if captions:
         files = replace(files, captions=captions)
         files = _evenly_spaced(files, limit)
-    images, texts = load_all(read_images(files, limit=limit, resize=f"crop{size}-lanczos", exact=False))
+    images, texts = _load_squares(files, source, limit, size)
     if "" in texts:
         raise UserError(
             f"{source}: {texts.count('')} of {len(texts)} images have no caption; "
@@ -118,9 +119,26 @@ def labeled_images(
     elif names:
         files = replace(files, column=column or LABEL_COLUMN)
     files = _evenly_spaced(files, limit)
-    images, texts = load_all(read_images(files, limit=limit, resize=f"crop{size}-lanczos", exact=False))
+    images, texts = _load_squares(files, source, limit, size)
     prompts = [str(text) for text in texts] if names else [""] * len(images)
     return TrainingPictures(images=images, prompts=prompts, classes=names)
+
+
+def _load_squares(files: ImageFiles, source: str, limit: int, size: int) -> tuple[Tensor, list[str]]:
+    """The pictures cropped to their central squares and resized, with their captions."""
+    reading = Reading()
+    loaded = load_all(
+        read_images(files, limit=limit, resize=f"crop{size}-lanczos", exact=False, reading=reading)
+    )
+    if reading.elongated and process_group.rank() == 0:
+        logger.warning(
+            "%s: %d of %d pictures have one side more than twice as long as the other; the teacher sees "
+            "their central squares, less than half of each; crop them yourself to choose another part",
+            source,
+            reading.elongated,
+            len(loaded[1]),
+        )
+    return loaded
 
 
 def _expect_source(source: str) -> None:

@@ -12,12 +12,14 @@ from eval.images.resize import NATIVE, Pixels, prepare, to_array
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """uint8 [3, H, W] after preprocessing, the PNG's own prompt, what was converted, sha256 of the file."""
+    """uint8 [3, H, W] after preprocessing, the PNG's own prompt, what was converted, sha256 of the file, and
+    (width, height) before preprocessing."""
 
     image: Pixels
     caption: str
     converted: tuple[str, ...]
     sha256: bytes
+    size: tuple[int, int]
 
 
 def decode_image(
@@ -36,4 +38,6 @@ def decode_image(
         ) from error
     picture = decode_picture(data, name, exact=exact)
     pixels = to_array(prepare(picture.image, resize))
-    return Decoded(pixels, picture.prompt, picture.converted, hashlib.sha256(data).digest())
+    return Decoded(
+        pixels, picture.prompt, picture.converted, hashlib.sha256(data).digest(), picture.image.size
+    )

@@ -32,9 +32,11 @@ Batch = tuple[Tensor, list[str]]
 
 @dataclass(kw_only=True)
 class Reading:
-    """Facts collected while images are read: how many were converted to 8-bit RGB, each file's sha256."""
+    """Facts collected while images are read: how many were converted to 8-bit RGB, how many have one side
+    more than twice as long as the other, and each file's sha256."""
 
     converted: Counter[str] = field(default_factory=Counter)
+    elongated: int = 0
     digests: list[bytes] = field(default_factory=list)
 
 
@@ -129,6 +131,7 @@ def read_images(
         images.append(decoded.image)
         captions.append(decoded.caption if entry.caption is None else entry.caption)
         reading.converted.update(decoded.converted)
+        reading.elongated += max(decoded.size) > 2 * min(decoded.size)
         reading.digests.append(decoded.sha256)
         # Images of several sizes cannot be stacked.
         size = (decoded.image.shape[2], decoded.image.shape[1])

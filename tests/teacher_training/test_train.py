@@ -18,7 +18,7 @@ from latent_lpips.weights import load_lpips
 from miniature.registration import register_training_scenes
 from own_pictures import CONFIG, SIZE, class_folders, image_folder, make_image, parquet
 from teacher_training.config import TEACHER_PRESETS
-from teacher_training.data import captioned_images, register_data
+from teacher_training.data import captioned_images, labeled_images, register_data
 from teacher_training.train import train_teacher
 
 
@@ -119,6 +119,21 @@ def test_unusable_images_are_refused(tmp_path: Path) -> None:
         train_teacher(replace(CONFIG, data=str(tmp_path / "none")), tmp_path / "none-teacher", ("data",))
     with pytest.raises(SettingError, match="size is 18; expected a multiple of 4"):
         replace(CONFIG, size=18)
+
+
+def test_pictures_that_are_mostly_cut_off_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In folders and tables. A picture of 2:1 is not counted."""
+    sizes = {"a": (64, 16), "b": (32, 16), "c": (16, 33)}
+    for name, (width, height) in sizes.items():
+        make_image(0)[0].resize((width, height)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"a picture {name}")
+    said = "2 of 3 pictures have one side more than twice as long as the other; the teacher sees"
+    captioned_images(str(tmp_path), 16, 10, 0, "{}")
+    assert caplog.text.count(said) == 1
+    labeled_images(str(tmp_path), 16, 10, 0)
+    assert caplog.text.count(said) == 2
 
 
 def test_registered_data_is_found_by_name() -> None:
