@@ -87,14 +87,12 @@ def run(
         process_group.init(long_waits=True)
         # Plan, then stop (--dry-run) or run the parts.
         config, plan = plan_run(config, out)
+        for line in plan.lines():
+            logger.info(line)
         if options.dry_run:
             facts = {"lengths": plan.lengths, "minutes": plan.minutes, "measured_on": plan.measured_on}
             teacher = None if plan.teacher is None else asdict(plan.teacher)
-            for line in plan.lines():
-                logger.info(line)
             finish_dry_run(config, options.as_json, {"plan": facts | {"teacher": teacher}})
-        for line in plan.lines():
-            logger.info(line)
         summary = run_parts(config, plan, out, names, reporter, _command(options, out, untrained))
         if summary is not None:
             emit(asdict(summary), options.as_json, f"report: {summary.report}")

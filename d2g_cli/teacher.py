@@ -80,10 +80,10 @@ def teacher_train(
         # The folder is refused before the plan is measured, which takes a while.
         with nullcontext() if options.dry_run else sole_owner(out, "trains in"):
             config, plan = plan_teacher(config, out, names, request)
-            if options.dry_run:
-                finish_dry_run(config, options.as_json, {"plan": asdict(plan)})
             for line in plan.lines():
                 logger.info(line)
+            if options.dry_run:
+                finish_dry_run(config, options.as_json, {"plan": asdict(plan)})
             save_request(out, config, request)
             progress = WholeProgress(plan, reporter)
             summary = train_teacher(config, out, names, progress, _command(options, out))

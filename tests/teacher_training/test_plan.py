@@ -192,7 +192,9 @@ def test_ctrl_c_is_resumed_by_the_command_that_the_refusal_names(
 
 def test_a_dry_run_shows_the_plan_and_checks_the_data(data: Path, tmp_path: Path, d2g: Any) -> None:
     out = tmp_path / "teacher"
-    plan = d2g(*train_arguments(data, out, "--minutes", "1"), "--dry-run", "--json").json["plan"]
+    ended = d2g(*train_arguments(data, out, "--minutes", "1"), "--dry-run", "--json")
+    plan = ended.json["plan"]
+    assert f"plan: {plan['pictures']} pictures, {plan['captions']} of them with a caption" in ended.stderr
     assert plan["minutes"] == pytest.approx(1, abs=0.1) and not out.exists()
     error = d2g(*train_arguments(tmp_path / "none", out), "--dry-run").error
     assert "none: no such file or folder" in error and not out.exists()
