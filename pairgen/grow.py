@@ -3,6 +3,7 @@
 Pair i depends on the seed, on i, and on its prompt alone, so a larger store begins with the smaller one.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -47,8 +48,12 @@ def grow_store(place: StorePlace, spec: StoreSpec, prompts: PromptList, patience
     with place.claims(patience) as claims:
         if (short := _short_shard(old, new)) is not None:
             _claim(claims, short, place.name)
-            place.reopen(short, old)
-        place.write_grown(new, prompts if appended else None)
+        if unchanged := place.read_spec() == old:
+            if short is not None:
+                place.reopen(short, old)
+            place.write_grown(new, prompts if appended else None)
+    if not unchanged:
+        return grow_store(place, spec, prompts, patience)  # another job made it grow while this one waited
     logger.info(
         "%s grows from %d to %d pairs and from %d to %d prompts",
         *(place.name, old.num_pairs, new.num_pairs, old.num_prompts, new.num_prompts),
@@ -77,8 +82,11 @@ def _short_shard(old: StoreSpec, new: StoreSpec) -> int | None:
 
 
 def _claim(claims: WorkClaims, shard: int, folder: str) -> None:
-    if claims.take([shard]) is None:
-        raise UserError(
-            f"{folder} cannot grow now: {claims.owner(shard)} makes its last shard; wait for it or stop "
-            "it, then run the same command again"
-        )
+    while claims.take([shard]) is None:
+        # Its owner may be gone: that shows when its counter does not increase.
+        if claims.is_alive_here(shard) or not claims.undecided([shard]):
+            raise UserError(
+                f"{folder} cannot grow now: {claims.owner(shard)} makes its last shard; wait for it or stop "
+                "it, then run the same command again"
+            )
+        time.sleep(claims.poll_seconds)

@@ -17,7 +17,7 @@ from d2g.core.config import digest
 from d2g.core.errors import UserError
 from d2g.core.logs import logger
 from d2g.core.object_claims import ObjectClaims
-from d2g.core.object_store import ListedObject, MissingObject, ObjectStore
+from d2g.core.object_store import ListedObject, MissingObject, ObjectStore, Version
 from pairgen.place import StorePlace
 from pairgen.prompts import PromptList
 from pairgen.store.remote import cache_label, default_cache
@@ -49,6 +49,7 @@ class ObjectPlace(StorePlace):
         self.name, self.root = self.store.url, Path(scratch or default_scratch())
         self.folder = self.root / "none"  # until the spec is known
         self._records: dict[str, tuple[str, list[dict[str, Any]]]] = {}  # file -> (e-tag, rows)
+        self._spec_version: Version = {}  # of store.json, when it was read last
 
     def open(self) -> bool:
         found = self.store.read("store.json")
@@ -70,6 +71,7 @@ class ObjectPlace(StorePlace):
             raise UserError(
                 f"{self.name} is not a pair store: it has no store.json; create one with `d2g pairs generate`"
             )
+        self._spec_version = found[1]
         return parse_spec(found[0], f"{self.name}/store.json")
 
     def create(self, spec: StoreSpec, prompts: PromptList) -> StoreSpec:
@@ -112,12 +114,14 @@ class ObjectPlace(StorePlace):
             )
 
     def write_grown(self, spec: StoreSpec, prompts: PromptList | None) -> None:
-        found = self.store.read("store.json")
+        # The caller decided by the spec that it read. Two jobs may grow the store at once to one size.
+        content, found = encode_spec(spec), self.store.read("store.json")
+        same = found is not None and (found[1] == self._spec_version or found[0] == content)
         self._enter_scratch(spec)
-        if prompts is not None:
+        if same and prompts is not None:
             prompts.save(prompts_path(self.folder))
             self.store.write("prompts.jsonl", prompts_path(self.folder))
-        if found is None or self.store.replace("store.json", encode_spec(spec), found[1]) is None:
+        if not same or self.store.replace("store.json", content, self._spec_version) is None:
             raise UserError(
                 f"{self.name} was changed by another job meanwhile; run the same command again to compare"
             )
@@ -164,24 +168,30 @@ class ObjectPlace(StorePlace):
             if shard_path(self.folder, shard).exists():
                 self.publish(shard)
                 return False
-            for file in self._remote_rows(shard):
-                self.store.download(f"partial/{file}", self.folder / "partial" / file)
+            try:
+                for file in self._remote_rows(shard):
+                    self.store.download(f"partial/{file}", self.folder / "partial" / file)
+            except MissingObject:
+                # The owner of a claim that was taken over has completed the shard after all.
+                return self.prepare(shard)
         return True
 
     def publish(self, shard: int) -> None:
         # The record goes first: a shard never lacks rows without one.
         record = quarantine_path(self.folder, shard)
-        remote_record = f"quarantine/{record.name}"
-        if record.exists():
+        remote_record, lacks_rows = f"quarantine/{record.name}", record.exists()
+        if lacks_rows:
             self.store.write(remote_record, record)
         try:
             self.store.write(_shard_name(shard), shard_path(self.folder, shard))
         except (FileNotFoundError, MissingObject):
-            # Another job on this machine saw the uploaded shard, and removed the local file.
+            # Another job on this machine saw the uploaded shard, and removed the local files.
             if self.store.size(_shard_name(shard)) is None:
                 raise
-        if not record.exists():
-            self.store.remove(remote_record)
+        else:
+            # The local record may be gone by now for the same reason, and says nothing any more.
+            if not lacks_rows:
+                self.store.remove(remote_record)
         for file in self._remote_rows(shard):
             self.store.remove(f"partial/{file}")
         self._forget(shard)

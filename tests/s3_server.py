@@ -14,6 +14,9 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 BUCKET = "pairs-of-ours"
 DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+CONFLICT = (
+    b"<Error><Code>OperationAborted</Code><Message>A conflicting operation is in progress.</Message></Error>"
+)
 BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 
@@ -26,8 +29,8 @@ class S3Server:
     """An S3 server with one empty bucket.
 
     `fault(method, name)` is asked before each request for an object, by its name below the bucket: "busy"
-    answers 503, "denied" 403, "lost answer" does what is asked and answers 503, "lost upload" does nothing
-    and answers as if it had. `requests`: "METHOD name" of all requests.
+    answers 503, "conflict" 409, "denied" 403, "lost answer" does what is asked and answers 503, "lost upload"
+    does nothing and answers as if it had. `requests`: "METHOD name" of all requests.
     """
 
     def __init__(self) -> None:
@@ -86,7 +89,8 @@ class S3Server:
         if fault == "lost upload":
             start("200 OK", [("ETag", '"0"'), ("Content-Length", "0")])
             return [b""]
-        status, body = ("403 Forbidden", DENIED) if fault == "denied" else ("503 Slow Down", BUSY)
+        refusals = {"denied": ("403 Forbidden", DENIED), "conflict": ("409 Conflict", CONFLICT)}
+        status, body = refusals.get(fault or "", ("503 Slow Down", BUSY))
         start(status, [("Content-Length", str(len(body))), ("Content-Type", "application/xml")])
         return [body]
 

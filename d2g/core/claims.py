@@ -102,6 +102,11 @@ class WorkClaims(ABC):
         claim = self._read(number)
         return f"{claim.get('host', 'an unknown host')}, process {claim.get('pid', '?')}"
 
+    def is_alive_here(self, number: int) -> bool:
+        """Whether the owner of a claim is a process of this machine, which runs."""
+        claim = self._read(number)
+        return claim.get("place") == self.place and self._runs(claim)
+
     @abstractmethod
     def _create(self, number: int) -> bool:
         """Claim a number that has no claim; False if it has one."""
@@ -170,11 +175,6 @@ class FileClaims(WorkClaims):
                 retry_stale(lambda: self._path(number).unlink(missing_ok=True))
         with self._guard:
             _close(self._held.pop(number))
-
-    def is_alive_here(self, number: int) -> bool:
-        """Whether the owner of a claim is a process of this machine, which runs."""
-        claim = self._read(number)
-        return claim.get("place") == self.place and self._runs(claim)
 
     def exists(self, number: int) -> bool:
         """Whether anybody has a claim, alive or not."""

@@ -53,10 +53,6 @@ class MissingObject(UserError):
     """There is no object of this name."""
 
 
-class _Conflict(Exception):
-    """The condition of a write does not hold."""
-
-
 class ObjectStore:
     """The objects below `url`, such as `s3://bucket/prefix`, by their names below it.
 
@@ -105,7 +101,7 @@ class ObjectStore:
     def create(self, name: str, content: bytes) -> Version | None:
         """Write an object unless one exists. Returns its version; None if another writer was quicker.
 
-        An object of the same content counts as written by this call: its answer can have been lost.
+        An object of the same content counts as written by this call, whose answer can have been lost.
         """
         return self._conditional(name, content, "create")
 
@@ -118,14 +114,18 @@ class ObjectStore:
 
     def _conditional(self, name: str, content: bytes, mode: Any) -> Version | None:
         import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        try:
-            return self._try(
-                name, lambda: _version(obstore.put(self._store, name, content, mode=mode)), write=True
-            )
-        except _Conflict:
-            now = self.read(name)
-            return now[1] if now is not None and now[0] == content else None
+        def put() -> Version | None:
+            try:
+                return _version(obstore.put(self._store, name, content, mode=mode))
+            except (AlreadyExistsError, PreconditionError):
+                return None  # the condition does not hold
+
+        if (version := self._try(name, put, write=True)) is not None:
+            return version
+        now = self.read(name)
+        return now[1] if now is not None and now[0] == content else None
 
     def remove(self, name: str) -> None:
         """Delete an object, if it exists."""
@@ -183,7 +183,7 @@ class ObjectStore:
         self.remove(name)
 
     def _try(self, name: str, request: Callable[[], T], write: bool = False) -> T:
-        """The result of a request, repeated while the network fails. Raises UserError and `_Conflict`."""
+        """The result of a request, repeated while the network fails. Raises UserError."""
         where = f"{self.url}/{name}"
         for wait in (*RETRY_SECONDS, None):
             try:
@@ -191,8 +191,6 @@ class ObjectStore:
             except Exception as error:
                 if not _is_of_store(error):
                     raise
-                if type(error).__name__ in ("AlreadyExistsError", "PreconditionError"):
-                    raise _Conflict from error
                 if (final := _final_error(where, self.url, error)) is not None:
                     raise final from error
                 if wait is None:
@@ -301,11 +299,15 @@ def _aws_settings(url: str) -> dict[str, Any]:
     Empty without botocore: obstore looks for them itself then, in the environment and at the machine's role.
     """
     try:
+        import botocore.exceptions
         import botocore.session
     except ImportError:
         return {}
     session = botocore.session.get_session()
-    credentials = session.get_credentials()
+    try:
+        credentials, region = session.get_credentials(), session.get_config_variable("region")
+    except botocore.exceptions.BotoCoreError as error:
+        raise UserError(f"{url}: {error}; check AWS_PROFILE and the files of ~/.aws") from error
     if credentials is None:
         raise UserError(
             f"{url}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run "
@@ -321,5 +323,5 @@ def _aws_settings(url: str) -> dict[str, Any]:
             "expires_at": datetime.now(UTC) + timedelta(seconds=CREDENTIAL_SECONDS),
         }
 
-    region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
+    region = os.environ.get("AWS_REGION") or region
     return {"credential_provider": provide} | ({"region": region} if region else {})

@@ -10,16 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import tiny
+from d2g.core.errors import UserError
 from jobs import Ended
+from pairgen.object_place import ObjectPlace
+from pairgen.prompts import PromptList, prompt_list_sha256
 from pairgen.store.reader import PairReader
 from pairgen.verify import verify_store
 from s3_server import BUCKET, S3Server, s3_server
+from stores import PROMPTS, put_shard, spec_of
 
 PAIRS = 96
 
@@ -366,7 +371,73 @@ def test_a_store_grows_in_a_bucket(
     """From a short last shard, whose rows are kept."""
     small = run_d2g(command(teacher, prompts, url(prefix), "num_pairs=40"), tmp_path / "log")
     assert small.json["shards"] == 3
-    grown = run_d2g(command(teacher, prompts, url(prefix)), tmp_path / "log")
+    # A machine that is gone has claimed the last shard.
+    claim = {"host": "spot-7", "place": "elsewhere", "pid": 9, "start": "1", "job": "x", "beat": 3}
+    server.put(f"{prefix}/claims/pairs-00002.json", json.dumps(claim).encode())
+    grown = run_d2g(command(teacher, prompts, url(prefix), "patience=2"), tmp_path / "log")
     assert grown.json["complete"] and grown.json["new_pairs"] == PAIRS - 40
     assert "grows from 40 to 96 pairs" in grown.stderr
     assert_complete(server, prefix, expected, tmp_path)
+
+
+# What another job does between two requests of this one.
+
+
+SPEC = spec_of(num_pairs=22, shard_size=8)
+
+
+def place_of(prefix: str, scratch: Path, num_pairs: int = 22) -> ObjectPlace:
+    """A job that has created or opened the store of SPEC at a prefix."""
+    place = ObjectPlace(url(prefix), scratch)
+    place.create(replace(SPEC, num_pairs=num_pairs), PromptList.of(PROMPTS))
+    return place
+
+
+def interrupt(server: S3Server, request: str, other: Callable[[], object]) -> None:
+    """Call `other` once, before the first request whose "METHOD name" begins with `request`."""
+
+    def fault(method: str, name: str) -> None:
+        if f"{method} {name}".startswith(request):
+            server.fault = lambda method, name: None
+            other()
+
+    server.fault = fault
+
+
+def test_the_record_of_a_shard_survives_a_job_that_starts_meanwhile(
+    server: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    """It removes the local files of shards that are in place, while their upload is being checked."""
+    place = place_of(prefix, tmp_path)
+    put_shard(place.folder, SPEC, 0, quarantined=[3])
+    interrupt(server, f"HEAD {prefix}/shards", lambda: place_of(prefix, tmp_path))
+    place.publish(0)
+    assert not list(place.folder.glob("*/pairs-00000*")), "the other job came between"
+    assert [row["index"] for row in place.quarantined_rows(SPEC)[0]] == [3]
+    # A second owner, whose shard another job has published and whose files it has removed.
+    place.publish(0)
+    assert [row["index"] for row in place.quarantined_rows(SPEC)[0]] == [3]
+
+
+def test_rows_that_vanish_because_their_shard_is_complete(
+    server: S3Server, prefix: str, tmp_path: Path
+) -> None:
+    place, owner = place_of(prefix, tmp_path / "a"), place_of(prefix, tmp_path / "b")
+    server.put(f"{prefix}/partial/pairs-00000.rows-0000000000.h5", b"rows")
+    put_shard(owner.folder, SPEC, 0)
+    interrupt(server, f"GET {prefix}/partial/pairs", lambda: owner.publish(0))
+    assert not place.prepare(0) and place.shards_present(SPEC) == [0]
+    assert not list((tmp_path / "a").rglob("*.h5"))
+
+
+def test_two_jobs_make_a_store_grow_at_once(server: S3Server, prefix: str, tmp_path: Path) -> None:
+    """Each has read the spec before the other writes it: to one size that is fine, to two it is refused."""
+    first, second, third = (place_of(prefix, tmp_path / name) for name in "abc")
+    assert first.read_spec() == second.read_spec() == third.read_spec() == SPEC
+    more = [*PROMPTS, "more"]
+    large = replace(SPEC, num_pairs=60, num_prompts=5, prompts_sha256=prompt_list_sha256(more))
+    first.write_grown(large, PromptList.of(more))
+    second.write_grown(large, PromptList.of(more))
+    with pytest.raises(UserError, match="was changed by another job meanwhile"):
+        third.write_grown(replace(large, num_pairs=30), PromptList.of([*PROMPTS, "others"]))
+    assert third.read_spec() == large and b"others" not in server.get(f"{prefix}/prompts.jsonl")
