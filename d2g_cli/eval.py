@@ -87,7 +87,10 @@ def eval_stats(
 def eval_curve(
     options: SamplerOptions,
     over: Annotated[
-        str, typer.Option(help="guidance=1,2,4 steps=1,2,4 noise_scale=0.7,1 (truncation) or checkpoints.")
+        str,
+        typer.Option(
+            help="guidance=1,2,4 steps=1,2,4 noise_scale=0.7,1 or psi=0.7,1 (truncation) or checkpoints."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="Folder for curve.json, curve.png, report.html and parts to resume from.")

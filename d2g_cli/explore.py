@@ -14,6 +14,10 @@ StudentOption = Annotated[str, typer.Option(help="Run folder, exported student, 
 NoiseScale = Annotated[
     float, typer.Option(help="Factor of the noise; below 1 the images are more typical and less diverse.")
 ]
+Psi = Annotated[
+    float | None,
+    typer.Option(help="Truncation of the styles of a student that has them: 0 (mean) to 1 (none)."),
+]
 OutFolder = Annotated[Path, typer.Option(help="Output folder.")]
 
 
@@ -29,6 +33,7 @@ def walk(
     ] = None,
     frames: Annotated[int, typer.Option(help="Images from the first point to the last.")] = 16,
     noise_scale: NoiseScale = 1.0,
+    psi: Psi = None,
     lpips: Annotated[
         Path | None, typer.Option(help="LatentLPIPS for the path length (TEACHER/latent_lpips).")
     ] = None,
@@ -52,7 +57,7 @@ def walk(
     from distill.sampling import default_student_prompts
 
     prompts = prompt or default_student_prompts(student)[:1]
-    one = open_student(student)
+    one = open_student(student, psi)
     metric = path_metric(student, one, lpips)
     summary = save_walk(
         *(student, one, prompts, seeds, frames, out),
@@ -77,6 +82,7 @@ def edit(
         typer.Option(help="Part of the way; repeatable, a column each (0, 0.25 … 1); above 1: beyond."),
     ] = None,
     noise_scale: NoiseScale = 1.0,
+    psi: Psi = None,
     out: OutFolder = Path("edit"),
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -97,7 +103,7 @@ def edit(
     from distill.exploration import open_student, save_edits
 
     summary = save_edits(
-        *(student, open_student(student), prompt, to, seeds, strengths, out),
+        *(student, open_student(student, psi), prompt, to, seeds, strengths, out),
         noise_scale=noise_scale,
         progress=reporter,
     )
@@ -115,6 +121,7 @@ def styles(
     ] = "{subject}, {style}",
     seed: Annotated[int, typer.Option(help="Seed of the noise that all images share.")] = 0,
     noise_scale: NoiseScale = 1.0,
+    psi: Psi = None,
     out: OutFolder = Path("styles"),
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -131,7 +138,7 @@ def styles(
         emit({"student": student, "prompts": prompts}, as_json, "dry run: nothing was drawn")
         return
     summary = save_styles(
-        *(student, open_student(student), subject, style, template, seed, out),
+        *(student, open_student(student, psi), subject, style, template, seed, out),
         noise_scale=noise_scale,
         progress=reporter,
     )

@@ -18,7 +18,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from distill.sampling import OneStep, load_student, student_folder, with_prior
+from distill.sampling import OneStep, load_student, student_folder, with_prior, with_psi
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.weights import load_lpips
 
@@ -100,12 +100,15 @@ class Walk:
         return float(distances.mean()) / LENGTH_STEP**2
 
 
-def open_student(name: str) -> OneStep:
-    """Load a student that draws images alone. Raises SettingError for a stage of a cascade."""
+def open_student(name: str, psi: float | None = None) -> OneStep:
+    """Load a student that draws images alone, with its styles truncated by psi.
+
+    Raises SettingError for a stage of a cascade, and for a psi as `with_psi` does.
+    """
     one = load_student(name)
     if one.student.family.prior_family is not None:
         raise SettingError(f"student {name} is a stage of a cascade, which cannot be explored alone")
-    return with_prior(one, name, None)
+    return with_psi(with_prior(one, name, None), name, psi)
 
 
 def walk_positions(points: int, frames: int) -> Tensor:

@@ -78,6 +78,7 @@ class EvalRun:
     )
     solver: str = setting("teacher", "ODE solver of a teacher")
     noise_scale: float = setting(1.0, "Factor on a student's noise (truncation); 1: as trained")
+    psi: float = setting(1.0, "Truncation of a student's styles w towards their mean; 1: none")
     precision: str = setting("fp32", "Arithmetic of the sampler's network")
     seed: int | None = setting(None, "Seed of the noise; null: the protocol's")
     every: bool = setting(False, "Evaluate every checkpoint of a student's run")
@@ -108,6 +109,7 @@ class EvalRun:
                 "0 or more",
             ),
             noise_scale=(0 <= self.noise_scale <= 2, "0 (none) to 2 (1: as trained)"),
+            psi=(0 <= self.psi <= 1, "0 (the mean style) to 1 (no truncation)"),
         )
 
     def check_source(self) -> None:
@@ -130,8 +132,9 @@ class EvalRun:
         for name in ("prior_steps", "prior_guidance"):
             if getattr(self, name) is not None and self.prior is None:
                 raise SettingError(f"{name} is {getattr(self, name)}, which goes with --prior; leave it out")
-        if self.noise_scale != 1 and self.student is None:
-            raise SettingError("noise_scale is a student's setting; leave it out")
+        for name in ("noise_scale", "psi"):
+            if getattr(self, name) != 1 and self.student is None:
+                raise SettingError(f"{name} is a student's setting; leave it out")
         if self.every and (self.student is None or not (Path(self.student) / "checkpoints").is_dir()):
             raise SettingError("--every goes over a run's checkpoints; give --student the folder of a run")
         if self.keep and self.images:
@@ -168,11 +171,6 @@ class CurveRun:
     """Folders of earlier curves over the same setting and protocol, drawn in the same picture."""
 
     def __post_init__(self) -> None:
-        if self.setting == "psi":
-            raise SettingError(
-                "curve over psi, which moves w towards its mean: no kind of student here has styles; "
-                "noise_scale shrinks the noise instead"
-            )
         if self.setting not in CURVE_SETTINGS:
             raise SettingError(f"curve over {self.setting!r}; choose from {', '.join(CURVE_SETTINGS)}")
         if self.setting != "checkpoints" and not self.values:
@@ -192,5 +190,6 @@ class CurveRun:
         return replace(self.run, **changed)  # type: ignore[arg-type]  # the type depends on the setting
 
 
-CURVE_SETTINGS = ("guidance", "steps", "noise_scale", "checkpoints")
-"""Settings a curve can run over. `noise_scale` is truncation: it shrinks a student's noise to its mean."""
+CURVE_SETTINGS = ("guidance", "steps", "noise_scale", "psi", "checkpoints")
+"""Settings a curve can run over. Two are truncation: `noise_scale` shrinks a student's noise to its mean,
+`psi` the styles w of a student that has them."""

@@ -165,7 +165,10 @@ def _check(config: CurveRun) -> None:
         raise SettingError(f"--out is {run.out}; a curve writes several files, give a folder")
     student = run.student is not None
     sampler = not student and run.images is None
-    fits = {"noise_scale": student, "checkpoints": student, "guidance": sampler, "steps": sampler}
+    fits = {
+        **dict.fromkeys(("noise_scale", "psi", "checkpoints"), student),
+        **dict.fromkeys(("guidance", "steps"), sampler),
+    }
     if not fits[setting]:
         kind = "a student" if student else "a teacher or pipeline" if sampler else "images"
         usable = ", ".join(name for name, fit in fits.items() if fit) or "none"

@@ -25,6 +25,7 @@ from distill.sampling import (
     load_student,
     student_folder,
     with_prior,
+    with_psi,
 )
 from eval.measure.latency import Parts
 from eval.measure.source import ImageSource, SampledBatch, views_of
@@ -132,11 +133,13 @@ def student_source(
     teacher: str | None = None,
     folder: Path | None = None,
     noise_scale: float = 1.0,
+    psi: float = 1.0,
     prior: str | None = None,
 ) -> ImageSource:
     """A source of a student: a run, one of its checkpoints (`folder`), an export, or a shipped name.
 
-    prior: the student of the stage before, in a cascade.
+    psi: truncation of its styles, 1 for none. prior: the student of the stage before, in a cascade. Raises
+    SettingError for a psi below 1 of a student without styles.
     """
     weights, named_teacher, timestep = student_folder(name)
     base = teacher or named_teacher
@@ -145,7 +148,7 @@ def student_source(
     else:
         one = load_checkpoint(name, folder, base, request.device)
         title = f"{name}, {int(folder.name)} images"
-    one = with_prior(one, name, prior)
+    one = with_psi(with_prior(one, name, prior), name, None if psi == 1 else psi)
     torch.nn.Module.to(
         one.student.network, PRECISIONS[request.precision]
     )  # diffusers' own `to` warns without need
@@ -154,6 +157,8 @@ def student_source(
         "teacher_sha256": pretrained.weights_sha256(base),
         "timestep": timestep,
     }
+    if psi != 1:
+        facts["psi"] = psi
     if prior is not None:
         facts["prior_sha256"] = _sha256(student_folder(prior)[0] / "ema.safetensors")
         title = f"{title} after {prior}"

@@ -254,6 +254,7 @@ class EvalSession:
                 teacher=config.teacher,
                 folder=checkpoint,
                 noise_scale=config.noise_scale,
+                psi=config.psi,
                 prior=config.prior,
             )
         if config.pipeline is not None:

@@ -45,6 +45,7 @@ from distill.planning.memory import predict
 from distill.planning.parameters import student_parameters
 from distill.sampling import load_student, with_prior, with_psi
 from distill.training.train import train
+from eval.runner.samplers import SamplingRequest, student_source
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 from runs import assert_resumes_exactly, losses
 
@@ -384,6 +385,11 @@ def test_samples_exports_and_plans(teachers: Mapping[str, str], pairs: Path, tmp
     assert edited["images"] == 2
     truncated = with_psi(one, str(run), 0.0)
     assert not torch.equal(truncated.latents(noise(3, range(3), one.student.noise_shape), prompts), images)
+    # Evaluations truncate as `d2g sample --psi` does, and say so; without truncation nothing is added.
+    request = SamplingRequest(prompts=prompts, seed=3)
+    source = student_source(str(run), request, psi=0.0)
+    assert torch.equal(source.image(2), truncated(prompts, seed=3)[2]) and source.facts["psi"] == 0.0
+    assert "psi" not in student_source(str(run), request).facts
     summary = export_student(str(run), tmp_path / "export", "fp32")
     assert summary["parity_max_abs_err"] == 0
     facts = json.loads((tmp_path / "export" / "student.json").read_text())

@@ -234,8 +234,10 @@ def test_two_curves_in_one_picture(job: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             run_curve(changed)
-    with pytest.raises(SettingError, match=r"curve over psi, .* no kind of student here has styles"):
-        CurveRun(run=run, setting="psi", values=(0.5,))
+    with pytest.raises(SettingError, match=r"psi is 0\.5, but student .* has no styles to truncate"):
+        run_curve(CurveRun(run=replace(run, out=str(tmp_path / "psi")), setting="psi", values=(0.5,)))
+    with pytest.raises(SettingError, match="psi is 2; expected 0"):
+        CurveRun(run=run, setting="psi", values=(2,))
 
 
 def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
