@@ -38,7 +38,10 @@ TeacherOption = Annotated[
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option(help="Prompt file: .txt .jsonl .csv .tsv .json (COCO) .parquet; - is standard input"),
+    typer.Option(
+        help="Prompt file (.txt .jsonl .csv .tsv .parquet, .json of COCO), folder of captioned pictures, or "
+        "- for standard input"
+    ),
 ]
 
 
