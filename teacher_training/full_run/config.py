@@ -47,6 +47,8 @@ class FullRunConfig:
         )
 
 
+REFERENCE_PICTURES = 4
+"""Real pictures that an evaluation compares with, at most, for each of its images."""
 FEWEST_IMAGES = 12
 """Images of an evaluation, at least: recall at k = 5 needs more than 5 pictures on each side of the floor."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
+from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
 from eval.images.folders import load_all, read_images
 from eval.images.resize import to_pil
@@ -54,6 +55,20 @@ def spread_captions(source: str, column: str | None, count: int) -> list[str]:
     """`count` captions of pictures that are evenly spread over all, so that every class keeps its share."""
     texts = read_list(Path(source), column)
     return [texts[row * len(texts) // count] for row in range(count)]
+
+
+def reference_pictures(pictures: Path, count: int, file: Path) -> Path:
+    """At most `count` pictures, evenly spread, for evaluations: `pictures` itself, or FILE by rank 0."""
+    total = pq.read_metadata(pictures).num_rows
+    if total <= count:
+        return pictures
+    if process_group.rank() == 0:
+        logger.info("evaluations compare with %d of %d pictures, evenly spread", count, total)
+        table, buffer = pq.read_table(pictures), io.BytesIO()
+        pq.write_table(table.take([row * total // count for row in range(count)]), buffer)
+        write_atomically(file, buffer.getvalue())
+    process_group.barrier()
+    return file
 
 
 def spread_pictures(file: Path, count: int) -> tuple[Tensor, list[str]]:

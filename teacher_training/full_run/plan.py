@@ -26,7 +26,7 @@ from eval.protocols.config import EvalRun
 from eval.runner.session import EvalSession
 from pairgen.cost import plan_pairs
 from pairgen.generate import generate_pairs
-from teacher_training.full_run.config import FEWEST_IMAGES, FullRunConfig
+from teacher_training.full_run.config import FEWEST_IMAGES, REFERENCE_PICTURES, FullRunConfig
 from teacher_training.full_run.pictures import spread_captions
 from teacher_training.networks.registry import network_of
 from teacher_training.plan import Request, TeacherPlan, plan_teacher
@@ -213,8 +213,9 @@ def _measure_in(folder: Path, config: FullRunConfig) -> dict[str, float]:
         train(short, folder / part)
         lines = process_group.gather_objects(read_stats(folder / part))[0]
         seconds[part] = 1 / max(line.get("time/images_per_sec", 0.0) for line in lines)
-    # An evaluated image: the teacher draws it, and three samplers' images are measured.
-    seconds["eval"] = seconds["pairs"] + 3 * _feature_seconds(config) / world
+    # An evaluated image: the teacher draws it; three samplers' images and real pictures are measured.
+    measured = 3 + REFERENCE_PICTURES
+    seconds["eval"] = seconds["pairs"] + measured * _feature_seconds(config) / world
     return process_group.gather_objects(seconds)[0]
 
 

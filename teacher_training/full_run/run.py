@@ -21,8 +21,8 @@ from eval.protocols.protocol import PROTOCOLS
 from eval.result import EvalResult
 from eval.runner.run import run_evaluation
 from pairgen.statistics import store_statistics
-from teacher_training.full_run.config import FullRunConfig
-from teacher_training.full_run.pictures import save_pictures, spread_captions
+from teacher_training.full_run.config import REFERENCE_PICTURES, FullRunConfig
+from teacher_training.full_run.pictures import reference_pictures, save_pictures, spread_captions
 from teacher_training.full_run.plan import PARTS, FullRunPlan, save_plan
 from teacher_training.full_run.report import SAMPLER_TITLES, write_run_report
 from teacher_training.full_run.stages import PartTimes, distill_teacher
@@ -161,9 +161,10 @@ def _evaluate(config: FullRunConfig, teacher: str, pictures: Path, out: Path, pr
     if process_group.rank() == 0:
         write_atomically(prompts, "".join(json.dumps({"prompt": text}) + "\n" for text in captions))
     process_group.barrier()
+    count = REFERENCE_PICTURES * len(captions)
     base = EvalRun(
         protocol=PROTOCOLS["folder"],
-        reference=str(pictures),
+        reference=str(reference_pictures(pictures, count, out / "results" / "reference.parquet")),
         prompts=str(prompts),
         num=len(captions),
         steps=config.pairs.steps,

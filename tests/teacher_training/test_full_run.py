@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from browser import chromium
 from d2g.core.distributed import checkpoint
 from d2g.diffusion.teacher import load_teacher
+from eval.images.folders import load_all, read_images
 from eval.networks.efficientnet import load_efficientnet_lite0
 from eval.result import EvalResult
 from jobs import Ended, Running
@@ -19,7 +21,12 @@ from jobs import d2g as fork_d2g
 from own_pictures import CONFIG, class_folders, image_folder, run_arguments
 from pairgen.store.reader import PairReader
 from teacher_training.full_run.config import FULL_RUN_PRESETS
-from teacher_training.full_run.pictures import save_pictures, spread_captions, spread_pictures
+from teacher_training.full_run.pictures import (
+    reference_pictures,
+    save_pictures,
+    spread_captions,
+    spread_pictures,
+)
 from teacher_training.full_run.plan import PART_SHARES, FullRunPlan
 from teacher_training.full_run.stages import PartTimes
 from teacher_training.start import save_untrained_teacher
@@ -135,6 +142,11 @@ def test_pictures_are_kept_as_the_teacher_sees_them(data: Path, tmp_path: Path) 
     assert captions[0] == "a drawing of a blue box" == spread_captions(str(file), None, 4)[0]
     assert spread_captions(str(file), None, 80)[:2] == [captions[0]] * 2, "more than there are: repeats"
     assert len(spread_pictures(file, 100)[0]) == 40
+    # Evaluations compare with some of many pictures, as evenly spread.
+    few = reference_pictures(file, 8, tmp_path / "results" / "reference.parquet")
+    assert torch.equal(load_all(read_images(few))[0], images)
+    assert load_all(read_images(few))[1] == captions
+    assert reference_pictures(file, 40, tmp_path / "unused.parquet") == file
     # An existing file is kept.
     before = file.stat().st_mtime_ns
     assert save_pictures(config, 16, tmp_path).stat().st_mtime_ns == before
