@@ -5,6 +5,7 @@ By default PyTorch rounds the inputs of cuDNN's convolutions to TF32 (a mantissa
 matrix products. Here both follow one decision. It has no effect on a CPU, nor on bf16 and fp16 tensors.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -72,5 +73,6 @@ def _without_tf32() -> Iterator[None]:
 
 def _allow_tf32(allow: bool) -> None:
     # The older of torch's two interfaces: inductor and other packages read it, and mixing the two raises.
+    warnings.filterwarnings("ignore", "Please use the new API settings to control TF32", UserWarning)  # 2.9
     torch.backends.cuda.matmul.allow_tf32 = allow
     torch.backends.cudnn.allow_tf32 = allow

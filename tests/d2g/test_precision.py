@@ -8,6 +8,9 @@ import torch
 
 from d2g.core.precision import exact_fp32, set_exact_fp32, set_training_arithmetic
 
+pytestmark = pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32:UserWarning")
+"""torch 2.9 says so at the first look at the interface that the project and inductor use."""
+
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 

@@ -46,12 +46,14 @@ def config(data: Path, teacher: Path, **settings: Any) -> OverfitConfig:
 
 
 def test_it_converges_and_reports_its_files(data: Path, teacher: Path, tmp_path: Path) -> None:
-    result = overfit_latents(config(data, teacher), tmp_path)
+    """60 steps, because rounding grows: a change of 1e-6 to the first noise moves the distance under `bg`
+    after 40 steps to between 0.77 and 0.81 of the first one, and after 60 to 0.71 (docs/LOG.md)."""
+    result = overfit_latents(config(data, teacher, steps=60), tmp_path)
     assert set(result.final) == {"none", "bg"} and set(result.order) == set(result.final)
     assert result.images == ["00.png", "01.png"]
     for families, final in result.final.items():
         lines = read_stats(tmp_path / families)
-        assert [line["nimg"] for line in lines] == [0, 10, 20, 30, 40]
+        assert [line["nimg"] for line in lines] == [0, 10, 20, 30, 40, 50, 60]
         assert final["latent_lpips"] == lines[-1]["latent_lpips"] < 0.8 * lines[0]["latent_lpips"]
     first = [read_stats(tmp_path / families)[0] for families in ("none", "bg")]
     assert first[0]["latent_lpips"] == first[1]["latent_lpips"]  # both start from the same noise

@@ -217,9 +217,11 @@ def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
     if world % replicas:
         raise SettingError(f"there are {replicas} replicas; expected a divisor of the {world} processes")
     process_group.init_single_process()
-    if replicas == 1:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replica", "shard"))
+    with process_group.stdout_to_stderr():  # a mesh of two dimensions makes groups
+        if replicas == 1:
+            return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+        shape = (replicas, world // replicas)
+        return init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
 
 
 def store_frozen_in_bf16(module: nn.Module) -> None:

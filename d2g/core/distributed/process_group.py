@@ -6,10 +6,12 @@ rank still prints its own error and torchrun repeats all of them (measured: 73 l
 import of torch that it needs would delay `--help` by seconds.
 """
 
+import ctypes
 import os
+import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -84,13 +86,35 @@ def _gpu_or_cpu() -> torch.device:
 
 def _join(backend: str, timeout: timedelta | None = None) -> None:
     if not by_torchrun():  # the default store, which rank 0 creates
-        td.init_process_group(backend, timeout=timeout)
+        with stdout_to_stderr():
+            td.init_process_group(backend, timeout=timeout)
         return
     store = _torchrun_store(JOIN_TIMEOUT)
     if rank() == 0:
         store.set(_key("joined"), "")
     fresh = PrefixStore(agree_on_name(store, rank(), world_size()), store)
-    td.init_process_group(backend, timeout=timeout, store=fresh, rank=rank(), world_size=world_size())
+    with stdout_to_stderr():
+        td.init_process_group(backend, timeout=timeout, store=fresh, rank=rank(), world_size=world_size())
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send what C++ code writes to standard output to standard error. Wrap the making of groups in it.
+
+    The gloo of torch 2.9 reports every connection on standard output, where a command prints its results.
+    """
+    if sys.stdout is None or sys.stderr is None:  # closed by the caller: nobody reads them
+        yield
+        return
+    sys.stdout.flush()
+    original = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # C's buffer, before it would go to the original
+        os.dup2(original, 1)
+        os.close(original)
 
 
 def agree_on_name(store: Store, rank: int, world_size: int) -> str:
@@ -166,7 +190,8 @@ def _torchrun_store(timeout: timedelta) -> TCPStore:
 def init_single_process() -> None:
     """Join a process group of one if there is none: FSDP2 needs a group."""
     if not td.is_initialized():
-        td.init_process_group(_backend(), store=HashStore(), rank=0, world_size=1)
+        with stdout_to_stderr():
+            td.init_process_group(_backend(), store=HashStore(), rank=0, world_size=1)
 
 
 LOST_PEER_ERRORS = (
@@ -193,7 +218,8 @@ def joined() -> bool:
 @cache
 def side_group() -> td.ProcessGroup:
     """A second gloo group of all ranks, for a background thread. Call on every rank."""
-    group = td.new_group(backend="gloo")
+    with stdout_to_stderr():
+        group = td.new_group(backend="gloo")
     assert isinstance(group, td.ProcessGroup)  # this rank is in it
     return group
 
