@@ -1,9 +1,11 @@
 """Runs `train` on fake CUDA tensors, without a GPU, and prints where a GPU would keep the host waiting.
 
     PYTHONPATH=.:tests python tests/fake_cuda.py ode|gan [a.b=c ...]
+    PYTHONPATH=.:tests python tests/fake_cuda.py ranks COUNT ode|gan [a.b=c ...]
     PYTHONPATH=.:tests python tests/fake_cuda.py families KIND ...
     PYTHONPATH=.:tests python tests/fake_cuda.py evaluation
     PYTHONPATH=.:tests python tests/fake_cuda.py memory PRESET ode|gan [a.b=c ...]
+    PYTHONPATH=.:tests python tests/fake_cuda.py memory-ranks COUNT PRESET ode|gan [a.b=c ...]
 
 CPU tensors are real, CUDA tensors are FakeTensors. Mixing the two raises, as on a GPU. A value that the host
 asks of the device is made up (1), and the line that asked is counted. A copy to pinned memory holds garbage
@@ -15,6 +17,8 @@ teachers (the kinds of tests/tiny_teachers.py), and prints such an object by kin
 of a second batch.
 `memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak:
 `tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
+`ranks` and `memory-ranks` do so as the first of COUNT ranks, in a group whose collectives send nothing; they
+need engine.parallel=fsdp, because the reducer of DDP asks the driver (docs/scaling.md).
 """
 
 import atexit
@@ -26,6 +30,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +39,7 @@ import torch
 import torch.optim.optimizer as optimizers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -74,7 +80,11 @@ def pretend_cuda() -> None:
     any_torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     optimizers._foreach_supported_types.append(FakeTensor)  # optimizers as on CUDA
     any_torch.nn.Module._apply = _apply
-    any_torch.cuda.Event = FakeEvent
+    any_torch.cuda.Event, any_torch.cuda.Stream, current = FakeEvent, FakeStream, FakeStream()
+    any_torch.cuda.current_stream = lambda device=None: current
+    any_torch.cuda.stream = nullcontext
+    any_torch.cuda.current_device = lambda: 0
+    any_torch.cuda.get_device_capability = lambda device=None: (9, 0)
     any_torch.cuda.get_device_name = lambda device=None: CARDS[-1]
 
 
@@ -105,14 +115,33 @@ class FakeEvent:
 
     mode: "FakeCuda"
 
-    def record(self) -> None:
+    def record(self, stream: object = None) -> "FakeEvent":
         self.step, self.copies = self.mode.step, list(self.mode.queued_copies)
+        return self
 
     def synchronize(self) -> None:
         for target, value in self.copies:
             target.fill_(value)
         kind = self.mode.waits if self.step == self.mode.step else self.mode.late
         kind[f"{project_line()}: waits for an event"] += 1
+
+
+class FakeStream:
+    """A CUDA stream. Streams wait for each other on the device, the host does not."""
+
+    stream_id, device_index, device_type = 0, 0, 1
+
+    def __init__(self, device: object = None, priority: int = 0) -> None:
+        pass
+
+    def wait_event(self, event: FakeEvent) -> None:
+        pass
+
+    def wait_stream(self, stream: "FakeStream") -> None:
+        pass
+
+    def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
+        return (event or FakeEvent()).record()
 
 
 GARBAGE = 99
@@ -134,6 +163,10 @@ class FakeCuda(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its own dispatch comes back with the shards
+        if is_asked_for_shapes():
+            return func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
         if func is aten._pin_memory.default:
@@ -170,6 +203,11 @@ class FakeCuda(TorchDispatchMode):
     def _is_queued(self, target: Tensor, flags: Any, kwargs: Any) -> bool:
         """Whether a copy to the host runs behind the host's back."""
         return bool(kwargs.get("non_blocking") or any(flags)) and target.data_ptr() in self.pinned
+
+
+def is_asked_for_shapes() -> bool:
+    """Whether DTensor runs an operation on fake tensors of its own, to learn the shape of the result."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 class GpuAttention:
@@ -212,15 +250,27 @@ class GpuAttention:
         return attended
 
 
-def main(stage: str, *settings: str) -> None:
+def main(stage: str, *settings: str, ranks: int = 1) -> None:
     import jobs
     import tiny
 
     folder = Path(tempfile.mkdtemp())
     teacher = tiny.save_teacher(folder / "teacher")
-    pairs = jobs.make_pairs(Path(teacher), folder)
+    batch = 4 if ranks == 1 else 2 * ranks
+    pairs = jobs.make_pairs(Path(teacher), folder, num_pairs=max(12, batch))
     begin()
-    print(json.dumps(waits_of_training(folder, teacher, pairs, stage, settings)))
+    if ranks > 1:
+        pretend_ranks(ranks)
+    rows = (f"train.batch_size={batch}", f"train.images={3 * batch}")
+    print(json.dumps(waits_of_training(folder, teacher, pairs, stage, (*rows, *settings))))
+
+
+def pretend_ranks(count: int) -> None:
+    """Make this process rank 0 of a group whose collectives send nothing."""
+    import torch.testing._internal.distributed.fake_pg  # registers the backend
+    from torch._C._distributed_c10d import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
 
 
 def families(*kinds: str) -> None:
@@ -346,7 +396,33 @@ def waits_of_training(
     return {"steps": waits[1:], "late": late[1:], "report": dict(mode.waits), **speed}
 
 
-def memory(name: str, stage: str, *settings: str) -> None:
+def live_bytes() -> Any:
+    """Counts bytes on CUDA, with DTensors by their shards, and with what FSDP2 frees and takes again."""
+    from distill.planning.saved_activations import LiveBytes
+
+    class Live(LiveBytes):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(issubclass(kind, DTensor) for kind in types):
+                return NotImplemented  # its own dispatch comes back with the shards
+            if is_asked_for_shapes():
+                return func(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+        def resize(self, storage: Any, size: int) -> Any:
+            result = original(storage, size)
+            if storage._cdata in self.sizes:
+                self.live += storage.nbytes() - self.sizes[storage._cdata]
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.peak = max(self.peak, self.live)
+            return result
+
+    live, original = Live("cuda"), torch.UntypedStorage.resize_
+    any_storage: Any = torch.UntypedStorage
+    any_storage.resize_ = lambda storage, size: live.resize(storage, size)
+    return live
+
+
+def memory(name: str, stage: str, *settings: str, ranks: int = 1) -> None:
     from benchmarks.training_step import RandomStep
     from d2g.core.config import override
     from d2g.diffusion import pretrained
@@ -354,12 +430,11 @@ def memory(name: str, stage: str, *settings: str) -> None:
     from distill.planning.fake_networks import to_fake
     from distill.planning.memory import predict
     from distill.planning.reference_models import configs_only
-    from distill.planning.saved_activations import LiveBytes
 
     recipe, folder = DISTILL_PRESETS[name], Path(tempfile.mkdtemp())
     teacher = configs_only(recipe.model, folder / "teacher")
     config = override(replace(recipe[stage], teacher=teacher), settings)
-    forecast = predict(config, 1)
+    forecast = predict(config, ranks)
     components = [part for part in os.listdir(teacher) if part.startswith("text_encoder")]
     text = sum(
         p.numel() * (2 if config.encodes_text_in_bf16(True) else 4)
@@ -367,10 +442,12 @@ def memory(name: str, stage: str, *settings: str) -> None:
         for p in pretrained.load_on_meta(teacher, part).parameters()
     )
     pretend_cuda()
-    live = LiveBytes("cuda")
+    if ranks > 1:
+        pretend_ranks(ranks)
+    live = live_bytes()
     with torch.autograd.set_multithreading_enabled(False), FakeCuda(), live, GpuAttention():
         step = RandomStep(config, torch.device("cuda", 0), folder, lambda net, _: to_fake(net, "cuda"))
-        before = live.live
+        before = live.peak = live.live  # not that of building the networks
         for _ in range(2):
             step.state.steps = 0  # R1 comes in both steps, and in the second one beside optimizer states
             step()
@@ -392,6 +469,8 @@ if __name__ == "__main__":
         "memory": memory,
         "families": families,
         "evaluation": evaluation,
+        "ranks": lambda count, *arguments: main(*arguments, ranks=int(count)),
+        "memory-ranks": lambda count, *arguments: memory(*arguments, ranks=int(count)),
     }
     if sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,8 @@
-"""The training step on fake CUDA tensors: no tensor is on the wrong device, and the host does not wait."""
+"""The training step on fake CUDA tensors: no tensor is on the wrong device, and the host does not wait.
+
+DDP over fake ranks is not among these tests: the C++ of its reducer asks the driver (docs/scaling.md). It is
+tested with real processes on the CPU, in tests/distill and tests/d2g/test_engine.py.
+"""
 
 import json
 import os
@@ -55,6 +59,17 @@ def test_a_step_never_waits_for_the_device(arguments: str, warm_python: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
+@pytest.mark.parametrize("stage", ["ode", "gan"])
+def test_a_step_of_fsdp2_over_eight_ranks_never_waits_for_the_device(stage: str, warm_python: str) -> None:
+    """The first of eight ranks, whose collectives send nothing."""
+    waits = fake_cuda(warm_python, "ranks", "8", stage, "engine.parallel=fsdp")
+    assert waits["steps"] == [{}, {}]
+    assert waits["late"] == [{}, *LATE]
+    assert waits["report"], "the counter counts"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
     """Pairs and both stages of every kind but Stable Diffusion's, which the tests above have."""
     kinds = [*tiny_teachers.TRANSFORMERS, *(kind for kind in tiny_teachers.UNETS if kind != "sd")]
@@ -87,4 +102,13 @@ def test_the_memory_forecast_of_sd15_agrees_with_the_storages_of_a_step(
 ) -> None:
     """Two steps of 8 rows at the size of SD 1.5, R1 included. docs/scaling.md has more recipes."""
     result = fake_cuda(warm_python, "memory", "sd15-cfg3", stage, "train.batch_size=8", *settings)
+    assert result["forecast"] == pytest.approx(result["tracked"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
+def test_the_memory_forecast_of_sd15_under_fsdp2_agrees_with_the_storages_of_a_step(warm_python: str) -> None:
+    """The first of eight ranks with 8 rows each, in stage 1."""
+    settings = ("engine.parallel=fsdp", "train.batch_size=64")
+    result = fake_cuda(warm_python, "memory-ranks", "8", "sd15-cfg3", "ode", *settings)
     assert result["forecast"] == pytest.approx(result["tracked"], rel=0.05)
