@@ -1,4 +1,6 @@
-"""A small AutoencoderKL, by default with Stable Diffusion's downscaling of 8, trained with pixel losses."""
+"""A small AutoencoderKL, by default with Stable Diffusion's downscaling of 8, trained with pixel losses, and
+with those of autoencoder_losses.py if they are asked for.
+"""
 
 from typing import Any
 
@@ -9,6 +11,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.latents import from_uint8
 from d2g.diffusion.pretrained import new_vae
+from teacher_training.autoencoder_losses import PatchAdversary, PerceptualDistance, open_adversary
 from teacher_training.config import AutoencoderConfig
 from teacher_training.loop import LossFn, Previews, fit_modules
 
@@ -39,8 +42,14 @@ def reconstruction_loss(pixels: Tensor, decoded: Tensor, square_weight: float, e
     return error.abs().mean() + square_weight * error.square().mean() + edge_weight * edges
 
 
-def autoencoder_loss(vae: Any, images: Tensor, config: AutoencoderConfig) -> LossFn:
-    """The loss of an autoencoder on uint8 images [N, 3, S, S]: reconstruction and KL."""
+def autoencoder_loss(
+    vae: Any,
+    images: Tensor,
+    config: AutoencoderConfig,
+    perceptual: PerceptualDistance | None = None,
+    adversary: PatchAdversary | None = None,
+) -> LossFn:
+    """The loss of an autoencoder on uint8 images [N, 3, S, S]: reconstruction, KL, and the terms given."""
 
     def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = from_uint8(images[rows]).contiguous(memory_format=torch.channels_last)
@@ -48,7 +57,16 @@ def autoencoder_loss(vae: Any, images: Tensor, config: AutoencoderConfig) -> Los
         decoded = vae.decode(posterior.sample(generator)).sample
         rec = reconstruction_loss(pixels, decoded, config.square_weight, config.edge_weight)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return rec + config.kl_weight * kl, {"loss/rec": rec, "loss/kl": kl}
+        parts = {"loss/rec": rec, "loss/kl": kl}
+        # The optional terms; the adversarial one follows the size of the others.
+        if perceptual is not None:
+            parts["loss/perceptual"] = perceptual(pixels, decoded).mean()
+            rec = rec + config.perceptual_weight * parts["loss/perceptual"]
+        loss = rec + config.kl_weight * kl
+        if adversary is not None and adversary.active:
+            term, values = adversary.term(rec, pixels, decoded)
+            loss, parts = loss + term, {**parts, **values}
+        return loss, parts
 
     return loss_of
 
@@ -60,15 +78,20 @@ def train_autoencoder(
     seed: int,
     progress: Progress = quiet,
     previews: Previews | None = None,
+    perceptual: PerceptualDistance | None = None,
 ) -> Any:
     """Train on uint8 images [N, 3, S, S] and return the VAE.
 
-    Its config gets the scaling_factor that makes scaled latents have unit variance.
+    perceptual: as `open_perceptual` opens it. The config of the VAE gets the scaling_factor that makes
+    scaled latents have unit variance.
     """
     torch.manual_seed(seed)
     vae = build_autoencoder(config, images.shape[-1]).to(memory_format=torch.channels_last)
-    loss_of = autoencoder_loss(vae, images, config)
-    fit_modules("vae", log, {"vae": vae}, loss_of, len(images), config.fit, seed, progress, previews)
+    adversary = open_adversary(vae, config)
+    loss_of = autoencoder_loss(vae, images, config, perceptual, adversary)
+    fit_modules(
+        "vae", log, {"vae": vae}, loss_of, len(images), config.fit, seed, progress, previews, adversary
+    )
     # Scale latents to unit variance.
     with torch.no_grad():
         sample = from_uint8(images[: min(len(images), 1024)])

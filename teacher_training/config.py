@@ -58,6 +58,24 @@ class AutoencoderConfig:
     kl_weight: float = setting(3e-5, "Weight of the KL term per latent element")
     square_weight: float = setting(10.0, "Weight of the squared pixel error, beside the absolute one")
     edge_weight: float = setting(0.5, "Weight of the error of pixel differences, which keeps edges sharp")
+    perceptual_weight: float = setting(
+        0.0,
+        "Weight of the squared distance of EfficientNet-lite0's unit feature vectors, beside the pixel "
+        "errors; 0: no such term",
+        source="Zhang et al. 2018; Rombach et al. 2022, appendix G",
+    )
+    adversarial_weight: float = setting(
+        0.0,
+        "Size of the gradient from a discriminator of patches at the decoder's last layer, relative to that "
+        "of the other errors; 0: no discriminator",
+        source="Esser et al. 2021, eq. 5 to 7",
+    )
+    adversarial_start: float = setting(
+        0.5, "Share of the training images after which the discriminator begins"
+    )
+    adversarial_lr: float = setting(
+        5e-4, "Learning rate of the discriminator; it falls along the same cosine"
+    )
     fit: FitConfig = setting(
         FitConfig(images=70_000, batch_size=16, lr=2e-3, warmup_images=2_000, ema=0.995),
         "Length and optimizer",
@@ -65,7 +83,19 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         multiples = len(self.channels) >= 2 and all(c % 8 == 0 for c in self.channels)
-        require(self, channels=(multiples, "two or more multiples of 8"))
+        require(
+            self,
+            channels=(multiples, "two or more multiples of 8"),
+            perceptual_weight=(self.perceptual_weight >= 0, "0 or more"),
+            adversarial_weight=(self.adversarial_weight >= 0, "0 or more"),
+            adversarial_start=(0 <= self.adversarial_start < 1, "0 up to below 1"),
+            adversarial_lr=(self.adversarial_lr > 0, "a positive number"),
+        )
+
+    @property
+    def adversarial_from(self) -> int:
+        """Training images after which the discriminator begins."""
+        return round(self.adversarial_start * self.fit.images)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,26 @@ class Previews:
     minutes: float
 
 
+class Opponent(ABC):
+    """A network that learns against the trained modules, with an optimizer of its own: a discriminator.
+
+    In each step the loop calls `begin`, the modules' `loss_of`, and `loss`, then updates both. The network is
+    in the checkpoints, by its `name`, and has no average. AdamW's betas are those of VQGAN and LDM.
+    """
+
+    def __init__(self, name: str, module: nn.Module, lr: float) -> None:
+        self.name, self.module, self.lr = name, module, lr
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.5, 0.9), weight_decay=0.0)
+
+    @abstractmethod
+    def begin(self, nimg: int) -> None:
+        """Start the step after `nimg` images."""
+
+    @abstractmethod
+    def loss(self) -> Tensor | None:
+        """The network's loss on what the modules have just made; None while it does not learn."""
+
+
 def cosine_learning_rate(nimg: int, config: FitConfig) -> float:
     """Return the learning rate after `nimg` images: linear warm-up times a cosine to zero.
 
@@ -55,8 +76,9 @@ def fit_modules(
     seed: int,
     progress: Progress = quiet,
     previews: Previews | None = None,
+    opponent: Opponent | None = None,
 ) -> None:
-    """Train `modules` together on `loss_of` and leave their EMA weights in them.
+    """Train `modules` together on `loss_of`, and `opponent` against them; leave their EMA weights in them.
 
     `size` is the number of rows to train on. Data order and noise are functions of (seed, images so far), so
     a resumed training equals an unbroken one. Raises FloatingPointError at the first non-finite loss and
@@ -65,7 +87,7 @@ def fit_modules(
     world, rank = process_group.world_size(), process_group.rank()
     if config.batch_size % world:
         raise SettingError(f"batch_size {config.batch_size} does not divide over {world} processes")
-    state = _resume(log, modules, config)
+    state = _resume(log, modules, config, opponent)
     local = config.batch_size // world
     started = saved = previewed = time.monotonic()
     reported = first = state.nimg
@@ -73,8 +95,13 @@ def fit_modules(
         while state.nimg < config.images:
             # One step on this rank's rows of the batch.
             rows = permuted_batch(seed, size, state.nimg, config.batch_size)[rank * local :][:local]
+            if opponent is not None:
+                opponent.begin(state.nimg)
             loss, parts = loss_of(rows, seed_step(seed, rank, state.nimg))
-            _update(label, state, loss, config)
+            opponent_loss = opponent.loss() if opponent is not None else None
+            if opponent is not None and opponent_loss is not None:
+                parts = {**parts, f"loss/{opponent.name}": opponent_loss}
+            _update(label, state, loss, opponent_loss, config)
             progress(label, min(state.nimg, config.images), config.images)
             # Report 200 times per training.
             if state.nimg - reported >= config.images // 200 or state.nimg >= config.images:
@@ -111,6 +138,7 @@ class _FitState:
     optimizer: torch.optim.Optimizer
     ema: EMA
     folder: Path
+    opponent: Opponent | None
     nimg: int = 0
 
     def averaged(self) -> dict[str, nn.Module]:
@@ -120,7 +148,9 @@ class _FitState:
         return dict(copies.items())
 
 
-def _resume(log: RunLog, modules: Mapping[str, nn.Module], config: FitConfig) -> _FitState:
+def _resume(
+    log: RunLog, modules: Mapping[str, nn.Module], config: FitConfig, opponent: Opponent | None
+) -> _FitState:
     """Build the state of a training from the newest checkpoint of its run folder, if there is one."""
     trained = nn.ModuleDict(dict(modules)).train().requires_grad_(True)
     process_group.broadcast(trained.state_dict().values())
@@ -128,40 +158,67 @@ def _resume(log: RunLog, modules: Mapping[str, nn.Module], config: FitConfig) ->
         trained.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
     )
     folder = log.folder / "checkpoints"
-    state = _FitState(modules=trained, optimizer=optimizer, ema=EMA(trained, config.ema_decay), folder=folder)
+    ema = EMA(trained, config.ema_decay)
+    state = _FitState(modules=trained, optimizer=optimizer, ema=ema, folder=folder, opponent=opponent)
+    if opponent is not None:
+        process_group.broadcast(opponent.module.state_dict().values())
     if (last := checkpoint.latest(folder)) is not None:
         last.load("model", trained)
         state.ema.load(last.tensors("ema"))
         optimizer.load_state_dict(last.state()["optimizer"])
+        if opponent is not None:
+            last.load(opponent.name, opponent.module)
+            opponent.optimizer.load_state_dict(last.state()[opponent.name])
         state.nimg = last.nimg
         log.rewind(state.nimg)
     return state
 
 
-def _update(label: str, state: _FitState, loss: Tensor, config: FitConfig) -> None:
-    """One optimizer step and EMA update. Raises FloatingPointError if any rank's loss is not finite."""
-    # Learning rate and gradients; a loss that is not finite stops every rank.
-    for group in state.optimizer.param_groups:
-        group["lr"] = cosine_learning_rate(state.nimg, config)
-    loss.backward()
-    if process_group.any_rank(not torch.isfinite(loss)):
+def _update(
+    label: str, state: _FitState, loss: Tensor, opponent_loss: Tensor | None, config: FitConfig
+) -> None:
+    """One step of the modules, their EMA and the opponent.
+
+    Raises FloatingPointError if any rank's loss is not finite.
+    """
+    # Gradients; a loss that is not finite stops every rank.
+    losses = [loss] if opponent_loss is None else [loss, opponent_loss]
+    for each in losses:
+        each.backward()
+    if process_group.any_rank(not all(torch.isfinite(each) for each in losses)):
         last = checkpoint.latest(state.folder)
         where = f"last good checkpoint: {last.folder}" if last else "no checkpoint was written before"
+        values = " and ".join(str(each.item()) for each in losses)
         raise FloatingPointError(
-            f"{label}: loss is {loss.item()} at image {state.nimg}; {where}; "
+            f"{label}: loss is {values} at image {state.nimg}; {where}; "
             "lower the learning rate in another --out"
         )
-    # One update on the mean gradient of all ranks.
-    process_group.average_gradients(state.modules.parameters())
-    torch.nn.utils.clip_grad_norm_(state.modules.parameters(), config.clip_norm)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    # One update on the mean gradient of all ranks, of the modules and of their opponent.
+    lr = cosine_learning_rate(state.nimg, config)
+    _step(state.modules, state.optimizer, lr, config)
+    if state.opponent is not None and opponent_loss is not None:
+        opponent = state.opponent
+        _step(opponent.module, opponent.optimizer, opponent.lr * lr / config.lr, config)
     updates = state.nimg // config.batch_size
     state.nimg += config.batch_size
     state.ema.update(state.modules, state.nimg, warmed_up_beta(config.ema_decay, updates))
 
 
+def _step(module: nn.Module, optimizer: torch.optim.Optimizer, lr: float, config: FitConfig) -> None:
+    """One optimizer step on the mean of all ranks' gradients, which are removed."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    process_group.average_gradients(module.parameters())
+    torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def _save(label: str, state: _FitState) -> Path:
+    modules: dict[str, Mapping[str, Tensor]]
     modules = {"model": state.modules.state_dict(), "ema": state.ema.tensors}
-    optimizer = {"optimizer": state.optimizer.state_dict()}
-    return checkpoint.save(state.folder, state.nimg, modules, optimizer, {"label": label})
+    optimizers = {"optimizer": state.optimizer.state_dict()}
+    if state.opponent is not None:
+        modules[state.opponent.name] = state.opponent.module.state_dict()
+        optimizers[state.opponent.name] = state.opponent.optimizer.state_dict()
+    return checkpoint.save(state.folder, state.nimg, modules, optimizers, {"label": label})

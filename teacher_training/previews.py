@@ -13,6 +13,7 @@ from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode_uint8, encode, from_uint8
 from d2g.diffusion.teacher import load_teacher
+from teacher_training.autoencoder_losses import PerceptualDistance, mean_distance
 from teacher_training.data import TrainingPictures
 from teacher_training.loop import Previews
 from teacher_training.networks.kind import TrainableNetwork
@@ -45,18 +46,30 @@ def reconstructions(vae: Any, images: Tensor) -> Tensor:
     return torch.cat(list(decode_uint8(vae, encode(vae, from_uint8(images)))))
 
 
-def autoencoder_previews(folder: Path, images: Tensor, log: RunLog, minutes: float) -> Previews:
-    """Report the PSNR, and draw pictures above their reconstructions, as FOLDER/reconstructions-*.png."""
+def autoencoder_previews(
+    folder: Path,
+    images: Tensor,
+    log: RunLog,
+    minutes: float,
+    perceptual: PerceptualDistance | None = None,
+) -> Previews:
+    """Report the PSNR, and the perceptual distance if one is given, and draw pictures above their
+    reconstructions, as FOLDER/reconstructions-*.png."""
     shown, measured = images[spread_rows(len(images), SAMPLES)], images[spread_rows(len(images))]
 
     def draw(modules: Mapping[str, nn.Module], nimg: int) -> None:
         vae: Any = modules["vae"]
         # Reconstructions do not depend on the scaling of the latents.
         quality, _ = reconstruction_psnr(vae, measured)
+        values, said = {"preview/psnr": quality}, f"a PSNR of {quality:.1f} dB"
+        if perceptual is not None:
+            distance = mean_distance(perceptual, measured, reconstructions(vae, measured))
+            values["preview/perceptual"] = distance
+            said += f" and a perceptual distance of {distance:.3f}"
         file = folder / f"reconstructions-{nimg:09d}.png"
         save_png(two_row_sheet(shown, reconstructions(vae, shown)), file, {"psnr": f"{quality:.2f}"})
-        log.write(nimg, {"preview/psnr": quality})
-        logger.info("vae: %d images, reconstructions have a PSNR of %.1f dB: %s", nimg, quality, file)
+        log.write(nimg, values)
+        logger.info("vae: %d images, reconstructions have %s: %s", nimg, said, file)
 
     return Previews(draw=draw, minutes=minutes)
 

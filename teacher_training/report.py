@@ -65,7 +65,7 @@ def write_teacher_report(
         title=f"Teacher {out.name}",
         summary=verdict["verdict"],
         counts={"pictures": len(images), "captions": len(set(captions))},
-        metrics=_rows(verdict["numbers"]),
+        metrics=_rows(verdict["numbers"], scores.get("vae", {})),
         beside=beside,
         curves=teacher_curves(out / "training"),
         timings={stage_name(name): float(score.get("seconds", 0.0)) for name, score in scores.items()},
@@ -76,7 +76,7 @@ def write_teacher_report(
     return path
 
 
-def _rows(numbers: Mapping[str, Any]) -> list[MetricRow]:
+def _rows(numbers: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> list[MetricRow]:
     """The numbers of the verdict, each beside what it is compared with."""
     this, real = "this teacher", "real pictures"
     rows = [
@@ -104,6 +104,11 @@ def _rows(numbers: Mapping[str, Any]) -> list[MetricRow]:
     if numbers["psnr"] is not None:
         values = {this: numbers["psnr"], "mean picture": numbers["psnr_mean"]}
         rows.insert(1, MetricRow(name="Reconstruction PSNR, dB", better="higher", values=values))
+    if "perceptual" in autoencoder:
+        values = {this: autoencoder["perceptual"]}
+        rows.insert(
+            2, MetricRow(name="Perceptual distance of reconstructions", better="lower", values=values)
+        )
     return rows
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from d2g.diffusion.latents import encode, from_uint8, latent_space
 from eval.networks.registry import clip_tokenizer, new_clip
 from latent_lpips.vgg import VGG16
 from teacher_training.autoencoder import autoencoder_loss, build_autoencoder
+from teacher_training.autoencoder_losses import open_adversary, open_perceptual
 from teacher_training.clip import contrastive_loss, model_config
-from teacher_training.config import TeacherConfig
+from teacher_training.config import AutoencoderConfig, TeacherConfig
 from teacher_training.data import TrainingPictures
-from teacher_training.loop import LossFn
+from teacher_training.loop import LossFn, Opponent
 from teacher_training.networks.kind import NetworkKind
 from teacher_training.networks.precision import with_precision
 from teacher_training.networks.registry import network_of
@@ -51,8 +53,7 @@ def measure_speed(config: TeacherConfig, stages: Sequence[str]) -> Speed:
         start = starting_autoencoder(config)
         vae = start if start is not None else build_autoencoder(config.vae, config.size)
         if start is None and "vae" in stages:
-            loss_of = autoencoder_loss(vae, images, config.vae)
-            _time_stage(speed, "vae", [vae], loss_of, config.vae.fit.batch_size)
+            _time_autoencoder(speed, vae, images, config.vae)
         started = time.perf_counter()
         with torch.no_grad():
             latents = encode(vae, from_uint8(images[:4])).repeat(TIMED_ROWS // 4, 1, 1, 1)
@@ -88,10 +89,34 @@ def _random_pictures(kind: NetworkKind, images: Tensor) -> TrainingPictures:
     return TrainingPictures(images=images, prompts=["0"] * len(images), classes=["0"])
 
 
+def _time_autoencoder(speed: Speed, vae: Any, images: Tensor, config: AutoencoderConfig) -> None:
+    """Time the autoencoder without and with its discriminator, each for its share of the images."""
+    perceptual, batch = open_perceptual(config), config.fit.batch_size
+    _time_stage(speed, "vae", [vae], autoencoder_loss(vae, images, config, perceptual), batch)
+    if (adversary := open_adversary(vae, config)) is not None:
+        adversary.begin(config.adversarial_from)
+        loss_of = autoencoder_loss(vae, images, config, perceptual, adversary)
+        seconds, start = _seconds_per_image([vae], loss_of, batch, adversary), config.adversarial_start
+        speed.seconds["vae"] = start * speed.seconds["vae"] + (1 - start) * seconds
+        # Two checkpoints of weights and two moments.
+        speed.fixed_bytes += 4.0 * 2 * 3 * sum(p.numel() for p in adversary.module.parameters())
+
+
 def _time_stage(
     speed: Speed, stage: str, modules: Sequence[nn.Module], loss_of: LossFn, batch_size: int
 ) -> None:
-    """Time forward, backward and an AdamW step on a few rows; count the bytes of checkpoints and weights."""
+    """Time a stage's steps, and count the bytes of its checkpoints and weights."""
+    speed.seconds[stage] = _seconds_per_image(modules, loss_of, batch_size)
+    # Two checkpoints of weights, average and two moments, and the weights themselves twice, all fp32.
+    copies = 1 if stage in ("lpips", "clip") else 2 * 4 + 2
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    speed.fixed_bytes += 4.0 * copies * sum(parameter.numel() for parameter in parameters)
+
+
+def _seconds_per_image(
+    modules: Sequence[nn.Module], loss_of: LossFn, batch_size: int, opponent: Opponent | None = None
+) -> float:
+    """Time forward, backward and an AdamW step on a few rows, and those of the opponent."""
     rows = min(TIMED_ROWS, max(2, batch_size))
     group = nn.ModuleList(modules).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(group.parameters(), lr=0.0)
@@ -105,10 +130,11 @@ def _time_stage(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    speed.seconds[stage] = (time.perf_counter() - started) / (TIMED_STEPS * rows)
-    # Two checkpoints of weights, average and two moments, and the weights themselves twice, all fp32.
-    copies = 1 if stage in ("lpips", "clip") else 2 * 4 + 2
-    speed.fixed_bytes += 4.0 * copies * sum(parameter.numel() for parameter in group.parameters())
+        if opponent is not None and (opponent_loss := opponent.loss()) is not None:
+            opponent_loss.backward()
+            opponent.optimizer.step()
+            opponent.optimizer.zero_grad(set_to_none=True)
+    return (time.perf_counter() - started) / (TIMED_STEPS * rows)
 
 
 def _trunk_loss(trunk: nn.Module, latents: Tensor) -> LossFn:

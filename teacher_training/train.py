@@ -26,6 +26,7 @@ from latent_lpips import weights as lpips_weights
 from latent_lpips.training.small import train_latent_lpips
 from latent_lpips.training.synthetic_triplets import caption_targets
 from teacher_training.autoencoder import train_autoencoder
+from teacher_training.autoencoder_losses import mean_distance, open_perceptual
 from teacher_training.clip import train_clip
 from teacher_training.config import TeacherConfig
 from teacher_training.data import TrainingPictures, cached_pictures, load_pictures
@@ -33,7 +34,12 @@ from teacher_training.loop import fit_modules
 from teacher_training.networks.kind import NetworkKind
 from teacher_training.networks.precision import with_precision
 from teacher_training.networks.registry import network_of
-from teacher_training.previews import as_latents, autoencoder_previews, network_previews
+from teacher_training.previews import (
+    as_latents,
+    autoencoder_previews,
+    network_previews,
+    reconstructions,
+)
 from teacher_training.report import write_teacher_report
 from teacher_training.start import check_start, starting_autoencoder
 from teacher_training.verdict import denoising_loss, judge_teacher, reconstruction_psnr, spread_rows
@@ -133,8 +139,7 @@ def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> T
         scores_file = job.work / stage / "scores.json"
         finished = is_finished(scores_file, stage, config)
         settings = _stage_settings(config, stage)
-        # Trainings of older versions have no precision in their config.json: they were in fp32.
-        defaults = {"precision": "fp32"} if stage == job.kind.stage else {}
+        defaults = _OLDER.get("network" if stage == job.kind.stage else stage, {})
         log = RunLog(job.work / stage, settings, notes=("images",), defaults=defaults)
         if not finished:
             trained_any = True
@@ -272,9 +277,11 @@ def _judge(job: TeacherJob, scores: Mapping[str, Any], trained_any: bool) -> dic
 
 def _train_vae(job: TeacherJob, log: RunLog) -> dict[str, Any]:
     config, vae = job.config, starting_autoencoder(job.config)
-    previews = autoencoder_previews(job.out / "previews", job.images, log, config.preview_minutes)
+    # The perceptual distance, if the autoencoder is trained with it.
+    perceptual = open_perceptual(config.vae) if vae is None else None
+    previews = autoencoder_previews(job.out / "previews", job.images, log, config.preview_minutes, perceptual)
     if vae is None:
-        vae = train_autoencoder(job.images, config.vae, log, config.seed, job.progress, previews)
+        vae = train_autoencoder(job.images, config.vae, log, config.seed, job.progress, previews, perceptual)
     elif process_group.rank() == 0:
         previews.draw({"vae": vae}, 0)
     # The autoencoder on its own, and as the first component of the pipeline.
@@ -286,10 +293,13 @@ def _train_vae(job: TeacherJob, log: RunLog) -> dict[str, Any]:
         write_atomically(Path(job.pipeline) / "model_index.json", json.dumps(index))
     process_group.barrier()
     # Score what is saved.
-    saved = load_vae(job.pipeline)
-    quality, quality_of_mean = reconstruction_psnr(saved, job.images[spread_rows(len(job.images))])
+    saved, measured = load_vae(job.pipeline), job.images[spread_rows(len(job.images))]
+    quality, quality_of_mean = reconstruction_psnr(saved, measured)
     params = sum(p.numel() for p in saved.parameters())
-    return {"params": params, "psnr": quality, "psnr_mean_picture": quality_of_mean}
+    scores = {"params": params, "psnr": quality, "psnr_mean_picture": quality_of_mean}
+    if perceptual is not None:
+        scores["perceptual"] = mean_distance(perceptual, measured, reconstructions(saved, measured))
+    return scores
 
 
 def _latents(job: TeacherJob) -> Tensor:
@@ -372,3 +382,14 @@ _HELPERS: dict[str, Callable[[TeacherJob, RunLog], dict[str, Any]]] = {
     "clip": _train_clip,
 }
 """What trains the stages other than that of the network."""
+
+_OLDER: dict[str, dict[str, Any]] = {
+    "network": {"precision": "fp32"},
+    "vae": {
+        "perceptual_weight": 0.0,
+        "adversarial_weight": 0.0,
+        "adversarial_start": 0.5,
+        "adversarial_lr": 5e-4,
+    },
+}
+"""Settings that the config.json of older versions lacks, by stage, and what they did."""
