@@ -11,7 +11,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.latents import from_uint8
 from d2g.diffusion.pretrained import new_vae
-from teacher_training.autoencoder_losses import PatchAdversary, PerceptualDistance, open_adversary
+from teacher_training.autoencoder_losses import FeatureDistance, PatchAdversary, open_adversary
 from teacher_training.config import AutoencoderConfig
 from teacher_training.loop import LossFn, Previews, fit_modules
 
@@ -46,7 +46,7 @@ def autoencoder_loss(
     vae: Any,
     images: Tensor,
     config: AutoencoderConfig,
-    perceptual: PerceptualDistance | None = None,
+    perceptual: FeatureDistance | None = None,
     adversary: PatchAdversary | None = None,
 ) -> LossFn:
     """The loss of an autoencoder on uint8 images [N, 3, S, S]: reconstruction, KL, and the terms given."""
@@ -78,7 +78,7 @@ def train_autoencoder(
     seed: int,
     progress: Progress = quiet,
     previews: Previews | None = None,
-    perceptual: PerceptualDistance | None = None,
+    perceptual: FeatureDistance | None = None,
 ) -> Any:
     """Train on uint8 images [N, 3, S, S] and return the VAE.
 

@@ -22,7 +22,7 @@ LARGEST_WEIGHT = 1e4
 """Limit of the adaptive weight, as in VQGAN."""
 
 
-class PerceptualDistance(nn.Module):
+class FeatureDistance(nn.Module):
     """LPIPS' distance of a frozen network's feature maps (Zhang et al. 2018, eq. 1), unweighted."""
 
     def __init__(self, network: FeatureNetwork) -> None:
@@ -41,15 +41,15 @@ class PerceptualDistance(nn.Module):
         return torch.stack(terms).mean(0)
 
 
-def open_perceptual(config: AutoencoderConfig) -> PerceptualDistance | None:
+def open_perceptual(config: AutoencoderConfig) -> FeatureDistance | None:
     """The distance that the settings ask for, or None. Raises UserError where the weights are missing."""
     if not config.perceptual_weight:
         return None
-    return PerceptualDistance(open_feature_network(LITE0, DEPTHS))
+    return FeatureDistance(open_feature_network(LITE0, DEPTHS))
 
 
 @torch.no_grad()
-def mean_distance(distance: PerceptualDistance, images: Tensor, others: Tensor) -> float:
+def mean_feature_distance(distance: FeatureDistance, images: Tensor, others: Tensor) -> float:
     """The mean distance of two uint8 batches [N, 3, S, S]."""
     pairs = zip(images.split(64), others.split(64), strict=True)
     return torch.cat([distance(from_uint8(a), from_uint8(b)) for a, b in pairs]).mean().item()

@@ -13,7 +13,7 @@ from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode_uint8, encode, from_uint8
 from d2g.diffusion.teacher import load_teacher
-from teacher_training.autoencoder_losses import PerceptualDistance, mean_distance
+from teacher_training.autoencoder_losses import FeatureDistance, mean_feature_distance
 from teacher_training.data import TrainingPictures
 from teacher_training.loop import Previews
 from teacher_training.networks.kind import TrainableNetwork
@@ -51,7 +51,7 @@ def autoencoder_previews(
     images: Tensor,
     log: RunLog,
     minutes: float,
-    perceptual: PerceptualDistance | None = None,
+    perceptual: FeatureDistance | None = None,
 ) -> Previews:
     """Report the PSNR, and the perceptual distance if one is given, and draw pictures above their
     reconstructions, as FOLDER/reconstructions-*.png."""
@@ -63,7 +63,7 @@ def autoencoder_previews(
         quality, _ = reconstruction_psnr(vae, measured)
         values, said = {"preview/psnr": quality}, f"a PSNR of {quality:.1f} dB"
         if perceptual is not None:
-            distance = mean_distance(perceptual, measured, reconstructions(vae, measured))
+            distance = mean_feature_distance(perceptual, measured, reconstructions(vae, measured))
             values["preview/perceptual"] = distance
             said += f" and a perceptual distance of {distance:.3f}"
         file = folder / f"reconstructions-{nimg:09d}.png"

@@ -26,7 +26,7 @@ from latent_lpips import weights as lpips_weights
 from latent_lpips.training.small import train_latent_lpips
 from latent_lpips.training.synthetic_triplets import caption_targets
 from teacher_training.autoencoder import train_autoencoder
-from teacher_training.autoencoder_losses import mean_distance, open_perceptual
+from teacher_training.autoencoder_losses import mean_feature_distance, open_perceptual
 from teacher_training.clip import train_clip
 from teacher_training.config import TeacherConfig
 from teacher_training.data import TrainingPictures, cached_pictures, load_pictures
@@ -298,7 +298,7 @@ def _train_vae(job: TeacherJob, log: RunLog) -> dict[str, Any]:
     params = sum(p.numel() for p in saved.parameters())
     scores = {"params": params, "psnr": quality, "psnr_mean_picture": quality_of_mean}
     if perceptual is not None:
-        scores["perceptual"] = mean_distance(perceptual, measured, reconstructions(saved, measured))
+        scores["perceptual"] = mean_feature_distance(perceptual, measured, reconstructions(saved, measured))
     return scores
 
 

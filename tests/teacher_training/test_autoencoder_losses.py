@@ -23,9 +23,9 @@ from own_pictures import CONFIG, image_folder
 from teacher_training.autoencoder import autoencoder_loss, build_autoencoder, train_autoencoder
 from teacher_training.autoencoder_losses import (
     LARGEST_WEIGHT,
-    PerceptualDistance,
+    FeatureDistance,
     adaptive_weight,
-    mean_distance,
+    mean_feature_distance,
     open_adversary,
     open_perceptual,
     patch_discriminator,
@@ -94,7 +94,7 @@ def test_the_perceptual_distance_is_that_of_unit_vectors() -> None:
     red, green = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.5, 0.0])
     pixels = torch.stack([red, red], dim=1).view(1, 3, 1, 2)
     others = torch.stack([green, 0.25 * red], dim=1).view(1, 3, 1, 2)
-    torch.testing.assert_close(PerceptualDistance(network)(pixels, others), torch.tensor([1.0]))
+    torch.testing.assert_close(FeatureDistance(network)(pixels, others), torch.tensor([1.0]))
 
 
 def test_the_distance_of_the_real_network_sees_blur_and_has_a_gradient() -> None:
@@ -102,7 +102,12 @@ def test_the_distance_of_the_real_network_sees_blur_and_has_a_gradient() -> None
     assert distance is not None and open_perceptual(PLAIN) is None
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     gray = images.float().mean((2, 3), keepdim=True).to(torch.uint8).expand_as(images)
-    assert mean_distance(distance, images, images) == 0.0 < 0.1 < mean_distance(distance, images, gray)
+    assert (
+        mean_feature_distance(distance, images, images)
+        == 0.0
+        < 0.1
+        < mean_feature_distance(distance, images, gray)
+    )
     others = from_uint8(gray).requires_grad_(True)
     distance(from_uint8(images), others).sum().backward()
     assert others.grad is not None and others.grad.norm() > 0
