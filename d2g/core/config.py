@@ -141,7 +141,9 @@ def _rebuild(config: Any, values: Mapping[tuple[str, ...], Any], path: str) -> A
     # Rebuild every nested group once, with all its new values together.
     for group in dict.fromkeys(names[0] for names in values if len(names) > 1):
         members = {names[1:]: value for names, value in values.items() if names[0] == group}
-        changes[group] = _rebuild(getattr(config, group), members, _join(path, group))
+        # The group may be given as a whole, too: then that one is changed.
+        whole = changes.get(group, getattr(config, group))
+        changes[group] = _rebuild(whole, members, _join(path, group))
     with _errors_at(path):
         return replace(config, **changes) if changes else config
 

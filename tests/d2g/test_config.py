@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2g.core.config import completed, differing, digest, from_json, nearest, override, pick, to_json
+from d2g.core.config import completed, differing, digest, from_json, nearest, override, pick, to_json, with_values
 from d2g.core.errors import SettingError, UserError
 from d2g.core.json_files import read_json_object
 
@@ -64,6 +64,13 @@ def test_override_of_nested_groups_keeps_other_settings() -> None:
     result = override(Job(seed=5), ["optim.lr=1", "optim.betas=[0, 0.5]", "optim.kind=sgd"])
     assert result == Job(seed=5, optim=Optim(lr=1.0, betas=(0.0, 0.5), kind="sgd"))
     assert type(result.optim.lr) is float, "an integer becomes the field's float, so digests are unique"
+
+
+def test_settings_of_a_group_change_the_group_that_is_given_with_them() -> None:
+    """`--protocol NAME --set protocol.size=64` is the named protocol with another size."""
+    whole = Optim(betas=(0.0, 0.5), kind="sgd")
+    result = with_values(Job(), {"optim": whole, "optim.lr": 2.0})
+    assert result == Job(optim=Optim(lr=2.0, betas=(0.0, 0.5), kind="sgd"))
 
 
 def test_later_overrides_win() -> None:
