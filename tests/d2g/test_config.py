@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2g.core.config import completed, differing, digest, from_json, nearest, override, pick, to_json, with_values
+from d2g.core.config import (
+    completed,
+    differing,
+    digest,
+    from_json,
+    nearest,
+    override,
+    pick,
+    to_json,
+    with_values,
+)
 from d2g.core.errors import SettingError, UserError
 from d2g.core.json_files import read_json_object
 
