@@ -69,6 +69,7 @@ def teacher_train(
     from d2g.core.distributed import process_group
     from d2g.core.tracking.run_directory import sole_owner
     from miniature.registration import register_training_scenes
+    from teacher_training.networks.registry import network_of
     from teacher_training.plan import Request, WholeProgress, plan_teacher, save_request
     from teacher_training.train import check_stages, train_teacher
 
@@ -86,7 +87,8 @@ def teacher_train(
                 finish_dry_run(config, options.as_json, {"plan": asdict(plan)})
             save_request(out, config, request)
             progress = WholeProgress(plan, reporter)
-            summary = train_teacher(config, out, names, progress, _command(options, out))
+            finishing = stages if network_of(config).stage in names else None
+            summary = train_teacher(config, out, names, progress, _command(options, finishing, out))
         emit(asdict(summary) | {"plan": asdict(plan)}, options.as_json, "teacher")
 
 
@@ -151,10 +153,12 @@ INIT_SHAPES = (
 """Settings of the shape of the networks that `--init` brings."""
 
 
-def _command(options: TeacherTrainOptions, out: Path) -> str:
-    """The command line of these options, which finishes an interrupted training."""
+def _command(options: TeacherTrainOptions, stages: str | None, out: Path) -> str:
+    """The command line of these options, which finishes an interrupted training. stages: those that train the
+    network, else None."""
     names = ("preset", "data", "minutes", "images", "vae", "init", "seed")
     values = [(f"--{name}", getattr(options, name)) for name in names]
+    values += [("--stages", stages)]
     values += [("--set", assignment) for assignment in options.sets or []]
     words = [word for name, value in values if value is not None for word in (name, f"{value}")]
     return shlex.join(["d2g", "teacher", "train", *words, "--out", str(out)])

@@ -121,7 +121,9 @@ def test_the_same_command_finds_everything_finished(trained: Path, data: Path, d
     ended = d2g(*train_arguments(data, trained, "--images", "64"), "--json")
     assert ended.json["plan"]["steps"] == {} and "all stages are finished" in ended.stderr
     command = (trained / "training" / "command.txt").read_text()
-    assert command.startswith(f"d2g teacher train --preset scenes --data {data} --images 64 --set ")
+    assert command.startswith(
+        f"d2g teacher train --preset scenes --data {data} --images 64 --stages data,vae,unet --set "
+    )
     assert command.rstrip().endswith(f"--out {trained}")
 
 
@@ -185,7 +187,8 @@ def test_ctrl_c_is_resumed_by_the_command_that_the_refusal_names(
     error = d2g("sample", "--teacher", out, "--prompt", "a", "--out", tmp_path / "samples").error
     words = shlex.split(error.partition("finish it with `")[2].rstrip("`"))
     assert words[:3] == ["d2g", "teacher", "train"] and not (tmp_path / "samples").exists()
-    result = d2g(*words[1:], "--stages", "data,vae,unet", "--json").json
+    result = d2g(*words[1:], "--json").json
+    assert set(result["scores"]) == {"vae", "unet"}
     assert 0 < result["plan"]["images"]["unet"] < 1600 and result["scores"]["unet"]["length"] == 1600
     assert d2g("teacher", "info", out).code == 0
 
