@@ -237,6 +237,7 @@ def on_two_ranks(folder: Path, stop_at: int = -1) -> Callable[[int], None]:
     return work
 
 
+@pytest.mark.slow
 def test_two_ranks_have_one_discriminator_and_resume(tmp_path: Path) -> None:
     on_ranks(2, on_two_ranks(tmp_path / "unbroken"))
     on_ranks(2, on_two_ranks(tmp_path / "broken", stop_at=32))
@@ -245,6 +246,7 @@ def test_two_ranks_have_one_discriminator_and_resume(tmp_path: Path) -> None:
     assert equal(*(checkpoint_state(tmp_path / name) for name in ("broken", "unbroken")))
 
 
+@pytest.mark.slow
 def test_teachers_report_the_distance_and_older_ones_go_on(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     image_folder(tmp_path / "data")
