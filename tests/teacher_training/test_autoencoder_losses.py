@@ -271,12 +271,12 @@ def test_teachers_report_the_distance_and_older_ones_go_on(tmp_path: Path) -> No
 
 def test_the_plan_counts_the_terms() -> None:
     """Their seconds, and the discriminator's checkpoints."""
-    plain = measure_speed(replace(CONFIG, vae=PLAIN), ("vae",))
-    settings = replace(BOTH, adversarial_start=0.0)
-    both = measure_speed(replace(CONFIG, vae=settings), ("vae",))
+    # Other work can make a single measurement long: the least of three is compared.
+    plain = [measure_speed(replace(CONFIG, vae=PLAIN), ("vae",)) for _ in range(3)]
+    both = measure_speed(replace(CONFIG, vae=replace(BOTH, adversarial_start=0.0)), ("vae",))
     parameters = sum(p.numel() for p in patch_discriminator().parameters())
-    assert both.fixed_bytes - plain.fixed_bytes == 24 * parameters
-    assert both.seconds["vae"] > plain.seconds["vae"]
+    assert both.fixed_bytes - plain[0].fixed_bytes == 24 * parameters
+    assert both.seconds["vae"] > min(speed.seconds["vae"] for speed in plain)
 
 
 @pytest.mark.parametrize(
