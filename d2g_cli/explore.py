@@ -45,6 +45,7 @@ def walk(
     seeds = seed or [0]
     require_range(2, 10_000, frames=frames)
     require_range(noise_scale=noise_scale)
+    require_range(0, 1, psi=1.0 if psi is None else psi)
     for number in seeds:
         require_range(0, 2**63 - 1, seed=number)
     _check_prompts("--prompt", prompt or [])
@@ -90,6 +91,7 @@ def edit(
     """Edit a prompt towards another with the noise fixed, as a labeled grid: seeds by strengths."""
     seeds, strengths = seed or [0], strength or [0.0, 0.25, 0.5, 0.75, 1.0]
     require_range(noise_scale=noise_scale)
+    require_range(0, 1, psi=1.0 if psi is None else psi)
     for number in seeds:
         require_range(0, 2**63 - 1, seed=number)
     for part in strengths:
@@ -129,6 +131,7 @@ def styles(
     """Draw every subject in every style from one noise, as a labeled grid."""
     require_range(0, 2**63 - 1, seed=seed)
     require_range(noise_scale=noise_scale)
+    require_range(0, 1, psi=1.0 if psi is None else psi)
     _check_prompts("--subject", subject)
     _check_prompts("--style", style)
     from distill.exploration import open_student, save_styles, style_prompts
