@@ -144,6 +144,7 @@ def stable_diffusion(page: Page) -> None:
     tiny.save_prompts(page.folder / "prompts.txt")
     for stage in ("ode", "gan"):  # frozen weights in bf16
         page.settings[f"distill {stage} --preset sd15-24gb"] = {"train.precision": "bf16"}
+    page.settings["distill gan --preset sd15-cfg3"] = {"gan.r1_rows": 8}
     page.settings["pairs plan"] = {"num_pairs": 8, "steps": 2, "batch_size": 2}
 
 
