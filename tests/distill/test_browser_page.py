@@ -77,7 +77,7 @@ def test_a_prompt_that_no_page_can_show_is_refused(d2g: Any) -> None:
 
 
 def wait_for(browser: Browser, condition: str) -> None:
-    end = time.monotonic() + 240
+    end = time.monotonic() + 60
     while not browser.evaluate(condition):
         assert time.monotonic() < end, f"never true: {condition}"
         time.sleep(0.1)
@@ -93,7 +93,7 @@ def test_a_click_in_a_browser_draws_with_student_and_teacher(tmp_path: Path) -> 
     with (tmp_path / "log").open("w+") as log, subprocess.Popen(command, stderr=log, stdout=log) as process:
         try:
             # The address is logged when the page is served.
-            end = time.monotonic() + 240
+            end = time.monotonic() + 60
             while not (address := re.search(r"http://127\.0\.0\.1:\d+/", (tmp_path / "log").read_text())):
                 assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
                 time.sleep(0.1)
