@@ -54,7 +54,7 @@ def test_it_converges_and_reports_its_files(data: Path, teacher: Path, tmp_path:
     for families, final in result.final.items():
         lines = read_stats(tmp_path / families)
         assert [line["nimg"] for line in lines] == [0, 10, 20, 30, 40, 50, 60]
-        assert final["latent_lpips"] == lines[-1]["latent_lpips"] < 0.8 * lines[0]["latent_lpips"]
+        assert final["latent_lpips"] == lines[-1]["latent_lpips"] < 0.75 * lines[0]["latent_lpips"]
     first = [read_stats(tmp_path / families)[0] for families in ("none", "bg")]
     assert first[0]["latent_lpips"] == first[1]["latent_lpips"]  # both start from the same noise
     with Image.open(result.decoded) as decoded, Image.open(result.plot) as plot:
