@@ -8,6 +8,7 @@ matrix products. Here both follow one decision. It has no effect on a CPU, nor o
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,6 +74,12 @@ def _without_tf32() -> Iterator[None]:
 
 def _allow_tf32(allow: bool) -> None:
     # The older of torch's two interfaces: inductor and other packages read it, and mixing the two raises.
-    warnings.filterwarnings("ignore", "Please use the new API settings to control TF32", UserWarning)  # 2.9
+    _accept_older_interface()
     torch.backends.cuda.matmul.allow_tf32 = allow
     torch.backends.cudnn.allow_tf32 = allow
+
+
+@cache
+def _accept_older_interface() -> None:
+    """torch 2.9 warns of the older interface; once for a process, because the switch is set in every step."""
+    warnings.filterwarnings("ignore", "Please use the new API settings to control TF32", UserWarning)
