@@ -11,7 +11,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.latents import from_uint8
 from d2g.diffusion.pretrained import new_vae
-from teacher_training.autoencoder_losses import FeatureDistance, PatchAdversary, open_adversary
+from teacher_training.autoencoder_losses import FeatureDistance, PatchDiscriminator, open_discriminator
 from teacher_training.config import AutoencoderConfig
 from teacher_training.loop import LossFn, Previews, fit_modules
 
@@ -47,7 +47,7 @@ def autoencoder_loss(
     images: Tensor,
     config: AutoencoderConfig,
     perceptual: FeatureDistance | None = None,
-    adversary: PatchAdversary | None = None,
+    discriminator: PatchDiscriminator | None = None,
 ) -> LossFn:
     """The loss of an autoencoder on uint8 images [N, 3, S, S]: reconstruction, KL, and the terms given."""
 
@@ -63,8 +63,8 @@ def autoencoder_loss(
             parts["loss/perceptual"] = perceptual(pixels, decoded).mean()
             rec = rec + config.perceptual_weight * parts["loss/perceptual"]
         loss = rec + config.kl_weight * kl
-        if adversary is not None and adversary.active:
-            term, values = adversary.term(rec, pixels, decoded)
+        if discriminator is not None and discriminator.active:
+            term, values = discriminator.term(rec, pixels, decoded)
             loss, parts = loss + term, {**parts, **values}
         return loss, parts
 
@@ -87,10 +87,10 @@ def train_autoencoder(
     """
     torch.manual_seed(seed)
     vae = build_autoencoder(config, images.shape[-1]).to(memory_format=torch.channels_last)
-    adversary = open_adversary(vae, config)
-    loss_of = autoencoder_loss(vae, images, config, perceptual, adversary)
+    discriminator = open_discriminator(vae, config)
+    loss_of = autoencoder_loss(vae, images, config, perceptual, discriminator)
     fit_modules(
-        "vae", log, {"vae": vae}, loss_of, len(images), config.fit, seed, progress, previews, adversary
+        "vae", log, {"vae": vae}, loss_of, len(images), config.fit, seed, progress, previews, discriminator
     )
     # Scale latents to unit variance.
     with torch.no_grad():

@@ -14,7 +14,7 @@ from d2g.diffusion.latents import from_uint8
 from distill.losses.adversarial import discriminator_loss, generator_loss
 from distill.models.feature_networks import LITE0, FeatureNetwork, open_feature_network
 from teacher_training.config import AutoencoderConfig
-from teacher_training.loop import Opponent
+from teacher_training.loop import TrainedDiscriminator
 
 DEPTHS = 5
 """Depths at which the feature network is read, as many as LPIPS reads of VGG."""
@@ -87,7 +87,7 @@ def adaptive_weight(rec: Tensor, adversarial: Tensor, last_layer: Tensor) -> Ten
     return weight
 
 
-class PatchAdversary(Opponent):
+class PatchDiscriminator(TrainedDiscriminator):
     """The discriminator of an autoencoder's reconstructions, with hinge losses (Lim and Ye 2017)."""
 
     def __init__(self, vae: Any, config: AutoencoderConfig) -> None:
@@ -122,6 +122,6 @@ class PatchAdversary(Opponent):
         return discriminator_loss({"patches": real}, {"patches": fake}, "hinge")
 
 
-def open_adversary(vae: Any, config: AutoencoderConfig) -> PatchAdversary | None:
+def open_discriminator(vae: Any, config: AutoencoderConfig) -> PatchDiscriminator | None:
     """The discriminator that the settings ask for, with fresh weights, or None."""
-    return PatchAdversary(vae, config) if config.adversarial_weight else None
+    return PatchDiscriminator(vae, config) if config.adversarial_weight else None

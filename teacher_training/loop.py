@@ -36,7 +36,7 @@ class Previews:
     minutes: float
 
 
-class Opponent(ABC):
+class TrainedDiscriminator(ABC):
     """A network that learns against the trained modules, with an optimizer of its own: a discriminator.
 
     In each step the loop calls `begin`, the modules' `loss_of`, and `loss`, then updates both. The network is
@@ -76,9 +76,9 @@ def fit_modules(
     seed: int,
     progress: Progress = quiet,
     previews: Previews | None = None,
-    opponent: Opponent | None = None,
+    discriminator: TrainedDiscriminator | None = None,
 ) -> None:
-    """Train `modules` together on `loss_of`, and `opponent` against them; leave their EMA weights in them.
+    """Train `modules` together on `loss_of`, and `discriminator` against them; leave their EMA weights in them.
 
     `size` is the number of rows to train on. Data order and noise are functions of (seed, images so far), so
     a resumed training equals an unbroken one. Raises FloatingPointError at the first non-finite loss and
@@ -87,7 +87,7 @@ def fit_modules(
     world, rank = process_group.world_size(), process_group.rank()
     if config.batch_size % world:
         raise SettingError(f"batch_size {config.batch_size} does not divide over {world} processes")
-    state = _resume(log, modules, config, opponent)
+    state = _resume(log, modules, config, discriminator)
     local = config.batch_size // world
     started = saved = previewed = time.monotonic()
     reported = first = state.nimg
@@ -95,13 +95,13 @@ def fit_modules(
         while state.nimg < config.images:
             # One step on this rank's rows of the batch.
             rows = permuted_batch(seed, size, state.nimg, config.batch_size)[rank * local :][:local]
-            if opponent is not None:
-                opponent.begin(state.nimg)
+            if discriminator is not None:
+                discriminator.begin(state.nimg)
             loss, parts = loss_of(rows, seed_step(seed, rank, state.nimg))
-            opponent_loss = opponent.loss() if opponent is not None else None
-            if opponent is not None and opponent_loss is not None:
-                parts = {**parts, f"loss/{opponent.name}": opponent_loss}
-            _update(label, state, loss, opponent_loss, config)
+            adversarial_loss = discriminator.loss() if discriminator is not None else None
+            if discriminator is not None and adversarial_loss is not None:
+                parts = {**parts, f"loss/{discriminator.name}": adversarial_loss}
+            _update(label, state, loss, adversarial_loss, config)
             progress(label, min(state.nimg, config.images), config.images)
             # Report 200 times per training.
             if state.nimg - reported >= config.images // 200 or state.nimg >= config.images:
@@ -138,7 +138,7 @@ class _FitState:
     optimizer: torch.optim.Optimizer
     ema: EMA
     folder: Path
-    opponent: Opponent | None
+    discriminator: TrainedDiscriminator | None
     nimg: int = 0
 
     def averaged(self) -> dict[str, nn.Module]:
@@ -149,7 +149,10 @@ class _FitState:
 
 
 def _resume(
-    log: RunLog, modules: Mapping[str, nn.Module], config: FitConfig, opponent: Opponent | None
+    log: RunLog,
+    modules: Mapping[str, nn.Module],
+    config: FitConfig,
+    discriminator: TrainedDiscriminator | None,
 ) -> _FitState:
     """Build the state of a training from the newest checkpoint of its run folder, if there is one."""
     trained = nn.ModuleDict(dict(modules)).train().requires_grad_(True)
@@ -159,30 +162,32 @@ def _resume(
     )
     folder = log.folder / "checkpoints"
     ema = EMA(trained, config.ema_decay)
-    state = _FitState(modules=trained, optimizer=optimizer, ema=ema, folder=folder, opponent=opponent)
-    if opponent is not None:
-        process_group.broadcast(opponent.module.state_dict().values())
+    state = _FitState(
+        modules=trained, optimizer=optimizer, ema=ema, folder=folder, discriminator=discriminator
+    )
+    if discriminator is not None:
+        process_group.broadcast(discriminator.module.state_dict().values())
     if (last := checkpoint.latest(folder)) is not None:
         last.load("model", trained)
         state.ema.load(last.tensors("ema"))
         optimizer.load_state_dict(last.state()["optimizer"])
-        if opponent is not None:
-            last.load(opponent.name, opponent.module)
-            opponent.optimizer.load_state_dict(last.state()[opponent.name])
+        if discriminator is not None:
+            last.load(discriminator.name, discriminator.module)
+            discriminator.optimizer.load_state_dict(last.state()[discriminator.name])
         state.nimg = last.nimg
         log.rewind(state.nimg)
     return state
 
 
 def _update(
-    label: str, state: _FitState, loss: Tensor, opponent_loss: Tensor | None, config: FitConfig
+    label: str, state: _FitState, loss: Tensor, adversarial_loss: Tensor | None, config: FitConfig
 ) -> None:
-    """One step of the modules, their EMA and the opponent.
+    """One step of the modules, their EMA and the discriminator.
 
     Raises FloatingPointError if any rank's loss is not finite.
     """
     # Gradients; a loss that is not finite stops every rank.
-    losses = [loss] if opponent_loss is None else [loss, opponent_loss]
+    losses = [loss] if adversarial_loss is None else [loss, adversarial_loss]
     for each in losses:
         each.backward()
     if process_group.any_rank(not all(torch.isfinite(each) for each in losses)):
@@ -193,12 +198,12 @@ def _update(
             f"{label}: loss is {values} at image {state.nimg}; {where}; "
             "lower the learning rate in another --out"
         )
-    # One update on the mean gradient of all ranks, of the modules and of their opponent.
+    # One update on the mean gradient of all ranks, of the modules and of their discriminator.
     lr = cosine_learning_rate(state.nimg, config)
     _step(state.modules, state.optimizer, lr, config)
-    if state.opponent is not None and opponent_loss is not None:
-        opponent = state.opponent
-        _step(opponent.module, opponent.optimizer, opponent.lr * lr / config.lr, config)
+    if state.discriminator is not None and adversarial_loss is not None:
+        discriminator = state.discriminator
+        _step(discriminator.module, discriminator.optimizer, discriminator.lr * lr / config.lr, config)
     updates = state.nimg // config.batch_size
     state.nimg += config.batch_size
     state.ema.update(state.modules, state.nimg, warmed_up_beta(config.ema_decay, updates))
@@ -218,7 +223,7 @@ def _save(label: str, state: _FitState) -> Path:
     modules: dict[str, Mapping[str, Tensor]]
     modules = {"model": state.modules.state_dict(), "ema": state.ema.tensors}
     optimizers = {"optimizer": state.optimizer.state_dict()}
-    if state.opponent is not None:
-        modules[state.opponent.name] = state.opponent.module.state_dict()
-        optimizers[state.opponent.name] = state.opponent.optimizer.state_dict()
+    if state.discriminator is not None:
+        modules[state.discriminator.name] = state.discriminator.module.state_dict()
+        optimizers[state.discriminator.name] = state.discriminator.optimizer.state_dict()
     return checkpoint.save(state.folder, state.nimg, modules, optimizers, {"label": label})

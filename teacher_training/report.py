@@ -65,7 +65,7 @@ def write_teacher_report(
         title=f"Teacher {out.name}",
         summary=verdict["verdict"],
         counts={"pictures": len(images), "captions": len(set(captions))},
-        metrics=_rows(verdict["numbers"], scores.get("vae", {})),
+        metrics=_metric_rows(verdict["numbers"], scores.get("vae", {})),
         beside=beside,
         curves=teacher_curves(out / "training"),
         timings={stage_name(name): float(score.get("seconds", 0.0)) for name, score in scores.items()},
@@ -76,7 +76,7 @@ def write_teacher_report(
     return path
 
 
-def _rows(numbers: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> list[MetricRow]:
+def _metric_rows(numbers: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> list[MetricRow]:
     """The numbers of the verdict, each beside what it is compared with."""
     this, real = "this teacher", "real pictures"
     rows = [

@@ -15,11 +15,11 @@ from d2g.diffusion.latents import encode, from_uint8, latent_space
 from eval.networks.registry import clip_tokenizer, new_clip
 from latent_lpips.vgg import VGG16
 from teacher_training.autoencoder import autoencoder_loss, build_autoencoder
-from teacher_training.autoencoder_losses import open_adversary, open_perceptual
+from teacher_training.autoencoder_losses import open_discriminator, open_perceptual
 from teacher_training.clip import contrastive_loss, model_config
 from teacher_training.config import AutoencoderConfig, TeacherConfig
 from teacher_training.data import TrainingPictures
-from teacher_training.loop import LossFn, Opponent
+from teacher_training.loop import TrainedDiscriminator, LossFn
 from teacher_training.networks.kind import NetworkKind
 from teacher_training.networks.precision import with_precision
 from teacher_training.networks.registry import network_of
@@ -93,13 +93,13 @@ def _time_autoencoder(speed: Speed, vae: Any, images: Tensor, config: Autoencode
     """Time the autoencoder without and with its discriminator, each for its share of the images."""
     perceptual, batch = open_perceptual(config), config.fit.batch_size
     _time_stage(speed, "vae", [vae], autoencoder_loss(vae, images, config, perceptual), batch)
-    if (adversary := open_adversary(vae, config)) is not None:
-        adversary.begin(config.adversarial_from)
-        loss_of = autoencoder_loss(vae, images, config, perceptual, adversary)
-        seconds, start = _seconds_per_image([vae], loss_of, batch, adversary), config.adversarial_start
+    if (discriminator := open_discriminator(vae, config)) is not None:
+        discriminator.begin(config.adversarial_from)
+        loss_of = autoencoder_loss(vae, images, config, perceptual, discriminator)
+        seconds, start = _seconds_per_image([vae], loss_of, batch, discriminator), config.adversarial_start
         speed.seconds["vae"] = start * speed.seconds["vae"] + (1 - start) * seconds
         # Two checkpoints of weights and two moments.
-        speed.fixed_bytes += 4.0 * 2 * 3 * sum(p.numel() for p in adversary.module.parameters())
+        speed.fixed_bytes += 4.0 * 2 * 3 * sum(p.numel() for p in discriminator.module.parameters())
 
 
 def _time_stage(
@@ -114,9 +114,12 @@ def _time_stage(
 
 
 def _seconds_per_image(
-    modules: Sequence[nn.Module], loss_of: LossFn, batch_size: int, opponent: Opponent | None = None
+    modules: Sequence[nn.Module],
+    loss_of: LossFn,
+    batch_size: int,
+    discriminator: TrainedDiscriminator | None = None,
 ) -> float:
-    """Time forward, backward and an AdamW step on a few rows, and those of the opponent."""
+    """Time forward, backward and an AdamW step on a few rows, and those of the discriminator."""
     rows = min(TIMED_ROWS, max(2, batch_size))
     group = nn.ModuleList(modules).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(group.parameters(), lr=0.0)
@@ -130,10 +133,10 @@ def _seconds_per_image(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if opponent is not None and (opponent_loss := opponent.loss()) is not None:
-            opponent_loss.backward()
-            opponent.optimizer.step()
-            opponent.optimizer.zero_grad(set_to_none=True)
+        if discriminator is not None and (adversarial_loss := discriminator.loss()) is not None:
+            adversarial_loss.backward()
+            discriminator.optimizer.step()
+            discriminator.optimizer.zero_grad(set_to_none=True)
     return (time.perf_counter() - started) / (TIMED_STEPS * rows)
 
 

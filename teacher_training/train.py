@@ -139,7 +139,7 @@ def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> T
         scores_file = job.work / stage / "scores.json"
         finished = is_finished(scores_file, stage, config)
         settings = _stage_settings(config, stage)
-        defaults = _OLDER.get("network" if stage == job.kind.stage else stage, {})
+        defaults = _OLDER_DEFAULTS.get("network" if stage == job.kind.stage else stage, {})
         log = RunLog(job.work / stage, settings, notes=("images",), defaults=defaults)
         if not finished:
             trained_any = True
@@ -383,7 +383,7 @@ _HELPERS: dict[str, Callable[[TeacherJob, RunLog], dict[str, Any]]] = {
 }
 """What trains the stages other than that of the network."""
 
-_OLDER: dict[str, dict[str, Any]] = {
+_OLDER_DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {"precision": "fp32"},
     "vae": {
         "perceptual_weight": 0.0,

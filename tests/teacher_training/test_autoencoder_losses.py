@@ -26,7 +26,7 @@ from teacher_training.autoencoder_losses import (
     FeatureDistance,
     adaptive_weight,
     mean_feature_distance,
-    open_adversary,
+    open_discriminator,
     open_perceptual,
     patch_discriminator,
 )
@@ -139,27 +139,27 @@ def test_logits_are_for_patches_of_26_pixels() -> None:
 def test_the_term_is_a_share_of_the_other_gradients_and_leaves_none_in_the_discriminator() -> None:
     torch.manual_seed(0)
     vae = build_autoencoder(PLAIN, 16)
-    adversary = open_adversary(vae, ADVERSARIAL)
-    assert adversary is not None and open_adversary(vae, PLAIN) is None
-    adversary.begin(23)
-    assert not adversary.active and adversary.loss() is None
-    adversary.begin(24)
+    discriminator = open_discriminator(vae, ADVERSARIAL)
+    assert discriminator is not None and open_discriminator(vae, PLAIN) is None
+    discriminator.begin(23)
+    assert not discriminator.active and discriminator.loss() is None
+    discriminator.begin(24)
     pixels = from_uint8(random_images(4))
     decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
     rec = (decoded - pixels).abs().mean()
-    term, _ = adversary.term(rec, pixels, decoded)
-    gradients = [torch.autograd.grad(x, adversary.last_layer, retain_graph=True)[0] for x in (term, rec)]
+    term, _ = discriminator.term(rec, pixels, decoded)
+    gradients = [torch.autograd.grad(x, discriminator.last_layer, retain_graph=True)[0] for x in (term, rec)]
     assert gradients[0].norm().item() == pytest.approx(0.5 * gradients[1].norm().item(), rel=1e-3)
     term.backward()
-    assert all(parameter.grad is None for parameter in adversary.module.parameters())
+    assert all(parameter.grad is None for parameter in discriminator.module.parameters())
     # Its own loss leaves none in the autoencoder.
-    before = adversary.last_layer.grad
-    loss = adversary.loss()
+    before = discriminator.last_layer.grad
+    loss = discriminator.loss()
     assert before is not None and loss is not None
     before = before.clone()
     loss.backward()
-    assert all(parameter.grad is not None for parameter in adversary.module.parameters())
-    assert torch.equal(before, adversary.last_layer.grad)  # type: ignore[arg-type]
+    assert all(parameter.grad is not None for parameter in discriminator.module.parameters())
+    assert torch.equal(before, discriminator.last_layer.grad)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -212,9 +212,9 @@ def on_two_ranks(folder: Path, stop_at: int = -1) -> Callable[[int], None]:
         images, torch_seed = random_images(), 7 + rank
         torch.manual_seed(torch_seed)  # rank 0's initial weights are everybody's
         vae = build_autoencoder(ADVERSARIAL, 16)
-        adversary = open_adversary(vae, ADVERSARIAL)
-        assert adversary is not None
-        loss_of = autoencoder_loss(vae, images, ADVERSARIAL, None, adversary)
+        discriminator = open_discriminator(vae, ADVERSARIAL)
+        assert discriminator is not None
+        loss_of = autoencoder_loss(vae, images, ADVERSARIAL, None, discriminator)
 
         def progress(label: str, done: int, total: int) -> None:
             if done == stop_at and rank == 1:
@@ -223,13 +223,21 @@ def on_two_ranks(folder: Path, stop_at: int = -1) -> Callable[[int], None]:
         log = RunLog(folder, {})
         try:
             fit_modules(
-                "vae", log, {"vae": vae}, loss_of, 24, ADVERSARIAL.fit, 5, progress, opponent=adversary
+                "vae",
+                log,
+                {"vae": vae},
+                loss_of,
+                24,
+                ADVERSARIAL.fit,
+                5,
+                progress,
+                discriminator=discriminator,
             )
             assert stop_at < 0
         except Interrupted:
             assert stop_at > 0
         both = process_group.gather_objects(
-            {name: value.tolist() for name, value in adversary.module.state_dict().items()}
+            {name: value.tolist() for name, value in discriminator.module.state_dict().items()}
         )
         assert both[0] == both[1]
         process_group.finish()
