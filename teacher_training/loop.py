@@ -78,7 +78,7 @@ def fit_modules(
     previews: Previews | None = None,
     discriminator: TrainedDiscriminator | None = None,
 ) -> None:
-    """Train `modules` together on `loss_of`, and `discriminator` against them; leave their EMA weights in them.
+    """Train `modules` on `loss_of`, and `discriminator` against them; leave EMA weights in the modules.
 
     `size` is the number of rows to train on. Data order and noise are functions of (seed, images so far), so
     a resumed training equals an unbroken one. Raises FloatingPointError at the first non-finite loss and

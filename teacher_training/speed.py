@@ -19,7 +19,7 @@ from teacher_training.autoencoder_losses import open_discriminator, open_percept
 from teacher_training.clip import contrastive_loss, model_config
 from teacher_training.config import AutoencoderConfig, TeacherConfig
 from teacher_training.data import TrainingPictures
-from teacher_training.loop import TrainedDiscriminator, LossFn
+from teacher_training.loop import LossFn, TrainedDiscriminator
 from teacher_training.networks.kind import NetworkKind
 from teacher_training.networks.precision import with_precision
 from teacher_training.networks.registry import network_of
