@@ -58,15 +58,19 @@ def spread_captions(source: str, column: str | None, count: int) -> list[str]:
 
 
 def reference_pictures(pictures: Path, count: int, file: Path) -> Path:
-    """At most `count` pictures, evenly spread, for evaluations: `pictures` itself, or FILE by rank 0."""
+    """At most `count` pictures, evenly spread, for evaluations: `pictures` itself, or FILE by rank 0.
+
+    A FILE with as many pictures is kept, and with it what evaluations have measured of it.
+    """
     total = pq.read_metadata(pictures).num_rows
     if total <= count:
         return pictures
     if process_group.rank() == 0:
         logger.info("evaluations compare with %d of %d pictures, evenly spread", count, total)
-        table, buffer = pq.read_table(pictures), io.BytesIO()
-        pq.write_table(table.take([row * total // count for row in range(count)]), buffer)
-        write_atomically(file, buffer.getvalue())
+        if not (file.is_file() and pq.read_metadata(file).num_rows == count):
+            table, buffer = pq.read_table(pictures), io.BytesIO()
+            pq.write_table(table.take([row * total // count for row in range(count)]), buffer)
+            write_atomically(file, buffer.getvalue())
     process_group.barrier()
     return file
 

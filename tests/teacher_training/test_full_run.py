@@ -147,6 +147,10 @@ def test_pictures_are_kept_as_the_teacher_sees_them(data: Path, tmp_path: Path) 
     assert torch.equal(load_all(read_images(few))[0], images)
     assert load_all(read_images(few))[1] == captions
     assert reference_pictures(file, 40, tmp_path / "unused.parquet") == file
+    # What was measured of a file counts as long as the file is the same.
+    written = few.stat().st_mtime_ns
+    assert reference_pictures(file, 8, few).stat().st_mtime_ns == written
+    assert len(load_all(read_images(reference_pictures(file, 12, few)))[1]) == 12
     # An existing file is kept.
     before = file.stat().st_mtime_ns
     assert save_pictures(config, 16, tmp_path).stat().st_mtime_ns == before
