@@ -17,7 +17,7 @@ def step():
 for _ in range(5):  # the heap grows to the size of a step
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
+for _ in range(200):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -26,7 +26,7 @@ PAGES = 2**21 * 4 // resource.getpagesize()
 
 
 def page_faults(*words: str, **environment: str) -> int:
-    """Count the page faults of 20 small steps in a subprocess, after `process_group.init()` if asked to."""
+    """Count the page faults of 200 small steps in a subprocess, after `process_group.init()` if asked to."""
     output = subprocess.run(
         [sys.executable, "-c", PAGE_FAULTS, *words],
         env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", **environment},
@@ -39,9 +39,11 @@ def page_faults(*words: str, **environment: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
 def test_freed_cpu_tensors_keep_their_pages():
-    assert page_faults("init") < PAGES  # for 20 steps that allocate three such tensors each
+    # Less than a twentieth of a tensor per step, each of which allocates three. Over 200 steps, because the
+    # heap may grow by one tensor once more, at a step that differs from process to process.
+    assert page_faults("init") < 200 * PAGES / 20
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
 def test_malloc_thresholds_of_the_user_are_kept():
-    assert page_faults("init", MALLOC_MMAP_THRESHOLD_="131072") > 20 * PAGES
+    assert page_faults("init", MALLOC_MMAP_THRESHOLD_="131072") > 200 * PAGES
