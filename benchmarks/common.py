@@ -51,6 +51,12 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation as text; one value alone."""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
 def installed_version(package: str) -> str:
     """The version of an installed package; a plain checkout of this project is not installed."""
     try:

@@ -1,12 +1,14 @@
-"""Recipes of the miniature compared: losses and schedules of both stages, over seeds, by three feature
-networks.
+"""Recipes of the miniature compared: losses, schedules, discriminators and their parts, over seeds, by three
+feature networks.
 
-    python benchmarks/recipe.py run --pairs DIR --out DIR --arm NAME --seed 0     one run; resumes
-    python benchmarks/recipe.py table --out DIR                                  writes recipe_DATE_cpu.md
+    python benchmarks/recipe.py run --pairs DIR --out DIR --arm NAME NAME --seed 0 1 2     resumes
+    python benchmarks/recipe.py table --out DIR                       writes recipe_DATE_cpu.md
 
-Pairs come from `d2g pairs generate --preset miniature`. Arms of the second stage start from the run of the
-first stage that their name ends with ("gan from pseudo_huber"), and have the losses of the preset's stage 2.
-The CLIP that guides comes from `python benchmarks/text_phase.py clip`.
+Pairs come from `d2g pairs generate --preset miniature`. Arms of the second stage start from a first stage of
+the same seed, the one that their name ends with ("gan from pseudo_huber"), which is trained when it is not
+there. They have the losses of the preset's stage 2. "regression alone" and "part d" to "part multiscale" are
+rows of method.md "Ablation of the discriminator", whose last row is "gan". The CLIP that guides comes from
+`python benchmarks/text_phase.py clip`.
 """
 
 import argparse
@@ -17,12 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.ablation import spread
-from benchmarks.common import table, write
+from benchmarks.common import spread, table, write
 from benchmarks.student_scores import COLUMNS, score
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import override
 from distill.config.presets import DISTILL_PRESETS
+from distill.config.run import DistillConfig
 from distill.training.train import train
 
 TODAY = ("optim.lr=5e-4", "train.ema_beta=0.99")
@@ -36,6 +38,8 @@ FIRST = {
     ),
     "e_latent_lpips, 1e-3": ("regression.losses=e_latent_lpips", "optim.lr=1e-3", *SCHEDULE),
     "pseudo_huber": ("regression.losses=pseudo_huber", "optim.lr=1e-3", *SCHEDULE),
+    "mse": ("regression.losses=mse", "optim.lr=1e-3", *SCHEDULE),
+    "latent_lpips": ("regression.losses=latent_lpips", "optim.lr=5e-4", *SCHEDULE),
     "decoder_features": ("regression.losses=decoder_features", "optim.lr=1e-3", *SCHEDULE),
     "pseudo_huber + e_latent_lpips": (
         "regression.losses=pseudo_huber:1,e_latent_lpips:10", "optim.lr=1e-3", *SCHEDULE
@@ -57,31 +61,50 @@ SECOND = {
     "gan, constant rate": (),
     "gan": GAN,
     **{f"gan, weight {weight}": (*GAN, f"gan.weight={weight}") for weight in ("0.05", "1", "4")},
+    "gan, constant rate of D": (*GAN, "gan.optim.decay_images=0"),
+    "gan, rate of D to a tenth": (*GAN, "gan.optim.final_lr=3e-5"),
+    "gan, coupled Adam": (*GAN, "optim.name=adam", "gan.optim.name=adam"),
     "gan, output head": (*GAN, "gan.output_head=true"),
     "projected": (*GAN, *PROJECTED, "gan.discriminator=projected"),
     "unet and projected": (*GAN, *PROJECTED, "gan.discriminator=unet+projected"),
     "gan, CLIP": (*GAN, *GUIDANCE),
     "projected, CLIP": (*GAN, *PROJECTED, "gan.discriminator=projected", *GUIDANCE),
     "adm": (*GAN, "regression.losses=[]", "gan.weight=1"),
+    "regression alone": GAN[::2],
+    **{f"part {name}": GAN for name in ("d", "z", "r1", "multiscale")},
 }
 """Settings of second stages by the first part of their name; `{clip}` stands for the CLIP that guides. adm:
 adversarial regression on the pairs alone (arXiv 2507.18569)."""
 
 
-def run(pairs: str, out: Path, arm: str, seed: int, images: int, count: int, clip: str = "") -> None:
-    """Train one arm with one seed and score it, unless its scores are there."""
+def second_stage(name: str) -> DistillConfig:
+    """The config that the settings of a second stage change."""
+    part = name.removeprefix("part ")
+    config = DISTILL_PRESETS["miniature" if part == name else f"miniature-ablation-{part}"]["gan"]
+    return replace(config, stage="ode") if name == "regression alone" else config
+
+
+def run(pairs: str, out: Path, arm: str, seed: int, images: tuple[int, int], count: int, clip: str) -> None:
+    """Train one arm with one seed and score it, unless its scores are there; its first stage before it.
+
+    images: of first and second stages. clip: the CLIP that guides.
+    """
     second, _, first = arm.rpartition(" from ")
-    stage = "gan" if second else "ode"
-    settings = [*FIRST[first], *(SECOND[second] if second else ())]
     folder = out / str(seed) / arm
     if (folder / "scores.json").is_file():
         return
-    config = replace(DISTILL_PRESETS["miniature"][stage], pairs=pairs, seed=seed)
     if second:
-        config = replace(config, init=str(out / str(seed) / first))
-        settings = list(SECOND[second])
-    config = override(config, [setting.format(images=images, clip=clip) for setting in settings])
-    options = replace(config.train, images=images, report_images=images // 8, checkpoint_images=images // 4)
+        run(pairs, out, first, seed, images, count, clip)
+        config = replace(second_stage(second), init=str(out / str(seed) / first))
+    else:
+        config = DISTILL_PRESETS["miniature"]["ode"]
+    length = images[bool(second)]
+    settings = [*FIRST[first], *(SECOND[second] if second else ())]
+    config = override(
+        replace(config, pairs=pairs, seed=seed),
+        [setting.format(images=length, clip=clip) for setting in settings],
+    )
+    options = replace(config.train, images=length, report_images=length // 8, checkpoint_images=length // 4)
     summary = train(replace(config, train=options), folder)
     facts = {"images": summary.images, "seconds": summary.seconds, "scored_scenes": count}
     write_atomically(folder / "scores.json", json.dumps({**score(folder, count), **facts}, indent=1))
@@ -108,22 +131,23 @@ def lines_of(out: Path) -> list[str]:
 
 
 def main() -> None:
-    """Run one arm, or write the table."""
+    """Run arms, or write the table."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--pairs")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument(
-        "--arm", help=f"one of {', '.join(FIRST)}; or {' or '.join(SECOND)}, from one of them"
-    )
+    arms = f"any of {', '.join(FIRST)}; or {' or '.join(SECOND)}, from one of them"
+    parser.add_argument("--arm", nargs="+", default=[], help=arms)
     parser.add_argument("--clip", default="", help="the CLIP that guides, for arms with CLIP")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=24_000)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, nargs=2, default=(12_800, 3_200), metavar=("FIRST", "SECOND"))
     parser.add_argument("--scenes", type=int, default=2_048, help="test scenes per student")
     args = parser.parse_args()
     if args.what == "run":
-        run(args.pairs, args.out, args.arm, args.seed, args.images, args.scenes, args.clip)
+        for seed in args.seed:
+            for arm in args.arm:
+                run(args.pairs, args.out, arm, seed, tuple(args.images), args.scenes, args.clip)
     else:
         write("recipe", "Recipes of the miniature", lines_of(args.out))
 

@@ -16,8 +16,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.ablation import spread
-from benchmarks.common import table, write
+from benchmarks.common import spread, table, write
 from benchmarks.student_scores import COLUMNS, score
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import override

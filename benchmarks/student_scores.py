@@ -11,6 +11,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, from_uint8
 from distill.sampling import load_student
 from eval.evaluation import evaluate
+from eval.images.resize import NATIVE
 from eval.measure.build_reference import build_reference
 from eval.measure.reference import Reference
 from eval.measure.required_networks import Networks
@@ -63,7 +64,10 @@ def score(run: Path, count: int) -> dict[str, float]:
     """Scores of the student of a run on `count` test scenes, all with the same noise and captions."""
     references, texts, protocol = _reference(count)
     request = SamplingRequest(prompts=texts, seed=0, device="cpu")
-    source = one_step_source(str(run), load_student(str(run)), request)
+    # Each image is drawn and decoded once, for all networks.
+    sampler = one_step_source(str(run), load_student(str(run)), request)
+    drawn = [(b.views[NATIVE], b.prompts) for b in sampler.draw(range(count), 64, (NATIVE,))]
+    source = batch_source(str(run), drawn)
     scores: dict[str, float] = {}
     for network, net in _networks().items():
         # The oracle also measures precision, recall and captions.
