@@ -76,6 +76,17 @@ SECOND = {
 """Settings of second stages by the first part of their name; `{clip}` stands for the CLIP that guides. adm:
 adversarial regression on the pairs alone (arXiv 2507.18569)."""
 
+STYLEGAN_T = (*PROJECTED, "gan.discriminator=projected", "gan.penalty=none")
+FROM_RANDOM = {
+    "stylegan-t": (),
+    "gigagan": (),
+    "stylegan-t, CLIP": GUIDANCE,
+    "stylegan-t, projected": STYLEGAN_T,
+    "stylegan-t, projected, CLIP": (*STYLEGAN_T, *GUIDANCE),
+}
+"""Settings of GANs without regression, whose generator has styles and random weights, as long as a first
+stage."""
+
 
 def second_stage(name: str) -> DistillConfig:
     """The config that the settings of a second stage change."""
@@ -93,13 +104,16 @@ def run(pairs: str, out: Path, arm: str, seed: int, images: tuple[int, int], cou
     folder = out / str(seed) / arm
     if (folder / "scores.json").is_file():
         return
-    if second:
+    if arm in FROM_RANDOM:
+        config = DISTILL_PRESETS[f"miniature-{arm.partition(',')[0]}"]["gan"]
+        settings = FROM_RANDOM[arm]
+    elif second:
         run(pairs, out, first, seed, images, count, clip)
         config = replace(second_stage(second), init=str(out / str(seed) / first))
+        settings = SECOND[second]
     else:
-        config = DISTILL_PRESETS["miniature"]["ode"]
+        config, settings = DISTILL_PRESETS["miniature"]["ode"], FIRST[first]
     length = images[bool(second)]
-    settings = [*FIRST[first], *(SECOND[second] if second else ())]
     config = override(
         replace(config, pairs=pairs, seed=seed),
         [setting.format(images=length, clip=clip) for setting in settings],
@@ -137,7 +151,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("--pairs")
     parser.add_argument("--out", required=True, type=Path)
-    arms = f"any of {', '.join(FIRST)}; or {' or '.join(SECOND)}, from one of them"
+    arms = f"any of {', '.join((*FIRST, *FROM_RANDOM))}; or {' or '.join(SECOND)}, from one of the first"
     parser.add_argument("--arm", nargs="+", default=[], help=arms)
     parser.add_argument("--clip", default="", help="the CLIP that guides, for arms with CLIP")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
