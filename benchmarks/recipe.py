@@ -116,7 +116,7 @@ def run(pairs: str, out: Path, arm: str, seed: int, images: tuple[int, int], cou
     length = images[bool(second)]
     config = override(
         replace(config, pairs=pairs, seed=seed),
-        [setting.format(images=length, clip=clip) for setting in settings],
+        ["train.precision=fp32", *(setting.format(images=length, clip=clip) for setting in settings)],
     )
     options = replace(config.train, images=length, report_images=length // 8, checkpoint_images=length // 4)
     summary = train(replace(config, train=options), folder)

@@ -47,9 +47,10 @@ class TrainConfig:
         "Until this many images the average is a copy of the weights",
         source='method.md "Schedule and hyperparameters"',
     )
-    precision: Literal["fp32", "bf16"] = setting(
+    precision: Literal["fp32", "bf16", "auto"] = setting(
         "bf16",
-        "Arithmetic of the networks, LatentLPIPS' trunk included; weights and losses are fp32",
+        "Arithmetic of the networks, LatentLPIPS' trunk included; weights and losses are fp32. auto: bf16 "
+        "where the hardware has it, else fp32",
         source="Table A1",
     )
     loader_workers: int = setting(2, "Processes per rank that read pairs; 0 reads in the training loop")

@@ -17,6 +17,7 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import logger
 from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
+from d2g.diffusion.fp32_attention import use_fp32_attention
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.discriminators import DISCRIMINATORS
@@ -217,6 +218,8 @@ def _distribute(
         network = build_on_meta().to("meta")
     else:
         network = load()
+    if precision == "bf16" and device.type == "cpu":
+        use_fp32_attention(network)
     if engine.frozen_weights == "bf16":
         parallel.store_frozen_in_bf16(network)
     # Compile blocks, recompute activations per block, and wrap blocks and roots.

@@ -30,6 +30,7 @@ from distill.models.discriminators import check_discriminator
 from distill.models.student import check_teacher, student_from_teacher, takes_guidance
 from distill.models.students import STUDENTS, check_student
 from distill.models.text_student import TextStudent, check_text_teacher
+from distill.planning.choose_precision import with_precision
 from distill.planning.flops import seconds_per_image_at_peak
 from distill.sampling import OneStep
 from distill.training.callbacks import (
@@ -114,6 +115,7 @@ def train(
         raise SettingError("train.validate_images needs pairs, or --validate PROTOCOL; set it to 0")
     try:
         device = process_group.init()
+        config = with_precision(config, device)
         with sole_owner(out, "trains in") as owner:
             return _train(config, out, device, progress, validate, owner)
     except RuntimeError as error:

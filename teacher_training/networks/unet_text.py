@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2g.core.errors import UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.families.sd import SDConditioner
+from d2g.diffusion.fp32_attention import use_fp32_attention
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import Schedule
 from d2g.diffusion.teacher import Teacher
@@ -19,7 +20,7 @@ from teacher_training.data import TrainingPictures
 from teacher_training.loop import LossFn
 from teacher_training.networks.epsilon_loss import epsilon_loss, min_snr_weights
 from teacher_training.networks.kind import NetworkKind, TrainableNetwork
-from teacher_training.networks.precision import FP32Attention, trains_in_bf16
+from teacher_training.networks.precision import trains_in_bf16
 
 
 def build_denoiser(
@@ -127,8 +128,7 @@ def _build(
 def _with_attention(network: TextUNet, config: TeacherConfig) -> TextUNet:
     """The network with attention that is fast in the training's precision. What is saved stays the same."""
     if trains_in_bf16(config):
-        unet: Any = network.unet
-        unet.set_attn_processor(FP32Attention())
+        use_fp32_attention(network.unet)
     return network
 
 
