@@ -34,7 +34,6 @@ def run(store: Path, out: Path, seed: int, pairs: int, images: int, scenes: int)
     if (folder / "scores.json").is_file():
         return
     settings = (
-        "train.precision=fp32",
         f"train.images={images}",
         f"optim.warmup_images={images // 40}",
         f"train.ema_halflife_images={images // 60}",
