@@ -46,7 +46,7 @@ def use_fp32_attention(network: nn.Module) -> None:
             and isinstance(layer.processor, AttnProcessor2_0)
             and _is_plain(layer)
         ):
-            layer.set_processor(FP32Attention())  # type: ignore[arg-type]
+            layer.set_processor(FP32Attention())
 
 
 def _is_plain(layer: Attention) -> bool:

@@ -218,6 +218,22 @@ def test_checkpoints_are_pruned_and_bf16_keeps_fp32_weights(
     assert all(math.isfinite(line["loss/g"]) for line in curve(tmp_path))
 
 
+@pytest.mark.parametrize("hardware", [True, False])
+def test_auto_is_what_the_hardware_has_and_is_recorded(
+    hardware: bool, teacher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on in the same precision, also with the setting written out."""
+    monkeypatch.setattr("distill.planning.choose_precision.supports_bf16", lambda device: hardware)
+    precision = "bf16" if hardware else "fp32"
+    train(distill_config(teacher, pairs, "train.precision=auto", "train.images=4"), tmp_path / "run")
+    assert json.loads((tmp_path / "run/config.json").read_text())["train"]["precision"] == precision
+    same = distill_config(teacher, pairs, f"train.precision={precision}", "train.images=8")
+    assert train(same, tmp_path / "run").steps == 2
+    other = replace(same, train=replace(same.train, precision="fp32" if hardware else "bf16"))
+    with pytest.raises(UserError, match="precision"):
+        train(other, tmp_path / "run")
+
+
 # Several ranks.
 
 RANK_SETTINGS = {
