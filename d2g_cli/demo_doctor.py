@@ -58,7 +58,9 @@ def demo(
     config = configure_preset(_demo_presets(), default, options, {"seed": options.seed})
     if options.dry_run:
         finish_dry_run(config, options.as_json)
-    share_among_processes(context, processes)
+    from miniature.config import planned_seconds
+
+    share_among_processes(context, processes, out, planned_seconds(config))
     from miniature.demo import run_demo
 
     result = run_demo(config, out, reporter)

@@ -3,15 +3,21 @@
 import os
 import signal
 import sys
+from math import inf
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from d2g.core.errors import SettingError
+from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import logger
 from d2g_cli.terminal import print_line
 
 MOST_CPU_PROCESSES = 8
 """Processes that `cpu_processes` uses at most: the small jobs that it is for do not divide further."""
+
+MEASURED_FROM = 60.0
+"""Seconds of a job from which `cpu_processes` measures; the measurement itself takes about one."""
 
 MOST_PROCESSES = 1024
 """Processes that one machine may be asked to start."""
@@ -104,7 +110,7 @@ def check_count(option: str, processes: int | None) -> int | None:
 Processes = Annotated[
     int | None,
     typer.Option(
-        help="Processes that share the work on a CPU (one per core, up to 8).",
+        help="Processes that share the work on a CPU (measured: one per core, up to 8, or one).",
         show_default=False,
         callback=_check_processes,
     ),
@@ -112,25 +118,46 @@ Processes = Annotated[
 """The option of commands that call `share_among_processes`."""
 
 
-def share_among_processes(context: typer.Context, processes: int | None) -> None:
+def share_among_processes(
+    context: typer.Context, processes: int | None, out: Path, seconds: float = inf
+) -> None:
     """Run this command in several processes and exit. Returns at once in each of these, or if one is enough.
 
-    processes: their number; None: `cpu_processes`.
+    processes: their number; None: `cpu_processes(out, seconds)`.
     """
     # Under `d2g launch` or torchrun this is one of the processes already.
-    count = cpu_processes() if processes is None else processes
+    count = cpu_processes(out, seconds) if processes is None else processes
     if count > 1 and "WORLD_SIZE" not in os.environ:
         raise typer.Exit(run_in_processes(context.find_root().obj, count))
 
 
-def cpu_processes() -> int:
-    """How many processes a small job takes here: a power of two, 1 with a GPU or under torchrun."""
+def cpu_processes(out: Path, seconds: float = inf) -> int:
+    """How many processes a small job takes here: a power of two or one, 1 with a GPU or under torchrun.
+
+    A job that has run in the folder OUT before takes as many as then, so that it goes on with the same random
+    numbers. The first start measures whether several processes compute more than one (on cores that other
+    programs use, or of which a container may use a part, they may not), and logs the choice. Jobs of fewer
+    seconds than `MEASURED_FROM` take one process per core without a measurement.
+    """
     if "WORLD_SIZE" in os.environ:
         return 1
     import torch
 
+    from d2g.core.distributed.process_count import measure_processes, saved_process_count
     from d2g.core.environment import usable_cores
 
     if torch.cuda.is_available():
         return 1
-    return 1 << (min(usable_cores(), MOST_CPU_PROCESSES).bit_length() - 1)
+    if (saved := saved_process_count(out)) is not None:
+        logger.info("%d process(es), as at the last start; --processes chooses", saved)
+        return saved
+    most = 1 << (min(usable_cores(), MOST_CPU_PROCESSES).bit_length() - 1)
+    if most == 1 or seconds < MEASURED_FROM:
+        return most
+    try:
+        measurement = measure_processes(most)
+    except UserError as error:
+        logger.warning("1 process, because more could not be measured (%s); --processes chooses", error)
+        return 1
+    logger.info("%s", measurement.line())
+    return measurement.processes

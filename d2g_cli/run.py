@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +75,7 @@ def run(
     """From a folder of pictures to a student: teacher, pairs, both stages, evaluation, export, one report."""
     config = _run_config(options, untrained)
     check_inputs({"--data": config.data, "--teacher": config.pretrained_teacher})
-    share_among_processes(context, processes)
+    share_among_processes(context, processes, out, 60 * config.minutes or inf)
     from d2g.core.distributed import process_group
     from teacher_training.full_run.plan import PARTS, plan_run
     from teacher_training.full_run.run import run_parts

@@ -40,6 +40,19 @@ class DemoConfig:
         )
 
 
+EVALUATIONS_PER_SECOND = 900.0
+"""Evaluations of the miniature's network on two CPU cores (docs/LOG.md, "two processes beat two threads")."""
+
+
+def planned_seconds(config: DemoConfig) -> float:
+    """About how long the demo computes on two CPU cores: to a factor of two, without its start."""
+    # Guided steps take two evaluations; an image of stage 1 forward and backward; one of stage 2 about 12.
+    evaluations = 2 * config.pairs.num_pairs * config.pairs.steps
+    evaluations += 2 * config.eval_images * config.teacher_steps
+    evaluations += 3 * config.ode.train.images + 12 * config.gan.train.images
+    return evaluations / EVALUATIONS_PER_SECOND
+
+
 def _short(config: DistillConfig, images: int) -> DistillConfig:
     return replace(
         config, train=replace(config.train, images=images, report_images=images // 4, batch_size=16)

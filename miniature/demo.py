@@ -11,6 +11,7 @@ from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
+from d2g.core.distributed.process_count import save_process_count
 from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import noise
@@ -72,6 +73,7 @@ def run_demo(config: DemoConfig, out: Path, progress: Progress = quiet) -> DemoR
     register_eval_scenes()
     started, times = time.monotonic(), PartTimes()
     device = process_group.init()
+    save_process_count(out)
     # Captions of scenes that the teacher was not trained on.
     prompts = out / "prompts.txt"
     captions = list(dict.fromkeys(scene_captions(config.pairs.num_pairs, PROMPT_SEED)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import checkpoint, process_group
+from d2g.core.distributed.process_count import save_process_count
 from d2g.core.errors import UserError
 from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
@@ -67,6 +68,7 @@ def run_parts(
     """
     with sole_owner(out, "runs in"):
         save_plan(out, plan)
+        save_process_count(out)
         times = PartTimes(out / "times.json")
         # The pictures at the teacher's size, and the teacher.
         name, verdict, size = str(out / "teacher"), None, config.teacher.size

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from d2g.core.distributed.process_count import MEASURED_SECONDS, saved_process_count
 from d2g.core.environment import usable_cores
-from d2g_cli.launch import cpu_processes
+from d2g_cli.launch import MEASURED_FROM, cpu_processes
 from d2g_cli.main import main
+from miniature.config import DEMO_PRESETS, planned_seconds
 
 TINY_DEMO = ["demo", "--quick", "--json"]
 for _setting in (
@@ -53,12 +55,53 @@ def test_wrong_options_are_refused(words: str, message: str, capsys: pytest.Capt
     assert exited.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_process_of_torchrun_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+several_cores = pytest.mark.skipif(usable_cores() < 2, reason="one core is shared by one process")
+
+
+def test_a_process_of_torchrun_starts_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cpu_processes() == 1
-    monkeypatch.delenv("WORLD_SIZE")
-    count = cpu_processes()
+    (tmp_path / "processes.json").write_text('{"processes": 2}')
+    assert cpu_processes(tmp_path) == 1
+
+
+@several_cores
+def test_a_long_job_measures_how_many_processes_it_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "d2g")
+    started = time.monotonic()
+    count = cpu_processes(tmp_path)
+    assert time.monotonic() - started > 2 * MEASURED_SECONDS
+    assert count in (1, cpu_processes(tmp_path, seconds=0))
+    assert len(caplog.messages) == 1 and "(measured: " in caplog.messages[0]
+    # Nothing is kept until the job itself starts.
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_short_job_is_not_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "d2g")
+    count = cpu_processes(tmp_path, seconds=MEASURED_FROM / 2)
     assert count & (count - 1) == 0 and 1 <= count <= usable_cores()
+    assert planned_seconds(DEMO_PRESETS["quick"]) < MEASURED_FROM < planned_seconds(DEMO_PRESETS["default"])
+    assert not caplog.messages
+
+
+def test_a_job_goes_on_with_its_number_of_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Noise of a teacher's training depends on it."""
+    caplog.set_level("INFO", "d2g")
+    (tmp_path / "processes.json").write_text('{"processes": 3}')
+    assert cpu_processes(tmp_path) == cpu_processes(tmp_path, seconds=0) == 3
+    assert "3 process(es), as at the last start; --processes chooses" in caplog.messages
+
+
+@several_cores
+def test_processes_that_cannot_be_measured_are_not_started(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.py").write_text("raise MemoryError('no memory is left')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert cpu_processes(tmp_path / "out") == 1
+    assert "could not be measured (a process that was to be timed has ended: MemoryError: no" in caplog.text
 
 
 @pytest.fixture
@@ -101,6 +144,8 @@ def test_the_demo_in_two_processes_measures_what_one_process_measures(
     for metric in ("fid", "clip_score", "caption_accuracy"):
         assert two[metric] == pytest.approx(one[metric], rel=1e-3)
     assert (out / "report.html").is_file()
+    # The same command goes on with as many processes.
+    assert saved_process_count(out) == 2 and saved_process_count(demo_of_one_process[0]) == 1
 
 
 @pytest.mark.slow

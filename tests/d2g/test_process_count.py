@@ -1,0 +1,117 @@
+"""Processes that share a job on a CPU: the measurement with real ones, the choice, what a folder keeps."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from d2g.core.distributed import timed_products
+from d2g.core.distributed.process_count import (
+    FILE,
+    Measurement,
+    measure_processes,
+    save_process_count,
+    saved_process_count,
+)
+from d2g.core.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "processes", "words"),
+    [
+        (100, [98, 97], 2, "2 processes (measured: 2 at once compute 1.94 times as much as one)"),
+        (100, [61, 64], 2, "1.22 times"),
+        (
+            100,
+            [60, 64],
+            1,
+            "1 process, because more are not worth it (measured: 2 at once compute 1.20 times",
+        ),
+        (100, [50, 50], 1, "1.00 times"),
+        # Each step waits for the slowest rank.
+        (100, [100, 30], 1, "0.60 times"),
+        (50, [20] * 8, 8, "8 processes (measured: 8 at once compute 3.20 times"),
+    ],
+)
+def test_processes_are_taken_if_they_compute_more(
+    alone: float, together: Sequence[float], processes: int, words: str
+) -> None:
+    measurement = Measurement(alone=alone, together=together)
+    assert measurement.processes == processes
+    assert words in measurement.line() and measurement.line().endswith("--processes chooses")
+
+
+def test_processes_of_one_core_share_it() -> None:
+    """Processes that were not timed at once would seem to do twice as much. Other programs may use the core:
+    then two processes get a larger share of it than one.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system has no affinities")
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        measurements = [measure_processes(2, 0.2) for _ in range(2)]
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert all(min(one.alone, *one.together) > 0 for one in measurements)
+    assert min(one.gain for one in measurements) < 1.7
+
+
+def test_a_worker_that_cannot_start_is_an_error_with_its_last_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.py").write_text("raise ImportError('numpy is damaged')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match="was to be timed has ended: ImportError: numpy is damaged"):
+        measure_processes(2)
+
+
+def test_ctrl_c_leaves_no_worker_and_no_traceback(tmp_path: Path) -> None:
+    """The terminal sends SIGINT to the workers, too. They end with their parent."""
+    code = (
+        "from d2g.core.distributed.process_count import measure_processes\n"
+        "print('measures', flush=True)\n"
+        "try: measure_processes(2, 60.0)\n"
+        "except KeyboardInterrupt: raise SystemExit(130)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stdout=-1, stderr=-1, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "measures\n"
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error == ""
+
+
+def test_the_work_is_counted_per_second() -> None:
+    rate = timed_products.products_per_second(0.05)
+    assert 0 < rate < 1e6
+
+
+def test_a_folder_keeps_the_number_of_its_last_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert saved_process_count(tmp_path / "none") is None
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    save_process_count(tmp_path)
+    assert saved_process_count(tmp_path) == 4
+    # Rank 1 writes nothing.
+    monkeypatch.setenv("RANK", "1")
+    save_process_count(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"processes": "two"}', '{"processes": 0}', "{}"])
+def test_a_damaged_number_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(
+        UserError, match=r"processes.json.*delete .*processes.json, the number is measured again"
+    ):
+        saved_process_count(tmp_path)
