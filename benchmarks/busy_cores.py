@@ -3,7 +3,7 @@
     python benchmarks/busy_cores.py [--loads 0,2,6] [--seconds 15] [--rounds 1] [--only TEXT]
 
 Each way of computing runs `d2g pairs generate` (2 steps, fp32) and `d2g distill ode` from the preset
-`miniature`, in batches of 64, beside so many endless loops of the shell, until it is measured. Ways take turns
+`miniature`, in batches of 64, beside so many endless loops of the shell. Ways take turns
 within a load. At the start of each load it also says what `d2g demo` and `d2g run` would measure and choose.
 Writes benchmarks/busy_cores_DATE_cpu.md.
 """

@@ -39,6 +39,7 @@ import torch
 import torch.optim.optimizer as optimizers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,8 +164,8 @@ class FakeCuda(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its own dispatch comes back with the shards
+        if is_wrapped(types):
+            return NotImplemented  # its own dispatch comes back with what is inside
         if is_asked_for_shapes():
             return func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
@@ -203,6 +204,11 @@ class FakeCuda(TorchDispatchMode):
     def _is_queued(self, target: Tensor, flags: Any, kwargs: Any) -> bool:
         """Whether a copy to the host runs behind the host's back."""
         return bool(kwargs.get("non_blocking") or any(flags)) and target.data_ptr() in self.pinned
+
+
+def is_wrapped(types: Sequence[type]) -> bool:
+    """Whether an operation has sharded tensors, or results of collectives that nobody has waited for."""
+    return any(issubclass(kind, DTensor | AsyncCollectiveTensor) for kind in types)
 
 
 def is_asked_for_shapes() -> bool:
@@ -266,9 +272,21 @@ def main(stage: str, *settings: str, ranks: int = 1) -> None:
 
 
 def pretend_ranks(count: int) -> None:
-    """Make this process rank 0 of a group whose collectives send nothing."""
+    """Make this process rank 0 of a group whose collectives send nothing.
+
+    DDP gets its reducer in Python: the one in C++ asks the driver. It reduces each gradient by itself, without
+    buckets, and respects no_sync. DDP's comparison of the parameters of all ranks is left out: the host reads
+    it, and the group has no answer.
+    """
+    import torch._dynamo
+    import torch.nn.parallel.distributed as ddp
     import torch.testing._internal.distributed.fake_pg  # registers the backend
     from torch._C._distributed_c10d import FakeStore
+
+    any_dynamo: Any = torch._dynamo.config
+    any_dynamo.optimize_ddp = "python_reducer"
+    any_ddp: Any = ddp
+    any_ddp._verify_param_shape_across_processes = lambda *arguments: None
 
     torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
 
@@ -402,8 +420,8 @@ def live_bytes() -> Any:
 
     class Live(LiveBytes):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if any(issubclass(kind, DTensor) for kind in types):
-                return NotImplemented  # its own dispatch comes back with the shards
+            if is_wrapped(types):
+                return NotImplemented  # its own dispatch comes back with what is inside
             if is_asked_for_shapes():
                 return func(*args, **(kwargs or {}))
             return super().__torch_dispatch__(func, types, args, kwargs)

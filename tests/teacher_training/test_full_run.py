@@ -12,7 +12,9 @@ import torch
 
 from browser import chromium
 from d2g.core.distributed import checkpoint
+from d2g.core.distributed.process_count import saved_process_count
 from d2g.diffusion.teacher import load_teacher
+from d2g_cli.launch import cpu_processes
 from eval.images.folders import load_all, read_images
 from eval.networks.efficientnet import load_efficientnet_lite0
 from eval.result import EvalResult
@@ -91,6 +93,7 @@ def test_one_command_leaves_what_the_single_commands_leave(run: tuple[Path, Ende
         assert evaluation.counts["images"] == lengths["eval"] and evaluation.counts["reference"] == 40
         assert evaluation.models["features"]["name"] == "efficientnet-lite0"
     assert (work / "student" / "model_index.json").is_file() and result["exported"] == str(work / "student")
+    assert saved_process_count(work) in (1, cpu_processes(work / "other", 0))
     assert list(result["seconds"]) == ["teacher", "pairs", "stage 1", "stage 2", "evaluation", "export"]
     with chromium() as browser:
         page = browser.open(work / "report.html", width=1400)
