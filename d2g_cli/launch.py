@@ -143,12 +143,12 @@ def cpu_processes(out: Path, seconds: float = inf) -> int:
         return 1
     import torch
 
-    from d2g.core.distributed.process_count import measure_processes, saved_process_count
+    from d2g.core.distributed.process_count import FILE, measure_processes, saved_process_count
     from d2g.core.environment import usable_cores
 
     if torch.cuda.is_available():
         return 1
-    if (saved := saved_process_count(out)) is not None:
+    if (saved := check_count(f"processes in {out / FILE}", saved_process_count(out))) is not None:
         logger.info("%d process(es), as at the last start; --processes chooses", saved)
         return saved
     most = 1 << (min(usable_cores(), MOST_CPU_PROCESSES).bit_length() - 1)

@@ -274,9 +274,9 @@ def main(stage: str, *settings: str, ranks: int = 1) -> None:
 def pretend_ranks(count: int) -> None:
     """Make this process rank 0 of a group whose collectives send nothing.
 
-    DDP gets its reducer in Python: the one in C++ asks the driver. It reduces each gradient by itself, without
-    buckets, and respects no_sync. DDP's comparison of the parameters of all ranks is left out: the host reads
-    it, and the group has no answer.
+    DDP gets its reducer in Python: the one in C++ asks the driver. It reduces each gradient by itself,
+    without buckets, and respects no_sync. DDP's comparison of the parameters of all ranks is left out: the
+    host reads it, and the group has no answer.
     """
     import torch._dynamo
     import torch.nn.parallel.distributed as ddp

@@ -108,7 +108,7 @@ def test_a_folder_keeps_the_number_of_its_last_start(tmp_path: Path, monkeypatch
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"processes": "two"}', '{"processes": 0}', "{}"])
+@pytest.mark.parametrize("content", ["", "[]", '{"processes": "two"}', "{}"])
 def test_a_damaged_number_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(content)
     with pytest.raises(

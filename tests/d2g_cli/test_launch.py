@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from d2g.core.distributed.process_count import MEASURED_SECONDS, saved_process_count
 from d2g.core.environment import usable_cores
+from d2g.core.errors import SettingError
 from d2g_cli.launch import MEASURED_FROM, cpu_processes
 from d2g_cli.main import main
 from miniature.config import DEMO_PRESETS, planned_seconds
@@ -92,6 +93,10 @@ def test_a_job_goes_on_with_its_number_of_processes(tmp_path: Path, caplog: pyte
     (tmp_path / "processes.json").write_text('{"processes": 3}')
     assert cpu_processes(tmp_path) == cpu_processes(tmp_path, seconds=0) == 3
     assert "3 process(es), as at the last start; --processes chooses" in caplog.messages
+    for number, expected in ((0, "1 or more"), (10**6, "1024 or fewer on one machine")):
+        (tmp_path / "processes.json").write_text(json.dumps({"processes": number}))
+        with pytest.raises(SettingError, match=f"processes.json is {number}; expected {expected}"):
+            cpu_processes(tmp_path)
 
 
 @several_cores

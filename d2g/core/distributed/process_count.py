@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import PIPE, Popen
-from typing import IO
+from typing import IO, TypedDict
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group, timed_products
@@ -111,6 +111,10 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
     return pipe
 
 
+class _Saved(TypedDict):
+    processes: int
+
+
 def save_process_count(folder: Path) -> None:
     """Write the number of processes of this start into the folder of a job. Call on every rank."""
     if process_group.rank() == 0:
@@ -125,8 +129,5 @@ def saved_process_count(folder: Path) -> int | None:
     file = folder / FILE
     if not file.is_file():
         return None
-    remedy = f"delete {file}, the number is measured again"
-    count = read_json(file, remedy, dict[str, int]).get("processes", 0)
-    if count < 1:
-        raise UserError(f"{file}: processes is {count}, expected 1 or more; {remedy}")
-    return int(count)
+    saved = read_json(file, f"delete {file}, the number is measured again", _Saved)
+    return int(saved["processes"])
