@@ -1,5 +1,6 @@
 """Scores of a miniature student on test scenes under three feature networks, for benchmarks."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,8 @@ from eval.images.resize import NATIVE
 from eval.measure.build_reference import build_reference
 from eval.measure.reference import Reference
 from eval.measure.required_networks import Networks
-from eval.measure.source import batch_source
+from eval.measure.source import ImageSource, batch_source
+from eval.metrics.diversity import prompt_diversity
 from eval.networks.base import FeatureNet, parameters_sha256
 from eval.networks.clip import load_clip_features
 from eval.networks.registry import load_clip
@@ -60,14 +62,33 @@ def _reference(count: int) -> tuple[dict[str, Reference], list[str], Protocol]:
     return references, texts, protocol
 
 
+def _drawn(source: ImageSource, count: int) -> ImageSource:
+    """The first images of a source in memory, so that each is drawn and decoded once."""
+    batches = source.draw(range(count), 64, (NATIVE,))
+    return batch_source(source.name, [(batch.views[NATIVE], batch.prompts) for batch in batches])
+
+
+def diversity(sampler: Callable[[SamplingRequest], ImageSource], prompts: int = 64, images: int = 8) -> float:
+    """Mean distance 1 - cos between images of one caption, in CLIP's features, times 1000."""
+    texts = _reference(prompts)[1]
+    request = SamplingRequest(prompts=[text for text in texts for _ in range(images)], seed=0, device="cpu")
+    source, count = sampler(request), len(request.prompts)
+    net, size = _networks()["clip"], replace(PROTOCOLS["miniature"], features=ANY).preprocessing
+    batches = list(source.draw(range(count), 64, (size,)))
+    features = torch.cat([net.function(batch.views[size]) for batch in batches])
+    return 1000 * prompt_diversity(features, [text for batch in batches for text in batch.prompts]).mean
+
+
 def score(run: Path, count: int) -> dict[str, float]:
     """Scores of the student of a run on `count` test scenes, all with the same noise and captions."""
+    student = load_student(str(run))
+    return score_sampler(lambda request: one_step_source(str(run), student, request), count)
+
+
+def score_sampler(sampler: Callable[[SamplingRequest], ImageSource], count: int) -> dict[str, float]:
+    """Scores of any sampler: the function makes a source of the images of a request."""
     references, texts, protocol = _reference(count)
-    request = SamplingRequest(prompts=texts, seed=0, device="cpu")
-    # Each image is drawn and decoded once, for all networks.
-    sampler = one_step_source(str(run), load_student(str(run)), request)
-    drawn = [(b.views[NATIVE], b.prompts) for b in sampler.draw(range(count), 64, (NATIVE,))]
-    source = batch_source(str(run), drawn)
+    source = _drawn(sampler(SamplingRequest(prompts=texts, seed=0, device="cpu")), count)
     scores: dict[str, float] = {}
     for network, net in _networks().items():
         # The oracle also measures precision, recall and captions.
