@@ -264,13 +264,22 @@ def _upsampler_with_prior(one: OneStep, name: str, prior: str | None) -> OneStep
     return replace(one, prior=with_prior(small, prior, None))
 
 
-def student_tensors(name: str) -> dict[str, Tensor]:
-    """Load the EMA weights of a run or the weights of an exported student, with LoRA adapters merged."""
+def stored_tensors(name: str, folder: Path | None = None) -> dict[str, Tensor]:
+    """Load the EMA weights of a run, or the weights of an exported student, as they are stored.
+
+    folder: one of the run's checkpoints, in place of the newest one.
+    """
+    if folder is not None:
+        return checkpoint.open_checkpoint(folder).tensors("ema")
     _, file, _ = _student_facts(name)
-    folder, _, _ = student_folder(name)
     # An exported student has no checkpoint before it.
     advice = REMEDIES[file] if file == "student.json" else ""
-    tensors = checkpoint.Checkpoint(folder, 0, {}, advice).tensors("ema")
+    return checkpoint.Checkpoint(student_folder(name)[0], 0, {}, advice).tensors("ema")
+
+
+def student_tensors(name: str, folder: Path | None = None) -> dict[str, Tensor]:
+    """`stored_tensors`, with LoRA adapters merged."""
+    tensors = stored_tensors(name, folder)
     if not has_lora(tensors):
         return tensors
     config = student_config(name)
@@ -296,15 +305,18 @@ def empty_student(name: str, teacher: str, timestep: int) -> Student:
     return build_student(teacher, timestep, kind_settings(name))
 
 
-def load_student_weights(student: Student, name: str, conditioner: Conditioner | None = None) -> bool:
+def load_student_weights(
+    student: Student, name: str, conditioner: Conditioner | None = None, folder: Path | None = None
+) -> bool:
     """Load the EMA weights of a run, or those of an exported student, into a `student` without adapters.
 
     Adapters are merged first. If the weights take the guidance scale as an input, a guidance embedding is
-    added to `student`. conditioner: the teacher's, into which a student's own text encoders go. Returns
-    whether it has some. Raises UserError if a tensor is missing, unexpected, or has another shape, and for
-    text encoders without a conditioner.
+    added to `student`. conditioner: the teacher's, into which a student's own text encoders go. folder: one
+    of the run's checkpoints, in place of the newest one. Returns whether it has text encoders of its own.
+    Raises UserError if a tensor is missing, unexpected, or has another shape, and for text encoders without a
+    conditioner.
     """
-    tensors, own_text = split_tensors(student_tensors(name))
+    tensors, own_text = split_tensors(student_tensors(name, folder))
     if own_text and conditioner is None:
         raise SettingError(
             f"{name} has text encoders of its own, which this run would drop; set "
@@ -321,6 +333,22 @@ def load_student_weights(student: Student, name: str, conditioner: Conditioner |
         first = " ".join(str(error).split())[:200]
         raise UserError(f"student {name} does not fit its teacher: {first}") from error
     return bool(own_text)
+
+
+def load_same_adapters(student: Student, name: str, config: StudentConfig) -> bool:
+    """Load the adapters of a run `name`, and the weights below them, into a `student` with those of `config`.
+
+    Returns False, and loads nothing, if the run has no adapters, or has others (rank, alpha, layers).
+    """
+    tensors, _ = split_tensors(stored_tensors(name))
+    if not has_lora(tensors):
+        return False
+    earlier = student_config(name)
+    shapes = {key: value.shape for key, value in student.state_dict().items()}
+    if earlier.alpha != config.alpha or shapes != {key: value.shape for key, value in tensors.items()}:
+        return False
+    student.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=True)
+    return True
 
 
 def default_student_prompts(name: str, teacher: str | None = None) -> list[str]:
@@ -356,14 +384,13 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
 
 def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device | str = "cpu") -> OneStep:
     """Load the averaged student of one checkpoint folder of `run`, ready to sample on `device`."""
-    student, conditioner = empty_student(run, teacher, student_folder(run)[2]), None
-    ema, own_text = split_tensors(checkpoint.open_checkpoint(folder).tensors("ema"))
-    student.load_state_dict({name: tensor.float() for name, tensor in ema.items()})
-    if own_text:
-        conditioner = pretrained.load_conditioner(teacher)
-        conditioner.load_state_dict({name: tensor.float() for name, tensor in own_text.items()})
+    student, conditioner = (
+        empty_student(run, teacher, student_folder(run)[2]),
+        pretrained.load_conditioner(teacher),
+    )
+    own_text = load_student_weights(student, run, conditioner, folder)
     one = _one_step(student, teacher, device, student_guidance(run, teacher), conditioner)
-    return replace(one, own_text=bool(own_text))
+    return replace(one, own_text=own_text)
 
 
 def _one_step(

@@ -32,9 +32,11 @@ def save_run(folder: Path, teacher: str, config: StudentConfig | None = None, **
     return str(folder)
 
 
-def save_lora_run(folder: Path, teacher: str, config: StudentConfig, init: str = "", seed: int = 4) -> str:
+def save_lora_run(
+    folder: Path, teacher: str, config: StudentConfig, init: str = "", seed: int = 4, **settings: Any
+) -> str:
     """Save a run folder whose student has LoRA adapters with nonzero weights."""
-    run_config = DistillConfig(teacher=teacher, student=config, init=init)
+    run_config = DistillConfig(teacher=teacher, student=config, init=init, **settings)
     student = new_state(run_config, torch.device("cpu")).student.module
     rng = generator(seed, 1)
     with torch.no_grad():

@@ -57,10 +57,7 @@ def usable_cores() -> int:
 
 
 def _memory_gib(cuda: bool) -> float:
-    """Memory of the first GPU, or of the machine; 0 where the system does not say."""
+    """Memory of the first GPU, or of the machine."""
     if cuda:
         return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return 0.0
-    return round(int(meminfo.read_text().split("MemTotal:")[1].split()[0]) / 2**20, 1)
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)

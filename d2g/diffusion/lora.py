@@ -31,7 +31,10 @@ def has_lora(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def merged(tensors: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
-    """A state dict with its adapters merged, W + alpha / rank B A in fp32, under plain names."""
+    """A state dict with its adapters merged, W + alpha / rank B A in fp32, under plain names.
+
+    Merged weights are fp32, also where W is stored in bf16: rounding the sum would lose part of the adapters.
+    """
     plain: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if ".lora_" in name:
@@ -40,38 +43,51 @@ def merged(tensors: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, 
         # W + alpha / rank B A in fp32; a convolution's weight keeps its shape.
         if is_base and parameter == "weight":
             a, b = (tensors[f"{layer}.lora_{factor}.default.weight"].float() for factor in "AB")
-            value = (value.float() + alpha / rank * (b @ a).view(value.shape)).to(value.dtype)
+            value = value.float() + alpha / rank * (b @ a).view(value.shape)
         plain[f"{layer}.{parameter}" if is_base else name] = value
     return plain
 
 
-def adapters_from_teacher(
-    tensors: Mapping[str, Tensor], teacher: Mapping[str, Tensor], rank: int, alpha: float
-) -> tuple[dict[str, Tensor], list[str]]:
-    """(adapters, unexplained): adapters of scale 1 for the teacher's weights, which give the same network as
-    `merged(tensors, rank, alpha)`, under the names that diffusers' `load_lora_weights` reads.
+def unexplained_weights(tensors: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> list[str]:
+    """Plain names of the weights of a state dict that differ from the teacher's, and that no adapters can
+    represent: those of layers without adapters, and all that are stored in half precision.
 
-    A run that started from another run's adapters has them merged into its base weights. The difference
-    between base weights and teacher is factorized, and concatenated with the run's own adapters. It is
-    computed from the weights, because the folder of the earlier run may be gone. `teacher` has the plain
-    names of `tensors`. `unexplained`: changed weights in layers without adapters, which no adapter can
-    represent.
+    An fp32 weight below adapters may hold the merged adapters of an earlier run. In half precision the sum
+    would have been rounded, and the rounding has full rank. `teacher` has the plain names of `tensors`.
     """
-    # Factorize what earlier runs changed in the base weights.
-    earlier: dict[str, tuple[Tensor, Tensor]] = {}
     unexplained = []
     for name, value in tensors.items():
         layer, is_base, parameter = name.rpartition(".base_layer.")
         plain = f"{layer}.{parameter}" if is_base else name
         if ".lora_" in name or torch.equal(value.float(), teacher[plain].float()):
             continue
-        if is_base and parameter == "weight":
+        if not is_base or parameter != "weight" or value.dtype != torch.float32:
+            unexplained.append(plain)
+    return unexplained
+
+
+def adapters_from_teacher(
+    tensors: Mapping[str, Tensor], teacher: Mapping[str, Tensor], rank: int, alpha: float
+) -> dict[str, Tensor]:
+    """Adapters of scale 1 for the teacher's weights, which give the same network as
+    `merged(tensors, rank, alpha)`, under the names that diffusers' `load_lora_weights` reads.
+
+    A run that started from another run's adapters may have them merged into its base weights. The difference
+    between base weights and teacher is factorized, and concatenated with the run's own adapters. It is
+    computed from the weights, because the folder of the earlier run may be gone. `unexplained_weights` must
+    be empty.
+    """
+    # Factorize what earlier runs changed in the base weights.
+    earlier: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, value in tensors.items():
+        layer, is_base, parameter = name.rpartition(".base_layer.")
+        if not is_base or parameter != "weight":
+            continue
+        before = teacher[f"{layer}.weight"]
+        if not torch.equal(value.float(), before.float()):
             rows, columns = value.flatten(1).shape
             rounding = torch.finfo(torch.float32).eps * float(value.abs().max()) * (rows**0.5 + columns**0.5)
-            difference = (value.double() - teacher[plain].double()).flatten(1)
-            earlier[layer] = low_rank_factors(difference, rounding)
-        else:
-            unexplained.append(plain)
+            earlier[layer] = low_rank_factors((value.double() - before.double()).flatten(1), rounding)
     # Concatenate with the run's own adapters; zeros give all layers the same rank, as diffusers expects.
     earlier_rank = max((len(a) for _, a in earlier.values()), default=0)
     adapters = {}
@@ -86,7 +102,7 @@ def adapters_from_teacher(
         adapters[f"{layer}.lora_B.weight"] = torch.cat(
             [b * (alpha / rank), b0, b.new_zeros(len(b), padding)], 1
         )
-    return adapters, unexplained
+    return adapters
 
 
 def low_rank_factors(matrix: Tensor, noise: float) -> tuple[Tensor, Tensor]:

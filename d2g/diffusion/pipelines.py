@@ -183,7 +183,7 @@ def _snapshot(name: str) -> Path:
     patterns += [f"{model}/{file}" for model in models for file in weight_patterns(None)]
     if pipeline.family.flat_layout:
         patterns += ["config.json", "scheduler_config.json", *weight_patterns(None)]
-    folder = fetch(["model_index.json", *patterns])
+    folder = fetch(["model_index.json", "README.md", *patterns])  # the README states the license
     # Models without full-precision weights: fetch their copies in half precision.
     missing = [m for m in models if (folder / m).is_dir() and not list((folder / m).glob("*.safetensors"))]
     if missing:

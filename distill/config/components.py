@@ -564,7 +564,8 @@ class StudentConfig:
     generator: GeneratorConfig = setting(GeneratorConfig(), "Sizes of stylegan-t and gigagan")
     lora_rank: int = setting(
         0,
-        "Rank of the adapters that are trained alone; 0 trains every weight, as the paper does",
+        "Rank of the adapters that are trained alone; 0 trains every weight, as the paper does. Adapters of "
+        "the run `init` are trained further if rank and lora_alpha are the same, else merged",
         source="paper",
     )
     lora_alpha: float = setting(

@@ -37,8 +37,12 @@ LICENSES = {
     "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": "openrail++",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "openrail++",
     "Efficient-Large-Model/Sana_600M_512px_diffusers": "nscl-v2-custom",
+    "Efficient-Large-Model/Sana_600M_1024px_diffusers": "nscl-v2-custom",
     "Efficient-Large-Model/Sana_1600M_512px_diffusers": "nscl-v2-custom",
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "nscl-v2-custom",
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": "nscl-v2-custom",
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": "nscl-v2-custom",
+    "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers": "nscl-v2-custom",
 }
 """Licenses of teachers by hub id, for folders that state none: identifiers of the hub, or NAMED_LICENSES."""
 
@@ -90,6 +94,9 @@ class AdapterUsage:
     settings: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1})
     """Settings of the call, beside the number of steps."""
     guided: bool = False
+    unrounded_difference: float | None = None
+    """Largest difference in latents and pixels on the teacher in fp32, for a student whose frozen weights are
+    those of the teacher rounded to bf16; None for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +150,7 @@ def license_fields(teacher: str, terms: str | None = None) -> dict[str, str]:
     readme = resolve(teacher) / "README.md"
     if terms is None and readme.is_file():
         # The front matter, line by line.
-        parts = readme.read_text(encoding="utf-8").split("---")
+        parts = readme.read_text(encoding="utf-8", errors="replace").split("---")
         lines = parts[1].splitlines() if len(parts) > 2 and not parts[0].strip() else []
         stated = {
             key: value.strip().strip("\"'")
@@ -151,12 +158,20 @@ def license_fields(teacher: str, terms: str | None = None) -> dict[str, str]:
             if colon and key in ("license", "license_name", "license_link")
         }
         if stated.get("license") == "other" and "license_name" in stated:
-            return stated
+            return stated | _absolute_link(teacher, stated)
         terms = stated.get("license")
     terms = terms or LICENSES.get(teacher)
     if terms in NAMED_LICENSES:
         return {"license": "other", "license_name": terms, "license_link": NAMED_LICENSES[terms]}
     return {"license": terms or "other"}
+
+
+def _absolute_link(teacher: str, stated: Mapping[str, str]) -> dict[str, str]:
+    """The link to a license, which a README gives relative to its own repository, as an address."""
+    link = NAMED_LICENSES.get(stated["license_name"], stated.get("license_link", ""))
+    if link and "://" not in link and "/" in _public_name(teacher):
+        link = f"https://huggingface.co/{teacher}/blob/main/{link.removeprefix('./')}"
+    return {"license_link": link} if "://" in link else {}
 
 
 def license_of(teacher: str, terms: str | None = None) -> str | None:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from d2g.core.atomic_files import write_atomically
+from d2g.core.distributed.engine import store_frozen_in_bf16
 from d2g.core.errors import UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.edm import EDMSchedule
@@ -235,8 +236,12 @@ def sample_with_adapters(
     prompts: Sequence[str],
     settings: Mapping[str, Any],
     device: torch.device | str = "cpu",
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Like `sample_pipeline`, for the teacher's pipeline with the adapters and the scheduler of `folder`."""
+    """Like `sample_pipeline`, for the teacher's pipeline with the adapters and the scheduler of `folder`.
+
+    rounded: round the network below the adapters to bf16 as engine.frozen_weights=bf16 does.
+    """
     import diffusers
 
     pipeline = open_pipeline(teacher)
@@ -247,6 +252,10 @@ def sample_with_adapters(
         for component in pipeline.components
         if component != "scheduler"
     }
+    if rounded:
+        network = components[pipeline.family.network].requires_grad_(False)
+        store_frozen_in_bf16(network)
+        nn.Module.float(network)  # or peft would round the adapters too
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     components["scheduler"] = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
     pipe = _assembled(pipeline, components)

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
-from d2g.core.distributed import checkpoint
+from d2g.core.distributed.engine import store_frozen_in_bf16
 from d2g.core.errors import UserError
+from d2g.core.logs import logger
 from d2g.core.seeds import noise
 from d2g.core.staged_folder import staged
 from d2g.diffusion import pretrained
 from d2g.diffusion.families.base import Pipeline
 from d2g.diffusion.latents import decode
-from d2g.diffusion.lora import adapters_from_teacher, has_lora
+from d2g.diffusion.lora import adapters_from_teacher, has_lora, unexplained_weights
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import FlowSchedule, Schedule
 from distill.config.export import CardOptions
@@ -39,7 +40,7 @@ from distill.export.output import (
     save_tensors,
 )
 from distill.models.student import add_guidance_embedding
-from distill.sampling import OneStep, load_student, student_config, student_folder
+from distill.sampling import OneStep, load_student, stored_tensors, student_config, student_folder
 
 KOHYA_FILE = "comfyui/lora.safetensors"
 """Adapters under kohya's names. Beside the others, diffusers would not know which file to load."""
@@ -165,21 +166,24 @@ def export_lora(
     Those of a U-Net go to OUT/comfyui/lora.safetensors too, under kohya's names.
 
     They go on the teacher's own pipeline: `pipe.load_lora_weights(OUT)`, without guidance. They hold the
-    whole difference between student and teacher: if the run started from the adapters of another run, the
-    sum of both (`d2g.diffusion.lora.adapters_from_teacher`). Raises UserError for a student without adapters,
-    with a guidance input, or whose other weights differ from the teacher's. Returns the same as
-    `export_pipeline`.
+    whole difference between student and teacher: if other adapters of an earlier run were merged, the sum of
+    both (`d2g.diffusion.lora.adapters_from_teacher`). A student whose frozen weights were stored in bf16
+    (engine.frozen_weights) stands on the teacher rounded to bf16. Raises UserError for a student without
+    adapters, with a guidance input, or whose other weights are not the teacher's, rounded or not.
+
+    Returns the same as `export_pipeline`, where the teacher is rounded as the student's is, and
+    `base_weights`, "fp32" or "bf16". If bf16 also `teacher_max_abs_err`, the difference on the teacher
+    without rounding, in fp32.
     """
     saved_dtype, options = parse_dtype(dtype), options or CardOptions()
     # Check all inputs before the expensive part.
     scores = own_results(student, options.scores)
-    folder, recorded_teacher, _ = student_folder(student)
-    source = teacher or recorded_teacher
+    source = teacher or student_folder(student)[1]
     pipeline = open_pipeline(source)
     _require_lora_loader(pipeline, source)
     schedule = pipeline_schedule(source)
     check_out(out, student, source)
-    one, adapters = _load_lora_student(student, folder, source, device)
+    one, adapters, rounded = _load_lora_student(student, source, device)
 
     # Draw with the training code, write, and draw again with diffusers.
     latents_noise = noise(0, range(2), one.student.latent_shape)
@@ -193,8 +197,20 @@ def export_lora(
         if other_names:
             save_tensors(kohya_adapters(cast), written / other_names, {"format": "pt"})
         settings = {"guidance_scale": 1, **_call_settings(one)}
-        exported = sample_with_adapters(source, written, latents_noise, one.examples, settings, device)
+        drawn = (source, written, latents_noise, one.examples, settings, device)
+        exported = sample_with_adapters(*drawn, rounded=rounded)
         parity = check_parity(max_abs_diff(*zip(expected, exported, strict=True)), saved_dtype)
+        results: dict[str, Any] = {"out": str(out), "parity_max_abs_err": parity, "base_weights": "fp32"}
+        # The student's weights below the adapters are not quite those of the teacher.
+        if rounded:
+            unrounded = sample_with_adapters(*drawn)
+            difference = max_abs_diff(*zip(expected, unrounded, strict=True))
+            results |= {"base_weights": "bf16", "teacher_max_abs_err": difference}
+            logger.info(
+                "the student's base is the teacher in bf16; on the teacher in fp32, latents or pixels of the "
+                "adapters differ from the student's by up to %.2e",
+                difference,
+            )
 
         # The card reports the measured difference from the training code.
         rank = next(len(value) for name, value in adapters.items() if ".lora_A." in name)
@@ -212,10 +228,11 @@ def export_lora(
                 comfyui=other_names,
                 settings=settings,
                 guided=one.student.guided,
+                unrounded_difference=results.get("teacher_max_abs_err"),
             ),
         )
         write_atomically(written / "README.md", text)
-    return {"out": str(out), "parity_max_abs_err": parity}
+    return results
 
 
 def _require_lora_loader(pipeline: Pipeline, source: str) -> None:
@@ -232,10 +249,10 @@ def _scheduler_class(schedule: Schedule | FlowSchedule) -> str:
 
 
 def _load_lora_student(
-    student: str, folder: Path, teacher: str, device: torch.device | str
-) -> tuple[OneStep, dict[str, Tensor]]:
-    """Load a student from its checkpoint `folder`, and its adapters in fp32. Raises UserError without any."""
-    tensors = checkpoint.Checkpoint(folder, 0, {}).tensors("ema")
+    student: str, teacher: str, device: torch.device | str
+) -> tuple[OneStep, dict[str, Tensor], bool]:
+    """Load a student, and what `_adapters` returns. Raises UserError for one that adapters cannot hold."""
+    tensors = stored_tensors(student)
     if not has_lora(tensors):
         raise UserError(f"student {student} has no adapters; export it with --format diffusers")
     one = load_student(student, teacher, device)
@@ -249,26 +266,32 @@ def _load_lora_student(
             f"student {student} has the guidance scale as an input, which adapters alone cannot hold; "
             "export it with --format diffusers"
         )
-    return one, _adapters(student, teacher, tensors)
+    return one, *_adapters(student, teacher, tensors)
 
 
-def _adapters(student: str, teacher: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters in fp32 that turn the teacher's network into the student.
+def _adapters(student: str, teacher: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The adapters in fp32 that turn the teacher's network into the student, and whether that network is
+    rounded to bf16 first, as training stores frozen weights with engine.frozen_weights=bf16.
 
     Raises UserError if adapters alone cannot do that.
     """
     settings = student_config(student)
     component = open_pipeline(teacher).family.network
-    network = pretrained.load_model(teacher, component)
-    weights = {f"{component}.{name}": value for name, value in network.state_dict().items()}
-    adapters, unexplained = adapters_from_teacher(tensors, weights, settings.lora_rank, settings.alpha)
-    if unexplained:
-        raise UserError(
-            f"student {student} is more than adapters: {len(unexplained)} weights without any, first "
-            f"{min(unexplained)}, are not those of {teacher}, so an earlier stage trained them, its export "
-            "rounded them, or the teacher is another; export it with --format diffusers"
-        )
-    return adapters
+    network = pretrained.load_model(teacher, component).requires_grad_(False)
+    unexplained: list[str] = []
+    for rounded in (False, True):
+        if rounded:
+            store_frozen_in_bf16(network)
+        weights = {f"{component}.{name}": value for name, value in network.state_dict().items()}
+        unexplained = unexplained_weights(tensors, weights)
+        if not unexplained:
+            return adapters_from_teacher(tensors, weights, settings.lora_rank, settings.alpha), rounded
+    raise UserError(
+        f"student {student} is more than adapters: {len(unexplained)} frozen weights, first "
+        f"{min(unexplained)}, are neither those of {teacher} nor these rounded to bf16, so an earlier stage "
+        "trained them, its export rounded them, other adapters were merged into rounded ones, or the teacher "
+        "is another; export it with --format diffusers"
+    )
 
 
 @torch.no_grad()

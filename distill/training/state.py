@@ -18,6 +18,7 @@ from d2g.core.logs import logger
 from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.fp32_attention import use_fp32_attention
+from d2g.diffusion.lora import has_lora
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.discriminators import DISCRIMINATORS
@@ -36,7 +37,7 @@ from distill.models.text_student import (
     text_conditioner_on_meta,
     text_modules,
 )
-from distill.sampling import load_student_weights
+from distill.sampling import load_same_adapters, load_student_weights, stored_tensors
 from distill.training.inputs import weights_sha256_of
 from distill.training.optim import optimizer
 
@@ -261,10 +262,30 @@ def _build_student(config: DistillConfig, fresh: bool) -> Student:
         )
     if isinstance(student, DiffusionStudent):
         add_adapters(student, config.student, config.seed)
+        if config.student.lora_rank and config.init not in ("", FROM_TEACHER) and fresh:
+            _go_on_with_adapters(student, config)
         if conditioner is not None:
             student = TextStudent(student, conditioner)
     set_stage_trainable(student, config.teacher, config.stage, config.student)
     return student
+
+
+def _go_on_with_adapters(student: DiffusionStudent, config: DistillConfig) -> None:
+    """Train the adapters of the run `config.init` further, if this run has the same ones.
+
+    Others stay merged into the weights below new adapters, which `load_student_weights` did. Bf16 storage
+    rounds such a sum, after which no adapters lead from the teacher to the student.
+    """
+    if load_same_adapters(student, config.init, config.student):
+        logger.info("the adapters of %s are trained further", config.init)
+    elif config.engine.frozen_weights == "bf16" and has_lora(stored_tensors(config.init)):
+        logger.warning(
+            "%s has other adapters than this run (rank or alpha); they are merged into its frozen weights, "
+            "which are rounded to bf16, so that `d2g export --format lora` will refuse the student; to keep "
+            "them, set student.lora_rank and student.lora_alpha to those of %s",
+            config.init,
+            config.init,
+        )
 
 
 def _build_discriminator(config: DistillConfig, fresh: bool, rng: torch.Generator) -> nn.Module:

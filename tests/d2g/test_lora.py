@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2g.core.seeds import generator
-from d2g.diffusion.lora import adapters_from_teacher, low_rank_factors, merged
+from d2g.diffusion.lora import adapters_from_teacher, low_rank_factors, merged, unexplained_weights
 
 
 def random_matrix(number: int, *shape: int) -> torch.Tensor:
@@ -49,8 +49,8 @@ def difference(tensors: dict[str, torch.Tensor], stem: str) -> torch.Tensor:
 
 def test_adapters_of_one_run_keep_their_rank_and_absorb_their_scale() -> None:
     own = state(TEACHER, 1, 3)
-    result, unexplained = adapters_from_teacher(own, TEACHER, 3, 6.0)
-    assert unexplained == [] and len(result) == 4
+    result = adapters_from_teacher(own, TEACHER, 3, 6.0)
+    assert unexplained_weights(own, TEACHER) == [] and len(result) == 4
     assert torch.equal(result["one.to_q.lora_A.weight"], own["one.to_q.lora_A.default.weight"])
     assert torch.equal(result["one.to_q.lora_B.weight"], 2 * own["one.to_q.lora_B.default.weight"])
 
@@ -61,8 +61,8 @@ def test_adapters_of_three_runs_add_up() -> None:
     first["two.to_q.lora_B.default.weight"].zero_()
     second = state(merged(first, 2, 1.0), 2, 3)
     third = state(merged(second, 3, 6.0), 3, 1)
-    result, unexplained = adapters_from_teacher(third, TEACHER, 1, 0.5)
-    assert unexplained == []
+    assert unexplained_weights(third, TEACHER) == []
+    result = adapters_from_teacher(third, TEACHER, 1, 0.5)
     for name, value in merged(third, 1, 0.5).items():
         stem = name.removesuffix(".weight")
         change = difference(result, stem) if "to_q" in stem else 0
@@ -74,4 +74,19 @@ def test_adapters_of_three_runs_add_up() -> None:
 def test_changed_weights_without_adapters_are_reported() -> None:
     own = state(TEACHER, 1, 3)
     own["plain.weight"] = own["plain.weight"] + 1e-5
-    assert adapters_from_teacher(own, TEACHER, 3, 3.0)[1] == ["plain.weight"]
+    assert unexplained_weights(own, TEACHER) == ["plain.weight"]
+
+
+def test_weights_in_bf16_hold_no_sum_of_adapters() -> None:
+    """Rounded as the teacher's they are explained; a sum with adapters, which was rounded, is not."""
+    first, stem = state(TEACHER, 1, 2), "one.to_q"
+    first[f"{stem}.base_layer.weight"] = TEACHER[f"{stem}.weight"].bfloat16()
+    rounded = {**TEACHER, f"{stem}.weight": TEACHER[f"{stem}.weight"].bfloat16()}
+    assert unexplained_weights(first, rounded) == []
+    assert unexplained_weights(first, TEACHER) == [f"{stem}.weight"]
+    sums = merged(first, 2, 2.0)
+    assert sums[f"{stem}.weight"].dtype == torch.float32
+    second = state(sums, 2, 2)
+    assert unexplained_weights(second, rounded) == []
+    second[f"{stem}.base_layer.weight"] = second[f"{stem}.base_layer.weight"].bfloat16()
+    assert unexplained_weights(second, rounded) == [f"{stem}.weight"]

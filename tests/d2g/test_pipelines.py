@@ -232,6 +232,7 @@ def hub(copy: Path) -> Iterator[tuple[str, list[str]]]:
     for name in (
         "v1-5-pruned.safetensors",
         "README.md",
+        "example.png",
         "unet/diffusion_pytorch_model.bin",
         "unet/model.onnx",
     ):
@@ -274,7 +275,7 @@ def test_a_hub_id_downloads_only_needed_files_and_then_works_offline(
     expected = {"model_index.json", "unet/config.json", f"unet/{PLAIN}", "text_encoder/config.json"}
     expected |= {"text_encoder/model.fp16.safetensors", "vae/config.json", f"vae/{PLAIN}"}
     expected |= {f"tokenizer/{p.name}" for p in (copy / "tokenizer").iterdir()}
-    expected |= {"scheduler/scheduler_config.json"}
+    expected |= {"scheduler/scheduler_config.json", "README.md"}
     assert set(requested_files) == expected
     assert {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()} == expected
     assert sha256 == weights_sha256(str(copy))

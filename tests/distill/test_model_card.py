@@ -269,7 +269,8 @@ LICENSE_OF = {
     "stabilityai/stable-diffusion-3.5-large": "stabilityai-ai-community",
     "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
     "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": "openrail++",
-    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "nscl-v2-custom",
+    "PixArt-alpha/PixArt-XL-2-1024-MS": "openrail++",
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": "nscl-v2-custom",
     "somebody/unknown": None,
 }
 
@@ -282,11 +283,29 @@ def test_licenses_of_published_teachers(
     assert license_of(teacher) == LICENSE_OF[teacher]
     named = LICENSE_OF[teacher] in NAMED_LICENSES or LICENSE_OF[teacher] is None
     assert license_fields(teacher)["license"] == ("other" if named else LICENSE_OF[teacher])
+    # The card passes it on, beside the model that it is of.
+    usage = PipelineUsage(pipeline="any", dtype="float32", guided=False, reads_text=True)
+    text = model_card(
+        student="miniature", teacher=teacher, timestep="timestep 999", parity=2e-6,
+        options=CardOptions(), scores=[], usage=usage,
+    )  # fmt: skip
+    data = ModelCard(text).data
+    assert (data.base_model, data.base_model_relation) == (teacher, "finetune")
+    assert {key: data.get(key) for key in license_fields(teacher)} == license_fields(teacher)
     # What the folder itself states, and what the user states, counts more.
     (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: my-terms\n---\n")
     assert license_of(teacher) == "my-terms"
     assert license_fields(teacher) == {"license": "other", "license_name": "my-terms"}
     assert license_of(teacher, "mit") == "mit"
+    # A link into the teacher's own repository becomes an address.
+    for name, expected in (
+        ("own", f"https://huggingface.co/{teacher}/blob/main/LICENSE.md"),
+        *NAMED_LICENSES.items(),
+    ):
+        (snapshot / "README.md").write_text(
+            f"---\nlicense: other\nlicense_name: {name}\nlicense_link: LICENSE.md\n---\n"
+        )
+        assert license_fields(teacher)["license_link"] == expected
 
 
 def test_the_card_says_that_a_license_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

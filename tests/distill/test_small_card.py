@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from torch import Tensor
 
 import tiny
 import tiny_teachers
@@ -14,12 +16,14 @@ from d2g.core.config import override
 from d2g.core.distributed import checkpoint, sharded_checkpoint
 from d2g.core.distributed.engine import store_frozen_in_bf16
 from d2g.core.errors import SettingError
+from d2g.core.seeds import noise
 from distill.config.presets import SMALL_CARD_RECIPES
 from distill.config.run import DistillConfig
-from distill.export.export import export_student
+from distill.export.export import export_lora, export_student
 from distill.models.student import set_trainable, student_from_teacher
 from distill.planning.memory import predict
 from distill.planning.reference_models import configs_only
+from distill.sampling import load_student
 from distill.training.train import train
 from jobs import make_pairs
 from tiny_teachers import random_inputs
@@ -79,6 +83,30 @@ def test_a_recipe_of_a_small_card_runs_to_its_end_and_resumes_bit_for_bit(
     assert {once[key].dtype for key in moments} <= {torch.uint8, torch.float32}
     assert any(once[key].dtype == torch.bfloat16 for key in once if key.startswith("discriminator.unet."))
     assert export_student(str(tmp_path / "once"), tmp_path / "out", "fp32")["parity_max_abs_err"] == 0.0
+
+    # Both stages trained the same adapters, which are exported for the teacher's own pipeline.
+    facts = export_lora(str(tmp_path / "once"), tmp_path / "lora")
+    assert facts["base_weights"] == "bf16" and facts["parity_max_abs_err"] <= 1e-4
+    assert "rank 16." in (tmp_path / "lora" / "README.md").read_text()
+    one = load_student(str(tmp_path / "once"))
+    z = noise(5, range(2), one.student.latent_shape)
+    own = one.latents(z, one.examples)
+    for file in ("pytorch_lora_weights.safetensors", "comfyui/lora.safetensors"):
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "teacher", trust_remote_code=False)
+        pipe.scheduler = LCMScheduler.from_pretrained(tmp_path / "lora" / "scheduler")
+        before = draw(pipe, z, one.examples)
+        pipe.load_lora_weights(str(tmp_path / "lora" / file))
+        after = draw(pipe, z, one.examples)
+        assert (before - own).abs().max() > 4 * (after - own).abs().max(), "the rest is bf16's rounding"
+        assert (after - own).abs().max() < 0.05
+
+
+def draw(pipe: Any, z: Tensor, prompts: list[str]) -> Tensor:
+    """Latents of one step of a pipeline of diffusers."""
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "latent"}
+    latents: Tensor = pipe(prompts, latents=z, **settings).images
+    return latents
 
 
 def test_bf16_storage_of_frozen_weights_keeps_every_bit_of_a_bf16_step(teacher: Path) -> None:
