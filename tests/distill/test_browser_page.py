@@ -83,6 +83,15 @@ def wait_for(browser: Browser, condition: str) -> None:
         time.sleep(0.1)
 
 
+PICTURES = "[...document.images].filter(i => i.naturalWidth == 64).map(i => i.src)"
+LET_GO_AT_THE_END = """
+window.slider = [...document.querySelectorAll('input[type=range]')].find(i => i.ariaLabel.includes('second'));
+slider.value = slider.max;
+slider.dispatchEvent(new Event('input', {bubbles: true}));
+slider.dispatchEvent(new PointerEvent('pointerup', {bubbles: true}));
+"""
+
+
 @pytest.mark.slow
 def test_a_click_in_a_browser_draws_with_student_and_teacher(tmp_path: Path) -> None:
     with socket.socket() as probe:
@@ -104,6 +113,9 @@ def test_a_click_in_a_browser_draws_with_student_and_teacher(tmp_path: Path) -> 
                 browser.evaluate(f"{button}.click()")
                 wait_for(browser, "[...document.images].filter(i => i.naturalWidth == 64).length == 8")
                 assert "ms per image; teacher: " in browser.evaluate("document.body.innerText")
+                # The slider, let go at its end, draws other images of both.
+                browser.evaluate(f"window.before = {PICTURES}; {LET_GO_AT_THE_END}")
+                wait_for(browser, f"{PICTURES}.filter(url => !before.includes(url)).length == 8")
                 assert browser.requests_elsewhere("127.0.0.1") == []
         finally:
             process.send_signal(signal.SIGINT)
