@@ -1,4 +1,4 @@
-"""`d2g explore`: walks between noises and prompts, and one noise in many styles."""
+"""`d2g explore`: walks between noises and prompts, one noise in many styles, and mixed styles."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +37,9 @@ def walk(
     lpips: Annotated[
         Path | None, typer.Option(help="LatentLPIPS for the path length (TEACHER/latent_lpips).")
     ] = None,
+    mp4: Annotated[
+        bool, typer.Option("--mp4", help="Write a video, too (needs the extra diffusion2gan[video]).")
+    ] = False,
     out: OutFolder = Path("walk"),
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -50,6 +53,10 @@ def walk(
         require_range(0, 2**63 - 1, seed=number)
     _check_prompts("--prompt", prompt or [])
     check_inputs({"--lpips": lpips})
+    if mp4:
+        from d2g.core.video import require_video
+
+        require_video()
     if dry_run:
         plan: dict[str, Any] = {"student": student, "prompts": prompt or [], "seeds": seeds, "images": frames}
         emit(plan, as_json, "dry run: nothing was drawn")
@@ -64,6 +71,7 @@ def walk(
         *(student, one, prompts, seeds, frames, out),
         noise_scale=noise_scale,
         metric=metric,
+        mp4=mp4,
         progress=reporter,
     )
     emit(summary, as_json, "walk")
@@ -146,6 +154,50 @@ def styles(
         progress=reporter,
     )
     emit(summary, as_json, "styles")
+
+
+@explore_app.command("mix")
+@one_process
+def mix(
+    student: Annotated[
+        str, typer.Option(help="Run folder or exported student of a kind with styles (student.kind).")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text, or a class number; repeat it to mix prompts.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of a noise; repeat it to mix noises (0).")
+    ] = None,
+    coarse: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Side in latents of the last block by the first prompt or seed; repeatable, a column each "
+            "(all sides down to 0)."
+        ),
+    ] = None,
+    psi: Psi = None,
+    out: OutFolder = Path("mix"),
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Coarse styles of the first seed or prompt, fine ones of another, as a labeled grid: others by sides."""
+    seeds, sides = seed or [0], coarse or []
+    require_range(0, 1, psi=1.0 if psi is None else psi)
+    for number in seeds:
+        require_range(0, 2**63 - 1, seed=number)
+    for side in sides:
+        require_range(0, 10_000, coarse=side)
+    _check_prompts("--prompt", prompt or [])
+    if dry_run:
+        plan: dict[str, Any] = {"student": student, "prompts": prompt or [], "seeds": seeds, "coarse": sides}
+        emit(plan, as_json, "dry run: nothing was drawn")
+        return
+    from distill.exploration import open_student, save_mix
+    from distill.sampling import default_student_prompts
+
+    one = open_student(student, psi)
+    prompts = prompt or default_student_prompts(student)[:1]
+    emit(save_mix(student, one, prompts, seeds, sides, out, progress=reporter), as_json, "mix")
 
 
 def _check_prompts(option: str, texts: list[str]) -> None:

@@ -1,4 +1,5 @@
-"""Walks through the inputs of a student: between noises, between prompts, and one noise in many styles."""
+"""Walks through the inputs of a student: between noises, between prompts, one noise in many styles, and the
+styles of several inputs in one image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from d2g.core.logs import logger
 from d2g.core.png import save_png
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import noise
+from d2g.core.video import require_video, save_mp4
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
+from distill.models.generator_student import GeneratorStudent
 from distill.sampling import OneStep, load_student, student_folder, with_prior, with_psi
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.weights import load_lpips
@@ -25,7 +28,7 @@ from latent_lpips.weights import load_lpips
 LENGTH_STEP = 1e-2
 """Distance between the two positions whose images the perceptual path length compares."""
 FRAME_MS = 80
-"""Milliseconds of a frame in OUT/walk.gif."""
+"""Milliseconds of a frame in OUT/walk.gif and OUT/walk.mp4."""
 ACROSS = 8
 """Images in a row of OUT/strip.png."""
 
@@ -103,11 +106,16 @@ class Walk:
 def open_student(name: str, psi: float | None = None) -> OneStep:
     """Load a student that draws images alone, with its styles truncated by psi.
 
-    Raises SettingError for a stage of a cascade, and for a psi as `with_psi` does.
+    Raises SettingError for a stage of a cascade, for an upsampler, and for a psi as `with_psi` does.
     """
     one = load_student(name)
     if one.student.family.prior_family is not None:
         raise SettingError(f"student {name} is a stage of a cascade, which cannot be explored alone")
+    if one.student.prior_shape is not None:
+        raise SettingError(
+            f"student {name} enlarges the latents of another student, and cannot be explored alone; explore "
+            "the other one"
+        )
     return with_psi(with_prior(one, name, None), name, psi)
 
 
@@ -126,6 +134,21 @@ def walk_positions(points: int, frames: int) -> Tensor:
     steps = [(frames - 1 + number) // segments for number in range(segments)]
     parts = [torch.linspace(number, number + 1, count + 1)[:-1] for number, count in enumerate(steps)]
     return torch.cat([*parts, torch.tensor([float(segments)])])
+
+
+def in_pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    """The prompt and the seed of each point; a single prompt or seed serves all points.
+
+    Raises SettingError for lists that do not fit.
+    """
+    points = max(len(prompts), len(seeds))
+    if {len(prompts), len(seeds)} - {1, points}:
+        raise SettingError(
+            f"there are {len(prompts)} prompts and {len(seeds)} seeds; expected equal numbers, or one of "
+            "either"
+        )
+    texts = list(prompts) * (points if len(prompts) == 1 else 1)
+    return texts, list(seeds) * (points if len(seeds) == 1 else 1)
 
 
 def path_metric(name: str, one: OneStep, weights: Path | None) -> LatentLPIPS | None:
@@ -149,27 +172,22 @@ def save_walk(
     *,
     noise_scale: float = 1.0,
     metric: LatentLPIPS | None = None,
+    mp4: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Draw a walk: OUT/00000.png, ..., OUT/strip.png with positions, and OUT/walk.gif.
+    """Draw a walk: OUT/00000.png, ..., OUT/strip.png with positions, OUT/walk.gif, and OUT/walk.mp4 on wish.
 
     prompts, seeds: the points; one of the two may be a single value, which all points share. Seed s is the
     noise of `d2g sample --seed s`, image 0. noise_scale: below 1, noise nearer to its mean gives more
     typical images. metric: of the teacher's latents, for the path length. Raises SettingError for lists that
-    do not fit and as `Walk` does, UserError if OUT cannot be written.
+    do not fit and as `Walk` does, UserError if OUT cannot be written, or without a package for the mp4.
     """
+    if mp4:
+        require_video()
     # A point is a prompt and a seed; a single one serves all points.
-    points = max(len(prompts), len(seeds))
-    positions = walk_positions(points, frames)
-    if {len(prompts), len(seeds)} - {1, points}:
-        raise SettingError(
-            f"there are {len(prompts)} prompts and {len(seeds)} seeds; expected equal numbers, or one of "
-            "either"
-        )
-    texts = list(prompts) * (points if len(prompts) == 1 else 1)
-    numbers = list(seeds) * (points if len(seeds) == 1 else 1)
-    noises = torch.cat([noise(number, range(1), one.student.noise_shape) for number in numbers])
-    walk = Walk(one, noises * noise_scale, texts)
+    positions = walk_positions(max(len(prompts), len(seeds)), frames)
+    texts, numbers = in_pairs(prompts, seeds)
+    walk = Walk(one, _noises(one, numbers) * noise_scale, texts)
     images = walk.images(positions, progress)
     # The strip names the points, and the positions between them.
     labels = [
@@ -180,6 +198,8 @@ def save_walk(
         save_png(image, out / f"{number:05d}.png", {"label": label})
     save_png(captioned_grid(images, labels, f"{Path(name).name}, one step", ACROSS), out / "strip.png", {})
     _save_gif(images, out / "walk.gif")
+    if mp4:
+        save_mp4(_forth_and_back(images), out / "walk.mp4", FRAME_MS)
     length = walk.perceptual_length(metric, positions[:-1]) if metric is not None else None
     if length is None:
         logger.info("no path length: the teacher has no folder latent_lpips; give --lpips")
@@ -270,10 +290,113 @@ def save_styles(
     return {"out": str(out), "images": len(images)}
 
 
+@torch.no_grad()
+def mixed_latents(
+    one: OneStep, noises: Tensor, prompts: Sequence[str], blocks: Tensor, batch_size: int = 32
+) -> Tensor:
+    """Scaled latents [B, C, h, w] whose blocks have styles of different inputs (StyleGAN, Karras et al. 2019,
+    section 3.1, and by prompts GigaGAN, figure 6).
+
+    noises [S, *noise_shape] and S prompts: the inputs. blocks: int64 [B, K], for each of the K blocks of an
+    image the number of the input whose style, spatial noise and text it has.
+    """
+    student = one.student
+    assert isinstance(student, GeneratorStudent)
+    cond = one.conditioner.encode(list(prompts))
+    styles = student.styles(noises.to(one.device), cond, one.psi)
+    return torch.cat(
+        [
+            student.draw([style.rows(part[:, block]) for block, style in enumerate(styles)])
+            for part in blocks.to(one.device).split(batch_size)
+        ]
+    )
+
+
+def coarse_sides(sides: Sequence[int], chosen: Sequence[int]) -> list[int]:
+    """Columns of a mix: sides of the last block by the first point, of a network whose blocks have `sides`.
+
+    All of them without `chosen`, from the largest (the first point alone) to 0 (the other one alone). Raises
+    SettingError for a side that no block has.
+    """
+    known = [0, *sides]
+    for side in chosen:
+        if side not in known:
+            raise SettingError(
+                f"--coarse is {side}; expected {', '.join(map(str, known[:-1]))} or {known[-1]}"
+            )
+    return list(chosen) or known[::-1]
+
+
+def save_mix(
+    name: str,
+    one: OneStep,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    coarse: Sequence[int],
+    out: Path,
+    *,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Mix the styles of the first point with those of each other one: OUT/mix.png, a row per other point and
+    a column for each number in `coarse`.
+
+    A point is a prompt and a seed, as in `save_walk`. The first point gives the styles of blocks up to this
+    side in latents, the other one those of larger blocks; [] for all sides, and 0. Raises SettingError for a
+    student without styles, for less than two points, for lists that do not fit, and as `coarse_sides` does.
+    """
+    if not isinstance(one.student, GeneratorStudent):
+        raise SettingError(
+            f"student {name} has no styles to mix; use `d2g explore edit` between prompts, or `d2g explore "
+            "walk` between prompts or noises"
+        )
+    texts, numbers = in_pairs(prompts, seeds)
+    if len(texts) < 2:
+        raise SettingError("a mix needs two points; give several --prompt or several --seed")
+    sides = [max(size) for size in one.student.network.block_sizes]
+    columns = coarse_sides(sides, coarse)
+    # One image per other point and column; which point each of its blocks is from.
+    choices = [(other, side) for other in range(1, len(texts)) for side in columns]
+    blocks = torch.tensor([[0 if size <= side else other for size in sides] for other, side in choices])
+    noises, images = _noises(one, numbers), list[Tensor]()
+    for part in blocks.split(32):
+        images += list(one.decode(mixed_latents(one, noises, texts, part)))
+        progress("mix", len(images), len(blocks))
+    # Points are named by what differs between them; an image of one point says all of it.
+    names = [f"prompt {number}" for number in range(1, len(texts) + 1)]
+    full = [f"{name}: {text}" for name, text in zip(names, texts, strict=True)]
+    shared = f", seed {numbers[0]} in all images"
+    if len(prompts) == 1:
+        names = full = [f"seed {number}" for number in numbers]
+        shared = f": {texts[0]}"
+    elif len(seeds) > 1:
+        names = full = [f"seed {number}: {text}" for number, text in zip(numbers, texts, strict=True)]
+        shared = ""
+    labels = [
+        f"up to {side}: {names[0]}; above: {names[other]}"
+        if 0 < side < sides[-1]
+        else full[0 if side else other]
+        for other, side in choices
+    ]
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        save_png(image, out / f"{number:05d}.png", {"label": label})
+    grid = captioned_grid(torch.stack(images), labels, f"{Path(name).name}, one step{shared}", len(columns))
+    save_png(grid, out / "mix.png", {})
+    return {"out": str(out), "images": len(images), "block_sides": sides}
+
+
+def _noises(one: OneStep, seeds: Sequence[int]) -> Tensor:
+    """Noise [S, *noise_shape]: that of `d2g sample --seed s`, image 0, for each seed s."""
+    return torch.cat([noise(number, range(1), one.student.noise_shape) for number in seeds])
+
+
+def _forth_and_back(images: Tensor) -> Tensor:
+    """Frames of an endless animation."""
+    return torch.cat([images, images[1:-1].flip(0)])
+
+
 def _save_gif(images: Tensor, path: Path) -> None:
     """An endless animation, forward and back."""
-    frames = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    frames += frames[-2:0:-1]
+    frames = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in _forth_and_back(images)]
     try:
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MS, loop=0)
     except OSError as error:

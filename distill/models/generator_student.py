@@ -2,7 +2,7 @@
 of the teacher's shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from distill.config.components import GeneratorConfig, StudentConfig
 from distill.models.condition_vector import ConditionShape, condition_shape, condition_vector
 from distill.models.student import Student
 from distill.models.student_kind import StudentKind
-from distill.models.style_generator import StyleGenerator
+from distill.models.style_generator import BlockStyle, StyleGenerator
 from distill.models.style_layers import initialize
 
 Build = Callable[[GeneratorConfig, tuple[int, int, int], ConditionShape], StyleGenerator]
@@ -58,18 +58,41 @@ class GeneratorStudent(Student):
         psi in [0, 1]: truncation, w = mean + psi (w - mean); 1 changes nothing. An upsampler's small latents
         are the conditioning's prior. The guidance scale is not read.
         """
+        prior = self._low(cond.tensors.get("prior"))
+        return self._enlarged(self.generator(*self._inputs(noise, cond), prior, psi))
+
+    def styles(self, noise: Tensor, cond: Conditioning, psi: float = 1.0) -> list[BlockStyle]:
+        """The style of each block for B rows; inputs as in `forward`. Styles of different inputs can be
+        mixed: `draw` takes them from anywhere."""
+        return self.generator.styles(*self._inputs(noise, cond), psi)
+
+    def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
+        """The style of each block, and the latents [B, C, h, w] that an upsampler enlarges -> scaled latents
+        [B, C, h, w], fp32. The forward pass is `draw(styles(noise, cond, psi), prior)`."""
+        return self._enlarged(self.generator.draw(styles, self._low(prior)))
+
+    def _inputs(
+        self, noise: Tensor, cond: Conditioning
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Noise [B, N], the condition's vector or classes, tokens and mask, in the generator's precision."""
         dtype = next(self.generator.parameters()).dtype
-        hidden, prior = cond.tensors.get("hidden"), cond.tensors.get("prior")
-        vector = condition_vector(cond)
-        latents: Tensor = self.generator(
+        hidden, vector = cond.tensors.get("hidden"), condition_vector(cond)
+        return (
             noise.flatten(1).to(dtype),
             vector.to(dtype) if vector is not None and vector.is_floating_point() else vector,
             None if hidden is None else hidden.to(dtype),
             cond.tensors.get("mask"),
-            None if prior is None or self.prior_shape is None else self._shrink(prior).to(dtype),
-            psi,
         )
-        with torch.autocast(noise.device.type, enabled=False):
+
+    def _low(self, prior: Tensor | None) -> Tensor | None:
+        """An upsampler's small latents, in the generator's precision."""
+        if prior is None or self.prior_shape is None:
+            return None
+        return self._shrink(prior).to(next(self.generator.parameters()).dtype)
+
+    def _enlarged(self, latents: Tensor) -> Tensor:
+        """The generator's image at the size of the teacher's latents, fp32."""
+        with torch.autocast(latents.device.type, enabled=False):
             return resize(latents.float(), self.latent_shape[1:])
 
     @property

@@ -4,6 +4,8 @@ and attention between the convolutions, in the blocks of StyleGAN-T.
 Written from the paper. What differs and what it leaves open: method.md "GANs with styles as students".
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,13 @@ from distill.config.components import GeneratorConfig
 from distill.models.attention_layers import AttentionBlock, TextLayers
 from distill.models.condition_vector import ConditionShape
 from distill.models.generator_student import generator_kind
-from distill.models.style_generator import StyleGenerator, block_sizes, channels_at, synthesize
+from distill.models.style_generator import (
+    BlockStyle,
+    StyleGenerator,
+    block_sizes,
+    channels_at,
+    synthesize,
+)
 from distill.models.style_layers import FourierInput, MappingNetwork, SynthesisBlock
 
 GIGAGAN_SETTINGS = (
@@ -69,6 +77,20 @@ class AdaptiveGenerator(StyleGenerator):
         pooled = (local * weights).sum(1) / weights.sum(1).clamp(min=1)
         return self.mapped(torch.cat([z, self.embed(pooled, z)], dim=1), psi), local
 
+    def styles(
+        self,
+        noise: Tensor,
+        condition: Tensor | None,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        psi: float,
+    ) -> list[BlockStyle]:
+        """w and the text's tokens for every block, from noise [B, N] and tokens [B, L, D] with their mask (or
+        classes [B], or neither)."""
+        z, spatial = self.split(noise)
+        w, local = self.read_text(z, condition, tokens, mask, psi)
+        return [BlockStyle(w, part, local, mask) for part in spatial]
+
 
 class GigaGAN(AdaptiveGenerator):
     """Fourier features, then blocks whose kernels and styles w selects, with attention to the text."""
@@ -87,22 +109,9 @@ class GigaGAN(AdaptiveGenerator):
             for n in range(len(sizes))
         )
 
-    def forward(
-        self,
-        noise: Tensor,
-        condition: Tensor | None,
-        tokens: Tensor | None,
-        mask: Tensor | None,
-        prior: Tensor | None,
-        psi: float,
-    ) -> Tensor:
-        """noise [B, N], tokens [B, L, D] with their mask (or classes [B], or neither) -> image [B, c, h, w].
-
-        The prior is not read.
-        """
-        z, spatial = self.split(noise)
-        w, local = self.read_text(z, condition, tokens, mask, psi)
-        return synthesize(self.blocks, self.input(len(z)), w, spatial, local, mask)
+    def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
+        """Styles of the blocks -> image [B, c, h, w]. The prior is not read."""
+        return synthesize(self.blocks, self.input(len(styles[0].w)), styles)
 
 
 GIGAGAN = generator_kind("gigagan", GigaGAN, settings=GIGAGAN_SETTINGS, grows=True)

@@ -5,6 +5,7 @@ residual blocks and then 6 upsampling residual blocks with attention layers to p
 What it leaves open: method.md "GANs with styles as students".
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from math import log2
 
@@ -16,7 +17,7 @@ from distill.config.components import GeneratorConfig
 from distill.models.condition_vector import ConditionShape
 from distill.models.generator_student import generator_kind
 from distill.models.gigagan_student import GIGAGAN_SETTINGS, AdaptiveGenerator
-from distill.models.style_generator import channels_at
+from distill.models.style_generator import BlockStyle, channels_at
 from distill.models.style_layers import LEAKY_SLOPE, EqualizedConv, group_norm
 
 DOWNS = 3
@@ -87,27 +88,17 @@ class GigaGANUpsampler(AdaptiveGenerator):
         """The blocks of both directions."""
         return [*self.downs, *self.blocks]
 
-    def forward(
-        self,
-        noise: Tensor,
-        condition: Tensor | None,
-        tokens: Tensor | None,
-        mask: Tensor | None,
-        prior: Tensor | None,
-        psi: float,
-    ) -> Tensor:
-        """noise [B, N], the text as in GigaGAN, and small latents `prior` [B, c, h, w] -> large latents."""
+    def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
+        """Styles of the blocks and small latents `prior` [B, c, h, w] -> large latents."""
         assert prior is not None, "the upsampler reads small latents"
-        z, spatial = self.split(noise)
-        w, local = self.read_text(z, condition, tokens, mask, psi)
         # Downsample, and keep the features of each size for the skip connections.
         features = [self.enter(prior)]
         for down in self.downs:
             features.append(down(features[-1]))
         x, image = features.pop(), None if features else prior
-        for block, part in zip(self.blocks, spatial, strict=True):
+        for block, style in zip(self.blocks, styles, strict=True):
             skip = features.pop() if features else None
-            x, image = block(x, image, w, part, local, mask, skip)
+            x, image = block(x, image, style.w, style.noise, style.tokens, style.mask, skip)
             # At the size of the small latents, they join the image.
             if skip is not None and not features:
                 image = image + prior

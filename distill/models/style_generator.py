@@ -2,7 +2,9 @@
 mapping network.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -39,11 +41,31 @@ def channels_at(size: tuple[int, int], base: int, most: int) -> int:
     return max(1, min(base // max(size), most))
 
 
-class StyleGenerator(nn.Module):
+@dataclass(frozen=True, eq=False)
+class BlockStyle:
+    """What one block draws B rows by. Blocks of one image may have theirs from different inputs."""
+
+    w: Tensor
+    """[B, D]: the styles are affine maps of it."""
+    noise: Tensor
+    """Spatial noise [B, convolutions, h, w]."""
+    tokens: Tensor | None = None
+    """Tokens of the text [B, L, D'], for blocks with attention to them."""
+    mask: Tensor | None = None
+    """[B, L]: 0 for padding."""
+
+    def rows(self, rows: Tensor) -> "BlockStyle":
+        """The style of some rows, int64 [n], repeats allowed."""
+        picked = [None if t is None else t[rows] for t in (self.w, self.noise, self.tokens, self.mask)]
+        return BlockStyle(*picked)  # type: ignore[arg-type]
+
+
+class StyleGenerator(nn.Module, ABC):
     """Base of generators (noise [B, N], condition, ...) -> image [B, c, h, w].
 
-    The noise of a row is z, then the spatial noise of the convolutions from the first block on, so that a
-    generator that has grown sees the same numbers first. `blocks` are its shard units.
+    They read noise and condition into styles, one for each block, and draw with these. The noise of a row is
+    z, then the spatial noise of the convolutions from the first block on, so that a generator that has grown
+    sees the same numbers first. `blocks` are its shard units.
     """
 
     mapping: MappingNetwork
@@ -57,6 +79,39 @@ class StyleGenerator(nn.Module):
         self.classes = nn.Embedding(shape.classes, CLASS_WIDTH) if shape.classes else None
         self.condition_width = shape.text_width or (CLASS_WIDTH if shape.classes else 0)
         self._sums: Tensor | None = None
+
+    def forward(
+        self,
+        noise: Tensor,
+        condition: Tensor | None,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        prior: Tensor | None,
+        psi: float,
+    ) -> Tensor:
+        """noise [B, N]; the condition's vector [B, D], classes [B], or None; tokens [B, L, D'] with their
+        mask; an upsampler's small latents -> image [B, c, h, w]. Each network reads what it needs of them."""
+        return self.draw(self.styles(noise, condition, tokens, mask, psi), prior)
+
+    @abstractmethod
+    def styles(
+        self,
+        noise: Tensor,
+        condition: Tensor | None,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        psi: float,
+    ) -> list[BlockStyle]:
+        """The style of each block; inputs as in `forward`."""
+
+    @abstractmethod
+    def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
+        """Styles of the blocks -> image [B, c, h, w]."""
+
+    @property
+    def block_sizes(self) -> list[tuple[int, int]]:
+        """Height and width of what each block draws."""
+        return [(height, width) for _, height, width in self.noise_sizes]
 
     def shard_units(self) -> list[nn.Module]:
         """The blocks that FSDP2 gathers at once."""
@@ -110,17 +165,10 @@ class StyleGenerator(nn.Module):
         self._sums = None
 
 
-def synthesize(
-    blocks: nn.ModuleList,
-    x: Tensor,
-    styles: Tensor,
-    noise: Sequence[Tensor],
-    tokens: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """The image of a synthesis network's blocks from their input x [B, C, h, w]."""
+def synthesize(blocks: nn.ModuleList, x: Tensor, styles: Sequence[BlockStyle]) -> Tensor:
+    """The image of a synthesis network's blocks from their input x [B, C, h, w], each with its style."""
     image: Tensor | None = None
-    for block, part in zip(blocks, noise, strict=True):
-        x, image = block(x, image, styles, part, tokens, mask)
+    for block, style in zip(blocks, styles, strict=True):
+        x, image = block(x, image, style.w, style.noise, style.tokens, style.mask)
     assert image is not None
     return image

@@ -4,13 +4,21 @@ Written from the paper. What it leaves open, and the counts of parameters: metho
 students".
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from distill.config.components import GeneratorConfig
 from distill.models.condition_vector import ConditionShape
 from distill.models.generator_student import generator_kind
-from distill.models.style_generator import StyleGenerator, block_sizes, channels_at, synthesize
+from distill.models.style_generator import (
+    BlockStyle,
+    StyleGenerator,
+    block_sizes,
+    channels_at,
+    synthesize,
+)
 from distill.models.style_layers import FourierInput, MappingNetwork, SynthesisBlock
 
 
@@ -39,22 +47,23 @@ class StyleGANT(StyleGenerator):
             for number, channels in enumerate(widths)
         )
 
-    def forward(
+    def styles(
         self,
         noise: Tensor,
         condition: Tensor | None,
         tokens: Tensor | None,
         mask: Tensor | None,
-        prior: Tensor | None,
         psi: float,
-    ) -> Tensor:
-        """noise [B, N] and the condition's vector [B, D] (or classes [B], or None) -> image [B, c, h, w].
-
-        Tokens, mask and prior are not read.
-        """
+    ) -> list[BlockStyle]:
+        """w = [f(z), c] for every block, from noise [B, N] and the condition's vector [B, D] (or classes [B],
+        or None). Tokens and mask are not read."""
         z, spatial = self.split(noise)
         w = torch.cat([self.mapped(z, psi), self.embed(condition, z)], dim=1)
-        return synthesize(self.blocks, self.input(len(z)), w, spatial)
+        return [BlockStyle(w, part) for part in spatial]
+
+    def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
+        """Styles of the blocks -> image [B, c, h, w]. The prior is not read."""
+        return synthesize(self.blocks, self.input(len(styles[0].w)), styles)
 
 
 STYLEGAN_T = generator_kind(

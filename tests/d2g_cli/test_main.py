@@ -193,6 +193,7 @@ REQUIRED_OPTIONS = {  # options without which a command fails before it checks i
     "export": "--student x --format diffusers",
     "explore edit": "--prompt a --to b",
     "explore styles": "--subject a --style b",
+    "explore mix": "--student x",
     "eval export": "--for geneval --out x --student miniature",
     "pairs verify": "x",
     "pairs repair": "x",

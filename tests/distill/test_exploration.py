@@ -69,15 +69,18 @@ def test_the_path_length_of_a_known_distance(one: OneStep) -> None:
 
 
 def test_the_commands_draw(d2g: Any, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
     prompt = "a large red metal sphere left of a small blue matte cube, pink background"
     other = prompt.replace("red", "green")
     words = ["--student", "miniature", "--prompt", prompt, "--prompt", other, "--frames", 3]
-    result = d2g("explore", "walk", *words, "--out", tmp_path / "walk", "--json").json
+    result = d2g("explore", "walk", *words, "--mp4", "--out", tmp_path / "walk", "--json").json
     assert result["images"] == 3 and result["perceptual_path_length"] > 0
-    names = {"00000.png", "00001.png", "00002.png", "strip.png", "walk.gif"}
+    names = {"00000.png", "00001.png", "00002.png", "strip.png", "walk.gif", "walk.mp4"}
     assert {path.name for path in (tmp_path / "walk").iterdir()} == names
     with Image.open(tmp_path / "walk" / "walk.gif") as animation:
         assert animation.n_frames == 4  # type: ignore[attr-defined]  # forth and back
+    with av.open(str(tmp_path / "walk" / "walk.mp4")) as video:
+        assert len(list(video.decode(video=0))) == 4
     words = ["--subject", "a red cube", "--style", "matte", "--style", "metal", "--out", tmp_path / "styles"]
     assert d2g("explore", "styles", *words, "--json").json["images"] == 2
     # The first image of a walk is what `d2g sample` draws.
@@ -122,6 +125,11 @@ def test_walks_without_sense_are_refused(d2g: Any, tmp_path: Path) -> None:
     ):
         refused = d2g("explore", *words, *out)
         assert refused.code == 2 and message in refused.error
+    refused = d2g("explore", "mix", "--student", "miniature", "--seed", 1, "--seed", 2, "--prompt", "a")
+    assert refused.code == 2 and (
+        "student miniature has no styles to mix; use `d2g explore edit` between prompts, or `d2g explore "
+        "walk` between prompts or noises" in refused.error
+    )
     assert not (tmp_path / "out").exists()
     words = ["walk", "--prompt", "a", "--prompt", "b", "--frames", 2, "--noise-scale", "1e300"]
     refused = d2g("explore", *words, *out)

@@ -4,15 +4,17 @@ progressive growing, the upsampler, runs that resume, and what is refused.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import tiny_teachers
@@ -25,7 +27,7 @@ from distill.config.components import GeneratorConfig, StudentConfig
 from distill.config.export import ExportConfig
 from distill.config.presets import STYLE_RECIPES
 from distill.config.run import DistillConfig
-from distill.exploration import save_edits
+from distill.exploration import mixed_latents, open_student, save_edits, save_mix
 from distill.export.export import export, export_student
 from distill.models.attention_layers import SelfAttention, distance_logits
 from distill.models.generator_student import GeneratorStudent
@@ -43,7 +45,7 @@ from distill.models.style_layers import (
 from distill.planning.flops import flop_per_image
 from distill.planning.memory import predict
 from distill.planning.parameters import student_parameters
-from distill.sampling import load_student, with_prior, with_psi
+from distill.sampling import OneStep, load_student, with_prior, with_psi
 from distill.training.train import train
 from eval.runner.samplers import SamplingRequest, student_source
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
@@ -249,6 +251,79 @@ def test_truncation(teachers: Mapping[str, str]) -> None:
     torch.testing.assert_close(generator.mapped(x, 0.3), mean + 0.3 * (f - mean))
 
 
+def one_step(teacher: str, kind: str) -> OneStep:
+    """A student whose spatial noise shows."""
+    student = build(teacher, kind)
+    for name, parameter in student.named_parameters():
+        if name.endswith("noise_strength"):
+            parameter.detach().fill_(0.5)
+    vae, device = pretrained.load_vae(teacher), torch.device("cpu")
+    return OneStep(student.eval(), pretrained.load_conditioner(teacher), vae, device)
+
+
+@pytest.mark.parametrize("kind", ["stylegan-t", "gigagan"])
+def test_styles_are_mixed_by_block(kind: str, teachers: Mapping[str, str]) -> None:
+    """All blocks of one input give its image. Each block of a mix has style, noise and text of its input."""
+    one = one_step(teachers["sd"], kind)
+    student: Any = one.student
+    network = student.network
+    noises, prompts = noise(0, range(2), student.noise_shape), ["a red cube", "a blue ball"]
+    blocks = torch.tensor([[0, 0], [1, 1], [0, 1], [1, 0]])
+    mixed = mixed_latents(one, noises, prompts, blocks)
+    torch.testing.assert_close(mixed[:2], one.latents(noises, prompts))
+    assert torch.equal(mixed, mixed_latents(one, noises, prompts, blocks))
+    torch.testing.assert_close(mixed_latents(one, noises, prompts, blocks, batch_size=1), mixed)
+    assert all(not torch.allclose(mixed[a], mixed[b], atol=1e-2) for a in range(4) for b in range(a))
+    # The coarse block by the first input, the fine one by the second.
+    assert network.block_sizes == [(4, 4), (8, 8)]
+    cond = one.conditioner.encode(prompts)
+    styles = [student.styles(noises[[row]], cond[[row]]) for row in (0, 1)]
+    coarse, fine = styles[0][0], styles[1][1]
+    x, image = network.blocks[0](network.input(1), None, coarse.w, coarse.noise, coarse.tokens, coarse.mask)
+    _, image = network.blocks[1](x, image, fine.w, fine.noise, fine.tokens, fine.mask)
+    torch.testing.assert_close(mixed[2:3], image)
+    # Truncation is that of the inputs.
+    network.mapping.mean.copy_(torch.randn(8))
+    truncated = replace(one, psi=0.4)
+    torch.testing.assert_close(
+        mixed_latents(truncated, noises, prompts, blocks[:2]), truncated.latents(noises, prompts)
+    )
+
+
+def test_a_grid_of_mixed_styles(teachers: Mapping[str, str], tmp_path: Path) -> None:
+    """A row per other point, from the first point alone to the other one alone."""
+    one = one_step(teachers["sd"], "stylegan-t")
+    prompts = ["a red cube", "a blue ball", "a cat"]
+    facts = save_mix("runs/small", one, prompts[:1], [3, 4, 5], [], tmp_path / "seeds")
+    assert facts["images"] == 6 and facts["block_sides"] == [4, 8]
+
+    def files(folder: str, numbers: Sequence[int]) -> list[Any]:
+        return [np.asarray(Image.open(tmp_path / folder / f"{n:05d}.png")).astype(int) for n in numbers]
+
+    def drawn_alone(seed: int, prompt: str) -> Any:
+        image = one.images(noise(seed, range(1), one.student.noise_shape), [prompt])[0]
+        return image.permute(1, 2, 0).numpy().astype(int)
+
+    for number, seed in ((0, 3), (3, 3), (2, 4), (5, 5)):
+        assert np.abs(files("seeds", [number])[0] - drawn_alone(seed, prompts[0])).max() <= 1
+    middle = Image.open(tmp_path / "seeds" / "00004.png")
+    assert middle.info["label"] == "up to 4: seed 3; above: seed 5"
+    assert (np.asarray(middle) != files("seeds", [3])[0]).any()
+    # One column, of prompts at one seed.
+    facts = save_mix("runs/small", one, prompts, [3], [4], tmp_path / "prompts")
+    assert facts["images"] == 2 and (tmp_path / "prompts" / "mix.png").is_file()
+    first, second = files("prompts", [0, 1])
+    assert (first != second).any() and (first != drawn_alone(3, prompts[0])).any()
+    for texts, seeds, sides, message in (
+        (prompts[:1], [3], [], "a mix needs two points; give several --prompt or several --seed"),
+        (prompts, [3, 4], [], "there are 3 prompts and 2 seeds; expected equal numbers"),
+        (prompts, [3], [5], "--coarse is 5; expected 0, 4 or 8"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            save_mix("runs/small", one, texts, seeds, sides, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_tracked_mean_is_that_of_the_mapping(teachers: Mapping[str, str]) -> None:
     """It does not depend on how a step's rows are split, and previews before a step do not count."""
     whole, split = (build(teachers["sd"], "stylegan-t") for _ in range(2))
@@ -424,6 +499,8 @@ def test_an_upsampler_enlarges_what_another_student_draws(
         with_prior(load_student(str(tmp_path / "up")), "up", None)
     with pytest.raises(UserError, match="give a student of the same latent space"):
         with_prior(load_student(str(tmp_path / "up")), "up", "miniature")
+    with pytest.raises(SettingError, match="enlarges the latents of another student, and cannot be explored"):
+        open_student(str(tmp_path / "up"))
     export_student(str(tmp_path / "up"), tmp_path / "export", "fp32")
 
 
