@@ -129,7 +129,7 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     if config.stage != stage:
         raise SettingError(f"stage is {config.stage!r}; expected {stage!r} of `d2g distill {stage}`")
     refuse_unused(config, [*(name for name, value in settings.items() if value), *_names(options.sets)])
-    _warn_of_scoring_clip(config.clip_guidance)
+    _warn_of_scoring_clip(config)
     validate = _validation_hook(config, options)
     if options.dry_run:
         inputs = config_inputs(config, ("teacher", "pairs", "lpips", "init"))
@@ -152,15 +152,20 @@ def _chosen_preset(options: DistillOptions, stage: str) -> str:
     return name
 
 
-def _warn_of_scoring_clip(guidance: Any) -> None:
-    """Warn where the CLIP that guides the student is one that `d2g eval` scores it with."""
-    name = SCORING_CLIPS.get(guidance.model)
-    if guidance.weight and name and is_rank_0():
-        logger.warning(
-            "clip_guidance.model is %s, which d2g eval calls %s: its CLIP scores of this student would be "
-            "inflated; guide with another CLIP, or score with another",
-            *(guidance.model, name),
-        )
+def _warn_of_scoring_clip(config: Any) -> None:
+    """Warn where a CLIP that trains the student is one that `d2g eval` scores it with."""
+    guidance, gan = config.clip_guidance, config.gan
+    used = [("clip_guidance.model", guidance.model)] if guidance.weight else []
+    if config.adversarial and "projected" in gan.parts:
+        used += [("gan.feature_networks", network) for network in gan.feature_networks]
+    for setting, model in used:
+        name = SCORING_CLIPS.get(model)
+        if name and is_rank_0():
+            logger.warning(
+                "%s is %s, which d2g eval calls %s: its CLIP scores of this student would be inflated; train "
+                "with another CLIP, or score with another",
+                *(setting, model, name),
+            )
 
 
 def _names(sets: Sequence[str] | None) -> list[str]:

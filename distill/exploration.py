@@ -295,7 +295,7 @@ def mixed_latents(
     one: OneStep, noises: Tensor, prompts: Sequence[str], blocks: Tensor, batch_size: int = 32
 ) -> Tensor:
     """Scaled latents [B, C, h, w] whose blocks have styles of different inputs (StyleGAN, Karras et al. 2019,
-    section 3.1, and by prompts GigaGAN, figure 6).
+    section 3.1; GigaGAN calls that of prompts prompt mixing).
 
     noises [S, *noise_shape] and S prompts: the inputs. blocks: int64 [B, K], for each of the K blocks of an
     image the number of the input whose style, spatial noise and text it has.

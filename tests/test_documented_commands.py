@@ -210,6 +210,15 @@ def gan_students(page: Page) -> None:
         "gan.token_heads": 3,
         "gan.feature_networks": json.dumps([save_vit("vit", page.folder / "vit")]),
     }
+    clip = save_clip_model(page.folder / "gigagan_clip")
+    page.settings["distill gan --preset gigagan"] = {
+        "clip_guidance.model": clip,
+        "gan.feature_networks": json.dumps([clip]),
+        "gan.token_heads": 2,
+        "gan.feature_size": 16,
+        "gan.channel_base": 64,
+        "gan.r1_rows": 1,
+    }
     page.options["eval run"] = ["--num", "8"]
 
 

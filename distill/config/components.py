@@ -17,9 +17,18 @@ GanLoss = Literal["ns", "hinge", "rpgan"]
 Penalty = Literal["single", "full", "approx", "r1r2", "none"]
 Reduction = Literal["mean", "sum"]
 DiscriminatorName = Literal[
-    "unet", "transformer", "cascade", "projected", "unet+projected", "transformer+projected"
+    "unet",
+    "transformer",
+    "cascade",
+    "gigagan",
+    "projected",
+    "unet+projected",
+    "transformer+projected",
+    "gigagan+projected",
 ]
 """Discriminators; two names joined by + are both at once."""
+WITHOUT_NOISE = ("gigagan", "projected")
+"""Those that do not see the noise."""
 StudentName = Literal["diffusion", "stylegan-t", "gigagan", "gigagan-upsampler"]
 """Kinds of students. `distill/models/NAME_student.py` defines each, with _ in place of -."""
 ViewAugmentation = Literal["color", "translation", "cutout"]
@@ -189,10 +198,11 @@ class DiscriminatorConfig:
     discriminator: DiscriminatorName = setting(
         "unet",
         "Network: unet starts as the teacher's U-Net, transformer as its transformer, cascade as a stage of "
-        "Stable Cascade; projected has heads on frozen features of decoded pixels; + takes both, each with "
-        "its own loss",
+        "Stable Cascade; gigagan reads a pyramid of the latents, with new weights; projected has heads on "
+        "frozen features of decoded pixels; + takes both, each with its own loss",
         source='method.md "Discriminator architecture"; method.md "Discriminators of transformers"; '
-        'method.md "Cascades"; method.md "Discriminator on frozen features"',
+        'method.md "Cascades"; method.md "Discriminators of GigaGAN"; method.md "Discriminator on frozen '
+        'features"',
     )
     weight: float = setting(
         0.25,
@@ -252,6 +262,15 @@ class DiscriminatorConfig:
         source='method.md "Discriminator architecture"',
     )
 
+    channel_base: int = setting(
+        16_384,
+        "gigagan: features of h x w have channel_base / max(h, w) channels, at most channel_max",
+        source='ours; method.md "Discriminators of GigaGAN"',
+    )
+    channel_max: int = setting(
+        512, "gigagan: largest number of channels", source='ours; method.md "Discriminators of GigaGAN"'
+    )
+
     feature_networks: tuple[str, ...] = setting(
         ("facebook/dino-vits16",),
         "Frozen networks that projected reads: folders or hub ids of a DINO, DINOv2, DINOv3, DeiT or CLIP in "
@@ -270,15 +289,22 @@ class DiscriminatorConfig:
         "Differentiable augmentation of these images; D2O: []",
         source="StyleGAN-T, section 3.2; DiffAugment, arXiv 2006.10738",
     )
+    feature_heads: Literal["tokens", "modulated"] = setting(
+        "tokens",
+        "Heads on these features. tokens: StyleGAN-T's, 1-D convolutions over tokens and a projection on the "
+        "text; modulated: those of GigaGAN's vision-aided loss, a fixed random projection, 3x3 convolutions "
+        "and 1x1 convolutions modulated by the text",
+        source='method.md "Discriminator on frozen features"; method.md "Discriminators of GigaGAN"',
+    )
     virtual_batch: int = setting(
         8,
-        "Consecutive rows that projected's heads normalize together, each process for itself; with a divisor "
-        "of a micro-batch's rows, results do not depend on the number of processes",
+        "Consecutive rows that heads of the kind tokens normalize together, each process for itself; with a "
+        "divisor of a micro-batch's rows, results do not depend on the number of processes",
         source="StyleGAN-T, section 3.2; the number is ours",
     )
     projected_weight: float = setting(
         1.0,
-        "Weight of projected's loss beside the other one's in unet+projected and transformer+projected",
+        "Weight of projected's loss beside the other one's, as in unet+projected",
         source="ours",
     )
 
@@ -410,6 +436,8 @@ class DiscriminatorConfig:
                 bool(self.feature_networks) and len(set(self.feature_networks)) == len(self.feature_networks),
                 "one or more names, each once",
             ),
+            channel_base=(self.channel_base >= 1, "1 or more"),
+            channel_max=(self.channel_max >= 1, "1 or more"),
             feature_size=(self.feature_size >= 1, "1 or more"),
             virtual_batch=(self.virtual_batch >= 1, "1 or more"),
             projected_weight=(self.projected_weight > 0, "a positive number"),
@@ -457,8 +485,9 @@ class DiscriminatorConfig:
     def _check_noise_input(self) -> None:
         """Raise SettingError where the discriminator's noise input, or its absence, contradicts its rows."""
         projected = "projected" in self.parts
-        if self.mix_fraction > 0 and self.mix_z > 0 and (projected or not self.z_conditioning):
-            reason = "projected does not see the noise" if projected else "z_conditioning is false"
+        blind = [part for part in self.parts if part in WITHOUT_NOISE]
+        if self.mix_fraction > 0 and self.mix_z > 0 and (blind or not self.z_conditioning):
+            reason = f"{blind[-1]} does not see the noise" if blind else "z_conditioning is false"
             raise SettingError(
                 f"mix_z is {self.mix_z:g}, but {reason}: rows with another row's noise would "
                 "be real rows, counted as fake; set mix_z=0"
@@ -474,6 +503,11 @@ class DiscriminatorConfig:
     def parts(self) -> tuple[str, ...]:
         """The discriminators that are trained: one, or two at once."""
         return tuple(self.discriminator.split("+"))
+
+    @property
+    def sees_noise(self) -> bool:
+        """Whether a discriminator is conditioned on the noise."""
+        return self.z_conditioning and not set(self.parts) <= set(WITHOUT_NOISE)
 
     @property
     def part_weights(self) -> dict[str, float]:
@@ -648,13 +682,19 @@ class ConsistencyConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipGuidanceConfig:
-    """A loss that draws the student's images toward their texts, by a frozen CLIP (StyleGAN-T, eq. 2)."""
+    """A loss that draws the student's images toward their texts, by a frozen CLIP."""
 
     weight: float = setting(
         0.0,
-        "Weight of arccos(image . text)^2 in the student's loss; 0: none. StyleGAN-T: 0.2; too much costs "
+        "Weight of CLIP's loss in the student's loss; 0: none. StyleGAN-T: 0.2, spherical; too much costs "
         "FID and diversity",
         source="StyleGAN-T, section 3.3 and table 4",
+    )
+    form: Literal["spherical", "contrastive"] = setting(
+        "spherical",
+        "spherical: arccos(image . text)^2 (StyleGAN-T); contrastive: the cross entropy of the own text "
+        "among those of the batch, over all processes (GigaGAN)",
+        source='method.md "Guidance by CLIP"',
     )
     model: str = setting(
         "openai/clip-vit-large-patch14",

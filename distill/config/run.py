@@ -289,12 +289,17 @@ class DistillConfig:
                     "it to 0"
                 )
         gan = self.gan
-        sees_noise = gan.z_conditioning and gan.discriminator != "projected"
-        if self.adversarial and gan.real_fraction == 1 and sees_noise:
+        if self.adversarial and gan.real_fraction == 1 and gan.sees_noise:
             raise SettingError(
                 "gan.real_fraction is 1, but gan.z_conditioning is true: no real image belongs to its noise, "
                 "and the discriminator would know the student's images by theirs; set "
                 "gan.z_conditioning=false"
+            )
+        guidance = self.clip_guidance
+        if guidance.weight and guidance.form == "contrastive" and self.train.batch_size < 2:
+            raise SettingError(
+                f"train.batch_size is {self.train.batch_size}, but clip_guidance.form is contrastive, which "
+                "compares with the texts of other rows; expected 2 or more, or clip_guidance.form=spherical"
             )
         microbatch_size(self, 1)
         self._check_memory_savers()

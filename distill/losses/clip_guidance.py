@@ -1,4 +1,5 @@
-"""Guidance of the student by CLIP: squared spherical distance of image and text (StyleGAN-T, equation 2)."""
+"""Guidance of the student by CLIP: squared spherical distance of image and text (StyleGAN-T, equation 2), or
+the contrastive loss that CLIP was trained with (GigaGAN, section 3.3)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,13 +28,29 @@ def spherical_distance(image: Tensor, text: Tensor) -> Tensor:
     return cosine.clamp(-LIMIT, LIMIT).arccos().square()
 
 
-class ClipGuidance(nn.Module):
-    """A frozen CLIP behind the autoencoder's decoder. `crop`: side in pixels of the crops that it sees."""
+def contrastive_loss(image: Tensor, text: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
+    """-log(exp(s image . text) / sum_n exp(s image . texts_n)) -> [B], fp32.
 
-    def __init__(self, model: Any, tokenizer: Any, vae: Any, crop: int) -> None:
+    image, text [B, D]: unit vectors of images and their own texts. texts [N, D]: of all texts of the batch,
+    the own ones among them. s: the inverse temperature that CLIP has learned.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        image = image.float()
+        own = scale * (image * text.float()).sum(1)
+        return torch.logsumexp(scale * (image @ texts.float().T), dim=1) - own
+
+
+class ClipGuidance(nn.Module):
+    """A frozen CLIP behind the autoencoder's decoder. `crop`: side in pixels of the crops that it sees.
+
+    `contrastive`: whether its loss is that one, and not the spherical distance.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, vae: Any, crop: int, contrastive: bool = False) -> None:
         super().__init__()
         self.model, self.vae, self.tokenizer = model, vae.requires_grad_(False), tokenizer
         self.side = crop // latent_space(vae).downscale
+        self.contrastive = contrastive
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -50,16 +67,22 @@ class ClipGuidance(nn.Module):
         embedding: Tensor = self.model.text_projection(output.pooler_output)
         return F.normalize(embedding.float(), dim=1)
 
-    def forward(self, latents: Tensor, text: Tensor, uniform: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, text: Tensor, uniform: Tensor, texts: Tensor | None = None) -> Tensor:
         """Latents [B, C, h, w], unit vectors of the texts [B, D], places of the crops [B, 2] in [0, 1) -> the
-        mean of the squared spherical distances."""
+        mean of the loss over rows.
+
+        texts [N, D]: those that the contrastive loss compares with, of the whole batch; None: `text`.
+        """
         pixels = decode(self.vae, crop_view(latents, self.side, uniform))
         size = self.model.config.vision_config.image_size
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
         mean, deviation = (torch.tensor(s, device=pixels.device).view(3, 1, 1) for s in OPENAI)
         output = self.model.vision_model(pixel_values=(pixels / 2 + 0.5 - mean) / deviation)
         image = F.normalize(self.model.visual_projection(output.pooler_output).float(), dim=1)
-        return spherical_distance(image, text).mean()
+        if not self.contrastive:
+            return spherical_distance(image, text).mean()
+        scale = self.model.logit_scale.float().exp()
+        return contrastive_loss(image, text, text if texts is None else texts, scale).mean()
 
 
 def build_clip_guidance(
@@ -90,9 +113,10 @@ def build_clip_guidance(
             f"clip_guidance.crop is {config.crop}, but images of {teacher} have {pixels} px; set it to "
             f"{pixels} or less"
         )
+    contrastive = config.form == "contrastive"
     if torch.device(device).type == "meta":
-        return ClipGuidance(
-            clip_on_meta(config.model), None, pretrained.autoencoder_on_meta(teacher), config.crop
-        )
+        vae = pretrained.autoencoder_on_meta(teacher)
+        return ClipGuidance(clip_on_meta(config.model), None, vae, config.crop, contrastive)
     model, tokenizer = load_clip_model(config.model), load_clip_tokenizer(config.model)
-    return ClipGuidance(model, tokenizer, pretrained.load_vae(teacher), config.crop).to(device)
+    vae = pretrained.load_vae(teacher)
+    return ClipGuidance(model, tokenizer, vae, config.crop, contrastive).to(device)

@@ -37,6 +37,8 @@ class DiscriminatorKind:
     """Fields of DiscriminatorConfig that not every kind reads."""
     draws: int = 0
     """Random integers below 2^24 per row that the network takes as its last argument, [B, draws]."""
+    check: Callable[[str], object] | None = None
+    """Raises SettingError for a teacher, by name, that it cannot be built for."""
     open_view: Callable[[str, DiscriminatorConfig, bool], nn.Module] | None = None
     """(teacher, settings, without weights) -> frozen networks that every process loads and passes to the
     network's `attach`: they are not trained, saved or sharded."""

@@ -42,6 +42,8 @@ def check_discriminator(teacher: str, config: DiscriminatorConfig) -> None:
             f"gan.discriminator is {name!r}, but the network of {teacher}, a {pipeline.kind}, is a "
             f"{network}; set gan.discriminator={' or '.join(fitting)}"
         )
+    if kind.check is not None:
+        kind.check(teacher)
     if kind.open_view is not None:  # raises for what the feature networks do not take
         kind.open_view(teacher, config, True)
     if config.mix_fraction and pretrained.is_unconditional(teacher):

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import log2
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2g.core.errors import SettingError
@@ -18,31 +17,12 @@ from distill.models.condition_vector import ConditionShape
 from distill.models.generator_student import generator_kind
 from distill.models.gigagan_student import GIGAGAN_SETTINGS, AdaptiveGenerator
 from distill.models.style_generator import BlockStyle, channels_at
-from distill.models.style_layers import LEAKY_SLOPE, EqualizedConv, group_norm
+from distill.models.style_layers import DownBlock, EqualizedConv
 
 DOWNS = 3
 """Blocks that halve the input (GigaGAN, section 3.4); fewer for small inputs."""
 BOTTOM = 2
 """Smallest height and width inside the network (ours)."""
-
-
-class DownBlock(nn.Module):
-    """A residual block that halves its input: two 3x3 convolutions on normalized features, and a 1x1
-    shortcut. A shard unit."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([group_norm(inputs), group_norm(outputs)])
-        self.convs = nn.ModuleList([EqualizedConv(inputs, outputs, 3), EqualizedConv(outputs, outputs, 3)])
-        self.shortcut = EqualizedConv(inputs, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C_in, h, w] -> [B, C_out, h / 2, w / 2]."""
-        y = x
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            y = conv(F.leaky_relu(norm(y), LEAKY_SLOPE))
-        shortcut: Tensor = self.shortcut(x)
-        return F.avg_pool2d((shortcut + y) * 0.5**0.5, 2)
 
 
 class GigaGANUpsampler(AdaptiveGenerator):

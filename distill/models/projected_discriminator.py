@@ -1,6 +1,8 @@
-"""The discriminator on frozen features of decoded pixels (StyleGAN-T, section 3.2 and figure 3c).
+"""The discriminator on frozen features of decoded pixels, with the heads of StyleGAN-T (section 3.2 and
+figure 3c) or of GigaGAN's vision-aided loss (section 3.3).
 
-Written from the paper. Layout and what the paper leaves open: method.md "Discriminator on frozen features".
+Written from the papers. Layout and what they leave open: method.md "Discriminator on frozen features" and
+"Discriminators of GigaGAN".
 """
 
 import math
@@ -13,16 +15,20 @@ from d2g.core.errors import SettingError
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from distill.config.components import DiscriminatorConfig
-from distill.models.condition_vector import condition_shape, condition_vector
+from distill.models.condition_vector import ConditionShape, condition_shape, condition_vector
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.feature_networks import open_feature_network
+from distill.models.modulated_readout import ModulatedReadout
 from distill.models.pixel_view import DRAWS, FrozenView
+from distill.models.style_layers import ACTIVATION_GAIN, EqualizedConv, group_norm, initialize
 
 PROJECTION = 64
 """Width at which a head meets the text or the class (StyleGAN-T, table 4)."""
 KERNEL = 9
 """Tokens that a residual convolution of a head reads."""
 SLOPE = 0.2
+HIDDEN = 256
+"""Largest width of a head of GigaGAN's kind (ours)."""
 
 
 class VirtualBatchNorm(nn.Module):
@@ -59,45 +65,73 @@ class ConvolutionBlock(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Logits of tokens: a 1x1 block, a residual block, and a projection on the condition.
-
-    `condition`: maps the condition of B rows to [B, PROJECTION]; None: one linear readout.
+    """Logits of tokens: a 1x1 block, a residual block, and a projection on the condition; one linear readout
+    without a condition. `rows`: of a virtual batch.
     """
 
-    def __init__(self, width: int, rows: int, condition: nn.Module | None, kernel: int = KERNEL) -> None:
+    def __init__(self, width: int, rows: int, shape: ConditionShape, kernel: int = KERNEL) -> None:
         super().__init__()
+        condition: nn.Module | None = None
+        if shape.classes:
+            condition = nn.Embedding(shape.classes, PROJECTION)
+        elif shape.text_width:
+            condition = nn.Linear(shape.text_width, PROJECTION)
         self.mix, self.residual = ConvolutionBlock(width, 1, rows), ConvolutionBlock(width, kernel, rows)
         self.readout = nn.Conv1d(width, PROJECTION if condition is not None else 1, 1)
         self.condition = condition
 
-    def forward(self, tokens: Tensor, cond: Tensor | None) -> Tensor:
-        """tokens [B, C, L]; cond: class numbers [B] or text [B, D] -> logits [B, 1, L]."""
-        hidden: Tensor = self.mix(tokens)
-        readout: Tensor = self.readout((hidden + self.residual(hidden)) * 0.5**0.5)
-        if self.condition is None:
-            return readout
-        projected: Tensor = self.condition(cond)
-        return (projected[:, :, None] * readout).sum(1, keepdim=True) / math.sqrt(PROJECTION)
+    def forward(self, features: Tensor, cond: Tensor | None) -> Tensor:
+        """features [B, C, h, w]; cond: class numbers [B] or text [B, D] -> logits [B, 1, h, w]."""
+        hidden: Tensor = self.mix(features.flatten(2))
+        logits: Tensor = self.readout((hidden + self.residual(hidden)) * 0.5**0.5)
+        if self.condition is not None:
+            projected: Tensor = self.condition(cond)
+            logits = (projected[:, :, None] * logits).sum(1, keepdim=True) / math.sqrt(PROJECTION)
+        return logits.unflatten(2, features.shape[2:])
+
+
+class ModulatedHead(nn.Module):
+    """Logits of a map, as in GigaGAN's vision-aided loss: a fixed random projection, two 3x3 convolutions,
+    and a readout that the condition modulates."""
+
+    projection: Tensor
+
+    def __init__(self, width: int, shape: ConditionShape) -> None:
+        super().__init__()
+        hidden = min(width, HIDDEN)
+        self.register_buffer("projection", torch.zeros(hidden, width))
+        self.norms = nn.ModuleList(group_norm(hidden) for _ in range(2))
+        self.convs = nn.ModuleList(EqualizedConv(hidden, hidden, 3) for _ in range(2))
+        self.readout = ModulatedReadout(hidden, shape)
+
+    @torch.no_grad()
+    def initialize(self, rng: torch.Generator) -> None:
+        """Draw the projection, which stays as it is."""
+        self.projection.normal_(std=self.projection.shape[1] ** -0.5, generator=rng)
+
+    def forward(self, features: Tensor, cond: Tensor | None) -> Tensor:
+        """features [B, C, h, w]; cond: class numbers [B] or text [B, D] -> logits [B, 1, h, w]."""
+        x = torch.einsum("oc,bchw->bohw", self.projection.to(features.dtype), features)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = F.leaky_relu(conv(norm(x)), SLOPE) * ACTIVATION_GAIN
+        logits: Tensor = self.readout(x, cond)
+        return logits
 
 
 class ProjectedDiscriminator(nn.Module):
-    """D(x, c): token logits of every head on frozen features of the decoded x. The noise is not read.
+    """D(x, c): logits of every head on frozen features of the decoded x. The noise is not read.
 
     Only the heads are trained, saved and sharded. `view` holds the frozen networks, which every process loads
     by itself; it is no submodule.
     """
 
-    def __init__(self, view: FrozenView, config: DiscriminatorConfig, classes: int, text_width: int) -> None:
+    def __init__(self, view: FrozenView, config: DiscriminatorConfig, shape: ConditionShape) -> None:
         super().__init__()
-
-        def condition() -> nn.Module | None:
-            if classes:
-                return nn.Embedding(classes, PROJECTION)
-            return nn.Linear(text_width, PROJECTION) if text_width else None
-
         self.heads = nn.ModuleDict(
             {
-                name: TokenHead(width, config.virtual_batch, condition())
+                name: ModulatedHead(width, shape)
+                if config.feature_heads == "modulated"
+                else TokenHead(width, config.virtual_batch, shape)
                 for name, width in zip(view.names, view.widths, strict=True)
             }
         )
@@ -129,10 +163,9 @@ class ProjectedDiscriminator(nn.Module):
         condition, logits = condition_vector(cond), {}
         for name, features in self.view(x, draws).items():
             head = self.heads[name]
-            weight: Tensor = head.mix.conv.weight  # type: ignore[union-attr, assignment]
-            tokens = features.flatten(2).to(weight.dtype)
+            dtype = next(head.parameters()).dtype
             # A copy, because FSDP2 warns of outputs that are views.
-            logits[name] = head(tokens, condition).unflatten(2, features.shape[2:]).clone()
+            logits[name] = head(features.to(dtype), condition).clone()
         return logits
 
 
@@ -161,19 +194,17 @@ def open_view(teacher: str, config: DiscriminatorConfig, on_meta: bool = False) 
 def _on_meta(teacher: str, config: DiscriminatorConfig) -> ProjectedDiscriminator:
     """The discriminator without weights."""
     with torch.device("meta"):
-        return ProjectedDiscriminator(open_view(teacher, config, on_meta=True), config, *_condition(teacher))
-
-
-def _condition(teacher: str) -> tuple[int, int]:
-    """Number of classes, and width of the text that the heads project; 0 where there is none."""
-    shape = condition_shape(teacher)
-    return shape.classes, shape.text_width
+        view = open_view(teacher, config, on_meta=True)
+        return ProjectedDiscriminator(view, config, condition_shape(teacher))
 
 
 def _build(teacher: str, config: DiscriminatorConfig, rng: torch.Generator) -> ProjectedDiscriminator:
     """The heads with random weights; the frozen networks are loaded later, on every process."""
     view = open_view(teacher, config, on_meta=True)
-    discriminator = ProjectedDiscriminator(view, config, *_condition(teacher))
+    discriminator = ProjectedDiscriminator(view, config, condition_shape(teacher))
+    if config.feature_heads == "modulated":
+        initialize(discriminator, rng)
+        return discriminator
     for module in discriminator.modules():
         if isinstance(module, nn.Conv1d | nn.Linear):
             bound = module.weight[0].numel() ** -0.5
@@ -191,7 +222,10 @@ PROJECTED = DiscriminatorKind(
     build_on_meta=_on_meta,
     shard_units=lambda teacher, network: [],
     networks=("unet", "transformer"),  # a cascade's first stage has no decoder to pixels
-    settings=(*("token_heads", "feature_networks", "feature_size", "feature_augment", "virtual_batch"),),
+    settings=(
+        *("token_heads", "feature_networks", "feature_size", "feature_augment", "feature_heads"),
+        "virtual_batch",
+    ),
     draws=DRAWS,
     open_view=open_view,
 )

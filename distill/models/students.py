@@ -63,8 +63,7 @@ def check_student(config: DistillConfig) -> None:
             f"{kind}, whose noise is its own, so that it has no latents of the pairs to compare with; "
             "train it by `d2g distill gan` with regression.losses=[]"
         )
-    sees_noise = gan.z_conditioning and gan.discriminator != "projected"
-    if config.stage == "gan" and sees_noise:
+    if config.stage == "gan" and gan.sees_noise:
         raise SettingError(
             f"{kind}, whose noise is its own, but gan.z_conditioning is true; set gan.z_conditioning=false "
             "and gan.mix_z=0"

@@ -185,6 +185,25 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
+class DownBlock(nn.Module):
+    """A residual block that halves its input: two 3x3 convolutions on normalized features, and a 1x1
+    shortcut. A shard unit."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([group_norm(inputs), group_norm(outputs)])
+        self.convs = nn.ModuleList([EqualizedConv(inputs, outputs, 3), EqualizedConv(outputs, outputs, 3)])
+        self.shortcut = EqualizedConv(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, h, w] -> [B, C_out, h / 2, w / 2]."""
+        y = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            y = conv(F.leaky_relu(norm(y), LEAKY_SLOPE))
+        shortcut: Tensor = self.shortcut(x)
+        return F.avg_pool2d((shortcut + y) * 0.5**0.5, 2)
+
+
 class SynthesisConv(nn.Module):
     """Modulated 3x3 convolution, spatial noise, bias, leaky ReLU (StyleGAN2, figure 2d).
 

@@ -61,5 +61,6 @@ def both(first: DiscriminatorKind, second: DiscriminatorKind) -> DiscriminatorKi
         networks=first.networks,
         settings=tuple(dict.fromkeys((*first.settings, *second.settings, "projected_weight"))),
         draws=second.draws,
+        check=first.check,
         open_view=second.open_view,
     )

@@ -96,6 +96,10 @@ _CONDITIONS: dict[tuple[str, ...], Condition] = {
         lambda c: c.gan.mix_fraction > 0,
         "with gan.mix_fraction above 0",
     ),
+    ("gan.virtual_batch",): (
+        lambda c: c.gan.feature_heads == "tokens",
+        "with gan.feature_heads=tokens",
+    ),
     ("gan.timestep_shift",): (
         lambda c: c.gan.timestep_mode == "random",
         "with gan.timestep_mode=random",
@@ -118,7 +122,7 @@ _CONDITIONS: dict[tuple[str, ...], Condition] = {
         lambda c: c.gan.optim.decay_images != 0,
         "with gan.optim.decay_images other than 0",
     ),
-    ("clip_guidance.model", "clip_guidance.crop"): (
+    ("clip_guidance.model", "clip_guidance.crop", "clip_guidance.form"): (
         lambda c: c.clip_guidance.weight > 0,
         "with clip_guidance.weight above 0",
     ),

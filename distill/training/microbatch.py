@@ -67,6 +67,7 @@ class MicroBatch:
     r1_noise: Tensor | None  # of the approximated R1
     draws: tuple[Tensor | None, ...] = (None,) * 3  # [b, D] of real, fake and the student's rows
     clip_text: Tensor | None = None  # [b, D] unit vectors of the prompts, for guidance by CLIP
+    clip_texts: Tensor | None = None  # [B, D] those of the whole batch, for the contrastive form
     clip_crops: Tensor | None = None  # [b, 2] in [0, 1)
     consistency_level: Tensor | None = None  # [b] number of the noise level, 1 to N - 1
     consistency_noise: Tensor | None = None  # [b, C, h, w] of unit variance
@@ -132,6 +133,7 @@ class StepPreparation:
         student_cond = self.encode_for_student(batch.prompts) if self.encode_for_student else cond
         rows = len(batch.prompts)
         size, first = rows // self.microbatches, process_group.rank() * rows
+        clip_text, clip_texts = self._clip_texts(batch.prompts, size)
         microbatches = [
             self._microbatch(
                 batch,
@@ -143,10 +145,22 @@ class StepPreparation:
                 first + start,
                 shape,
                 randomness,
+                None if clip_text is None else clip_text[start : start + size],
+                clip_texts,
             )
             for start in range(0, rows, size)
         ]
         return microbatches, randomness
+
+    def _clip_texts(self, prompts: Sequence[str], size: int) -> tuple[Tensor | None, Tensor | None]:
+        """Unit vectors for guidance by CLIP, encoded in parts of `size`: of this process's prompts, and for
+        the contrastive form of the whole batch; None where they are not needed."""
+        guide = self.clip_guidance
+        if guide is None:
+            return None, None
+        parts = [guide.encode(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+        own = torch.cat(parts)
+        return own, process_group.join_rows(own) if guide.contrastive else None
 
     def sample_step_randomness(self, shape: tuple[int, int, int], nimg: int) -> StepRandomness:
         """The random numbers of the step at `nimg` images. Each kind has its own stream: switching one off
@@ -190,6 +204,8 @@ class StepPreparation:
         first: int,
         shape: tuple[int, int, int],
         randomness: StepRandomness,
+        clip_text: Tensor | None,
+        clip_texts: Tensor | None,
     ) -> MicroBatch:
         """Some of this process's rows; `first`: number of the first one in the whole batch."""
         gan, device, student = self.gan, self.device, self.student
@@ -245,7 +261,8 @@ class StepPreparation:
                 None if levels_of_rows is None else levels_of_rows[batch_rows], device
             ),
             consistency_noise=to_device(consistency_noise, device),
-            clip_text=None if self.clip_guidance is None else self.clip_guidance.encode(prompts),
+            clip_text=clip_text,
+            clip_texts=clip_texts,
             clip_crops=to_device(
                 None if self.clip_guidance is None else randomness.clip_crops[batch_rows], device
             ),

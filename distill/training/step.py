@@ -218,7 +218,7 @@ def generator_step(
             if context.clip_guidance is not None:
                 with context.autocast():
                     values["loss/clip"] = context.clip_guidance(
-                        latents, microbatch.clip_text, microbatch.clip_crops
+                        latents, microbatch.clip_text, microbatch.clip_crops, microbatch.clip_texts
                     )
                 loss = loss + context.clip_weight * values["loss/clip"]
             terms.add({**values, "loss/g": loss})

@@ -186,13 +186,41 @@ def test_logits_depend_on_latents_condition_and_crop(kind: str, teachers: dict[s
         assert not torch.allclose(other["block4"], logits["block4"])
 
 
-@pytest.mark.parametrize(("kind", "name"), [("sd", "projected"), ("unet2d", "unet+projected")])
+def test_vision_aided_heads_in_closed_form(teachers: dict[str, str], tmp_path: Path) -> None:
+    """GigaGAN's on features of CLIP: a projection that is not trained, 3x3 convolutions, a readout."""
+    clip = vision_models.save_vit("clip_vision_model", tmp_path)
+    network = build(teachers["sd"], settings(clip, feature_heads="modulated", feature_augment=()))
+    x, noise, cond = tiny_teachers.random_inputs("sd", 3, size=4)
+    logits = network(x, noise, cond, None, random_draws(3))
+    assert {n: v.shape for n, v in logits.items()} == {f"block{d}": (3, 1, 4, 4) for d in (2, 4)}
+    features = network.view(x, random_draws(3))["block4"]
+    head, condition = network.heads["block4"], condition_vector(cond)
+    y = F.conv2d(features, head.projection[:, :, None, None])
+    assert head.projection.shape == (16, 16) and abs(head.projection.std() * 4 - 1) < 0.2
+    for conv in head.convs:
+        y = F.group_norm(y, 16)
+        y = F.conv2d(y, conv.weight / (9 * 16) ** 0.5, conv.bias, padding=1)
+        y = F.leaky_relu(y, 0.2) * 2**0.5
+    torch.testing.assert_close(logits["block4"], head.readout(y, condition), rtol=1e-4, atol=1e-4)
+    assert "heads.block4.projection" in network.state_dict()
+    assert "heads.block4.projection" not in dict(network.named_parameters())
+    # The text modulates, and every weight has a gradient.
+    other = network(x, noise, cond[[1, 2, 0]], None, random_draws(3))
+    assert not torch.allclose(other["block4"], logits["block4"], atol=1e-3)
+    torch.stack([v.square().sum() for v in logits.values()]).sum().backward()
+    assert [n for n, p in network.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "heads"),
+    [("sd", "projected", "tokens"), ("unet2d", "unet+projected", "tokens"), ("sd", "projected", "modulated")],
+)
 def test_the_penalty_is_exact(
-    kind: str, name: str, teachers: dict[str, str], vit: str, float64: None
+    kind: str, name: str, heads: str, teachers: dict[str, str], vit: str, float64: None
 ) -> None:
     """Through decoder, augmentation, resizing and feature network: finite differences in float64. Of two
     discriminators each has a penalty of its own."""
-    network = build(teachers[kind], settings(vit, discriminator=name))
+    network = build(teachers[kind], settings(vit, discriminator=name, feature_heads=heads))
     rng = torch.Generator().manual_seed(1)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3, generator=rng)
@@ -220,7 +248,8 @@ def test_the_penalty_is_exact(
     )
     # The penalty itself has gradients for the heads.
     value.backward()
-    assert all(p.grad is not None for n, p in network.named_parameters() if "residual.conv.weight" in n)
+    last = "residual.conv.weight" if heads == "tokens" else "convs.0.weight"
+    assert all(p.grad is not None for n, p in network.named_parameters() if last in n)
 
 
 def test_two_discriminators_have_a_loss_each() -> None:
@@ -330,15 +359,47 @@ def test_runs_resume_bit_for_bit(
     assert not any("model." in n or ".vae." in n for n in end)
 
 
+STYLES = (
+    *("gan.mix_z=0", "gan.token_heads=2", "gan.feature_size=16"),
+    *("gan.r1_interval=2", "gan.r1_rows=2", "gan.optim.lr=1e-3", "optim.lr=1e-3", "regression.losses=[]"),
+    *("student.kind=gigagan", "student.generator.channel_base=64", "student.generator.channel_max=16"),
+    *("student.generator.residual_blocks=1", "gan.feature_heads=modulated"),
+)
+
+
+def test_the_vision_aided_loss_trains_a_student_of_latents(
+    teachers: dict[str, str], pairs: Path, tmp_path: Path
+) -> None:
+    """As in GigaGAN, beside another discriminator; resumes bit for bit, and the projection stays."""
+    clip = vision_models.save_clip_model(tmp_path / "clip")
+    settings = (*STYLES, "gan.discriminator=gigagan+projected", "gan.channel_base=64", "gan.channel_max=8")
+    config, shorter = (
+        distill_config(
+            Path(teachers["sd"]),
+            pairs,
+            *(*settings, f'gan.feature_networks=["{clip}"]', f"train.images={n}"),
+            stage="gan",
+        )
+        for n in (12, 4)
+    )
+    assert_resumes_exactly(config, shorter, tmp_path)
+    start, end = state_at(tmp_path / "twice", 4), state_at(tmp_path / "once", 12)
+    heads = {n: torch.equal(start[n], end[n]) for n in end if ".second.heads." in n and n in start}
+    fixed = {n for n, same in heads.items() if same}
+    assert fixed == {n for n in heads if n.endswith("projection")} != set()
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("heads", ["tokens", "modulated"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_train_like_one(
-    engine: str, teachers: dict[str, str], vit: str, pairs: Path, tmp_path: Path
+    engine: str, heads: str, teachers: dict[str, str], vit: str, pairs: Path, tmp_path: Path
 ) -> None:
     """The virtual batch divides a process's rows, so the groups of rows are the same."""
     config = distill_config(Path(teachers["sd"]), pairs, stage="gan", init="teacher")
     settings = (
-        *RUN,
+        *(RUN if heads == "tokens" else [s for s in RUN if "virtual_batch" not in s]),
+        f"gan.feature_heads={heads}",
         "gan.discriminator=unet+projected",
         f'gan.feature_networks=["{vit}"]',
         "train.images=12",

@@ -355,9 +355,20 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
             'feature_networks=["x"]',
             "feature_size=64",
             "feature_augment=[]",
+            "feature_heads=modulated",
             "virtual_batch=4",
             "projected_weight=2",
         )
+    ),
+    *(
+        (f"gan.{name}=64", (), ("gan.mix_z=0", "gan.discriminator=gigagan"))
+        for name in ("channel_base", "channel_max")
+    ),
+    ("gan.z_conditioning=false", ("gan.mix_z=0", "gan.discriminator=gigagan+projected"), ("gan.mix_z=0",)),
+    (
+        "gan.virtual_batch=4",
+        ("gan.mix_z=0", "gan.discriminator=projected", "gan.feature_heads=modulated"),
+        ("gan.mix_z=0", "gan.discriminator=projected"),
     ),
     *(
         (f"gan.{name}", ("gan.mix_z=0", "gan.discriminator=projected"), ())
@@ -367,6 +378,7 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("gan.noise_augment=none", ("gan.mix_z=0", "gan.discriminator=projected"), ()),
     ("clip_guidance.model=x", (), ("clip_guidance.weight=0.2",)),
     ("clip_guidance.crop=8", (), ("clip_guidance.model=x", "clip_guidance.weight=0.2")),
+    ("clip_guidance.form=contrastive", (), ("clip_guidance.weight=0.2",)),
     ("engine.frozen_weights=bf16", (), ("student.lora_rank=4",)),
     *(
         (f"student.generator.{name}=4", ("student.kind=diffusion",), ("student.kind=stylegan-t",))

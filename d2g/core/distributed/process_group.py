@@ -312,6 +312,16 @@ def gather(rows: Tensor) -> list[Tensor]:
     return [part[: int(count)].to(rows.device) for part, count in zip(parts, counts, strict=True)]
 
 
+def join_rows(rows: Tensor) -> Tensor:
+    """Every rank's rows [n, ...], in rank order, on every rank and on their own device, without a copy to the
+    CPU. Shapes are equal on all ranks."""
+    if not td.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(td.get_world_size())]
+    td.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
 def sum_in_order(value: Tensor) -> Tensor:
     """The sum of every rank's tensor, in rank order, on every rank and on the tensor's own device."""
     if not td.is_initialized():
