@@ -291,9 +291,7 @@ def save_styles(
 
 
 @torch.no_grad()
-def mixed_latents(
-    one: OneStep, noises: Tensor, prompts: Sequence[str], blocks: Tensor, batch_size: int = 32
-) -> Tensor:
+def mixed_latents(one: OneStep, noises: Tensor, prompts: Sequence[str], blocks: Tensor) -> Tensor:
     """Scaled latents [B, C, h, w] whose blocks have styles of different inputs (StyleGAN, Karras et al. 2019,
     section 3.1; GigaGAN calls that of prompts prompt mixing).
 
@@ -304,12 +302,8 @@ def mixed_latents(
     assert isinstance(student, GeneratorStudent)
     cond = one.conditioner.encode(list(prompts))
     styles = student.styles(noises.to(one.device), cond, one.psi)
-    return torch.cat(
-        [
-            student.draw([style.rows(part[:, block]) for block, style in enumerate(styles)])
-            for part in blocks.to(one.device).split(batch_size)
-        ]
-    )
+    sources = blocks.to(one.device)
+    return student.draw([style.rows(sources[:, block]) for block, style in enumerate(styles)])
 
 
 def coarse_sides(sides: Sequence[int], chosen: Sequence[int]) -> list[int]:
@@ -354,7 +348,7 @@ def save_mix(
         raise SettingError("a mix needs two points; give several --prompt or several --seed")
     sides = [max(size) for size in one.student.network.block_sizes]
     columns = coarse_sides(sides, coarse)
-    # One image per other point and column; which point each of its blocks is from.
+    # One image per other point and column: from which point each of its blocks is.
     choices = [(other, side) for other in range(1, len(texts)) for side in columns]
     blocks = torch.tensor([[0 if size <= side else other for size in sides] for other, side in choices])
     noises, images = _noises(one, numbers), list[Tensor]()
