@@ -37,9 +37,7 @@ def walk(
     lpips: Annotated[
         Path | None, typer.Option(help="LatentLPIPS for the path length (TEACHER/latent_lpips).")
     ] = None,
-    mp4: Annotated[
-        bool, typer.Option("--mp4", help="Write a video, too (needs the extra diffusion2gan[video]).")
-    ] = False,
+    mp4: Annotated[bool, typer.Option("--mp4", help="Write a video, too; needs the extra `video`.")] = False,
     out: OutFolder = Path("walk"),
     dry_run: DryRun = False,
     as_json: Json = False,

@@ -12,7 +12,7 @@ from torch import Tensor
 from d2g.core.atomic_files import cannot_write
 from d2g.core.errors import UserError
 
-SMALLEST = 256
+SMALLEST_FRAME = 256
 """Smaller frames are enlarged by a whole factor to this many pixels or more on the longer side: H.264 keeps
 colors at half the resolution."""
 QUALITY = "18"
@@ -34,7 +34,7 @@ def save_mp4(frames: Tensor, path: Path, frame_ms: int) -> None:
     """
     av = require_video()
     # Enlarge by a whole factor, and repeat the last row and column to even sizes, which the format needs.
-    factor = max(1, ceil(SMALLEST / max(frames.shape[2:])))
+    factor = max(1, ceil(SMALLEST_FRAME / max(frames.shape[2:])))
     frames = frames.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     height, width = frames.shape[2:]
     frames = F.pad(frames.float(), (0, width % 2, 0, height % 2), mode="replicate").byte()

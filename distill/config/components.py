@@ -201,8 +201,8 @@ class DiscriminatorConfig:
         "Stable Cascade; gigagan reads a pyramid of the latents, with new weights; projected has heads on "
         "frozen features of decoded pixels; + takes both, each with its own loss",
         source='method.md "Discriminator architecture"; method.md "Discriminators of transformers"; '
-        'method.md "Cascades"; method.md "Discriminators of GigaGAN"; method.md "Discriminator on frozen '
-        'features"',
+        'method.md "Cascades"; method.md "Discriminators of GigaGAN"; '
+        'method.md "Discriminator on frozen features"',
     )
     weight: float = setting(
         0.25,

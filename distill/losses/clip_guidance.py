@@ -28,7 +28,7 @@ def spherical_distance(image: Tensor, text: Tensor) -> Tensor:
     return cosine.clamp(-LIMIT, LIMIT).arccos().square()
 
 
-def contrastive_loss(image: Tensor, text: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
+def text_cross_entropy(image: Tensor, text: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
     """-log(exp(s image . text) / sum_n exp(s image . texts_n)) -> [B], fp32.
 
     image, text [B, D]: unit vectors of images and their own texts. texts [N, D]: of all texts of the batch,
@@ -82,7 +82,7 @@ class ClipGuidance(nn.Module):
         if not self.contrastive:
             return spherical_distance(image, text).mean()
         scale = self.model.logit_scale.float().exp()
-        return contrastive_loss(image, text, text if texts is None else texts, scale).mean()
+        return text_cross_entropy(image, text, text if texts is None else texts, scale).mean()
 
 
 def build_clip_guidance(

@@ -118,7 +118,7 @@ def _on_meta(teacher: str, config: DiscriminatorConfig) -> GigaGANDiscriminator:
         return _new(teacher, config)
 
 
-GIGAGAN = DiscriminatorKind(
+MULTI_SCALE = DiscriminatorKind(
     name="gigagan",
     build=_build,
     build_on_meta=_on_meta,

@@ -87,7 +87,8 @@ class TokenHead(nn.Module):
         if self.condition is not None:
             projected: Tensor = self.condition(cond)
             logits = (projected[:, :, None] * logits).sum(1, keepdim=True) / math.sqrt(PROJECTION)
-        return logits.unflatten(2, features.shape[2:])
+        maps: Tensor = logits.unflatten(2, features.shape[2:])
+        return maps
 
 
 class ModulatedHead(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d2g.core.errors import UserError
-from d2g.core.video import SMALLEST, require_video, save_mp4
+from d2g.core.video import SMALLEST_FRAME, require_video, save_mp4
 
 
 @pytest.mark.parametrize("size", [(32, 48), (301, 257)])
@@ -23,7 +23,7 @@ def test_a_video_has_the_frames_and_their_length(size: tuple[int, int], tmp_path
         assert float(stream.average_rate) == 12.5
         read = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(stream)]
     factor = 6 if size == (32, 48) else 1
-    assert len(read) == 3 and max(read[0].shape[:2]) >= SMALLEST
+    assert len(read) == 3 and max(read[0].shape[:2]) >= SMALLEST_FRAME
     for frame, image in zip(read, frames, strict=True):
         shown = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0)
         assert frame.shape[0] % 2 == frame.shape[1] % 2 == 0

@@ -17,7 +17,7 @@ from d2g.vision.normalization import OPENAI
 from d2g.vision.transformers_vision import clip_sha256
 from d2g_cli.distill import _warn_of_scoring_clip
 from distill.config.components import ClipGuidanceConfig
-from distill.losses.clip_guidance import build_clip_guidance, contrastive_loss, spherical_distance
+from distill.losses.clip_guidance import build_clip_guidance, spherical_distance, text_cross_entropy
 from distill.planning.memory import predict
 from distill.planning.unused_settings import refuse_unused
 from distill.sampling import guiding_clip
@@ -45,7 +45,7 @@ def test_the_contrastive_loss_in_closed_form() -> None:
     angle, scale = torch.tensor(0.7), 3.0
     image = torch.stack([angle.cos(), angle.sin()])[None].requires_grad_()
     texts = torch.tensor([[0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
-    loss = contrastive_loss(image, texts[1:2], texts, scale)
+    loss = text_cross_entropy(image, texts[1:2], texts, scale)
     own, right, opposite = ((scale * x).exp() for x in (angle.cos(), angle.sin(), -angle.cos()))
     torch.testing.assert_close(loss, -(own / (own + right + opposite)).log()[None])
     # Its gradient is s (sum_n p_n text_n - text).
@@ -53,17 +53,17 @@ def test_the_contrastive_loss_in_closed_form() -> None:
     shares = torch.stack([right, own, opposite]) / (own + right + opposite)
     torch.testing.assert_close(slope[0], scale * (shares @ texts - texts[1]))
     # The own text alone has nothing to be told from.
-    assert contrastive_loss(image, texts[1:2], texts[1:2], scale).abs() < 1e-6
+    assert text_cross_entropy(image, texts[1:2], texts[1:2], scale).abs() < 1e-6
 
 
 def test_the_contrastive_form_is_the_loss_of_transformers(teacher: Path, clip: str) -> None:
     """Cross entropy of the logits of CLIPModel, with its own temperature, among all texts of the batch."""
     from transformers import CLIPModel
 
-    config = ClipGuidanceConfig(weight=0.2, model=clip, crop=32, form="contrastive")
+    config = ClipGuidanceConfig(weight=0.2, model=clip, crop=16, form="contrastive")
     guide = build_clip_guidance(config, str(teacher))
     assert guide is not None
-    latents, prompts = torch.randn(3, 4, 8, 8).requires_grad_(), tiny.CAPTIONS[:3]
+    latents, prompts = torch.randn(3, 4, 4, 4).requires_grad_(), tiny.CAPTIONS[:3]
     texts = guide.encode(prompts)
     net = CLIPModel.from_pretrained(clip)
     tokens = guide.tokenizer(prompts, padding=True, return_tensors="pt")

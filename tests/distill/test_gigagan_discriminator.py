@@ -31,7 +31,10 @@ CONFIG = DiscriminatorConfig(discriminator="gigagan", mix_z=0, channel_base=64, 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("teachers")
-    return {kind: tiny_teachers.save_kind(kind, root / kind) for kind in ("sd", "unet2d", "ldm")}
+    saved = {kind: tiny_teachers.save_kind(kind, root / kind) for kind in ("sd", "unet2d", "ldm")}
+    for kind in ("sd", "ldm"):  # two levels instead of one
+        tiny_teachers.edit(root / kind, "unet/config.json", sample_size=8)
+    return saved
 
 
 def drawn(module: nn.Module) -> Any:

@@ -292,7 +292,7 @@ def test_memory_counts_the_frozen_networks(teachers: dict[str, str], vit: str) -
         ({"feature_networks": ("nowhere",)}, "nowhere: no such folder; give one as save_pretrained writes"),
         (
             {"discriminator": "transformer+projected"},
-            r"set gan\.discriminator=unet or projected or unet\+projected",
+            r"set gan\.discriminator=unet or gigagan or projected or unet\+projected or gigagan\+projected",
         ),
     ],
 )
@@ -372,7 +372,7 @@ def test_the_vision_aided_loss_trains_a_student_of_latents(
 ) -> None:
     """As in GigaGAN, beside another discriminator; resumes bit for bit, and the projection stays."""
     clip = vision_models.save_clip_model(tmp_path / "clip")
-    settings = (*STYLES, "gan.discriminator=gigagan+projected", "gan.channel_base=64", "gan.channel_max=8")
+    settings = (*STYLES, "gan.discriminator=unet+projected", "gan.z_conditioning=false")
     config, shorter = (
         distill_config(
             Path(teachers["sd"]),
