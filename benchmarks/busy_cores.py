@@ -1,39 +1,33 @@
 """Threads and processes beside other programs: pairs and stage 1 of the miniature under a load of busy loops.
 
-    python benchmarks/busy_cores.py [--loads 0,2,6] [--seconds 15] [--rounds 1] [--only TEXT]
+    python benchmarks/busy_cores.py [--loads 0,2,6] [--seconds 15] [--rounds 1]
 
-Each way of computing runs `d2g pairs generate` (2 steps, fp32) and `d2g distill ode` from the preset
-`miniature`, in batches of 64, beside so many endless loops of the shell. Ways take turns
-within a load. At the start of each load it also says what `d2g demo` and `d2g run` would measure and choose.
-Writes benchmarks/busy_cores_DATE_cpu.md.
+Each way of computing starts its processes once. They take turns: a solver step of guided batches of 64 pairs,
+and training steps of stage 1 (preset `miniature`, 64 rows over all processes, random weights), for some
+seconds each, beside so many endless loops of the shell. At each load it also says what `d2g demo` and
+`d2g run` would measure and choose. Writes benchmarks/busy_cores_DATE_cpu.md.
 """
 
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import table, write  # noqa: E402
-from d2g.core.distributed.process_count import measure_processes  # noqa: E402
-from d2g.core.environment import usable_cores  # noqa: E402
-from miniature.sampling import scene_captions  # noqa: E402
-
-CORES = usable_cores()
 BATCH = 64
-SPIN = {"GOMP_SPINCOUNT": "300000"}
-"""GNU OpenMP's own default."""
+PORT = "29617"
+WORKS = ("pairs", "stage 1")
 
 
 @dataclass(frozen=True)
@@ -43,67 +37,98 @@ class Way:
     name: str
     processes: int
     threads: int
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=lambda: {"OMP_WAIT_POLICY": "PASSIVE"})
 
 
-WAYS = (
-    Way(f"1 process, {CORES} threads that spin", 1, CORES, SPIN),
-    Way(f"1 process, {CORES} threads that sleep", 1, CORES),
-    Way("1 process, 1 thread", 1, 1),
-    Way(f"{CORES} processes, 1 thread each", CORES, 1),
-)
-
-
-def commands(folder: Path, pairs: Path) -> dict[str, tuple[list[str], Callable[[], int]]]:
-    """The commands by name, and how many batches each has done."""
-    store, run = folder / "pairs", folder / "run"
-    prompts = folder / "prompts.txt"
-    prompts.write_text("\n".join(dict.fromkeys(scene_captions(4_096, 3))))
-    generate = ["pairs", "generate", "--preset", "miniature", "--prompts", str(prompts), "--out", str(store)]
-    generate += ["--num-pairs", str(BATCH * 512), "--batch-size", str(BATCH)]
-    for setting in ("steps=2", f"shard_size={BATCH}", "precision=fp32", "compile=false", "per_prompt=64"):
-        generate += ["--set", setting]
-    ode = ["distill", "ode", "--preset", "miniature", "--pairs", str(pairs), "--out", str(run)]
-    for setting in (
-        f"batch_size={BATCH}",
-        f"report_images={BATCH}",
-        "images=1000000",
-        "plot=false",
-        "on_collapse=off",
-    ):
-        ode += ["--set", f"train.{setting}"]
-    stats = run / "stats.jsonl"
-    return {
-        "pairs": (generate, lambda: len(list(store.glob("shards/*.h5")))),
-        "stage 1": (ode, lambda: stats.read_bytes().count(b"\n") if stats.is_file() else 0),
-    }
-
-
-def images_per_second(words: list[str], way: Way, seconds: float, batches: Callable[[], int]) -> float:
-    """Run a command until its third batch was `seconds` ago, then stop it."""
-    words = [*(["launch", "--gpus", str(way.processes), "--"] if way.processes > 1 else []), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(way.threads), **way.environment}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "d2g_cli", *words],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+def all_ways(cores: int) -> tuple[Way, ...]:
+    """The ways that are compared; 300,000 spins are GNU OpenMP's own default."""
+    return (
+        Way(f"1 process, {cores} threads that spin", 1, cores, {"GOMP_SPINCOUNT": "300000"}),
+        Way(f"1 process, {cores} threads that sleep", 1, cores),
+        Way("1 process, 1 thread", 1, 1),
+        Way(f"{cores} processes, 1 thread each", cores, 1),
     )
-    seen: list[tuple[float, int]] = []
-    # The first batches warm up. One batch may take longer than `seconds`.
-    while len(seen) < 2 or seen[-1][0] - seen[0][0] < seconds:
-        if process.poll() is not None:
-            assert process.stderr is not None
-            raise RuntimeError(f"{' '.join(words)} has ended: {process.stderr.read().decode()[-2000:]}")
-        done = batches()
-        if done > 2 and (not seen or done > seen[-1][1]):
-            seen.append((time.monotonic(), done))
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on
-    process.communicate()
-    (first, least), (last, most) = seen[0], seen[-1]
-    return BATCH * (most - least) / (last - first)
+
+
+def worker() -> None:
+    """Answer each line of standard input, a work and seconds, with this process's images per second."""
+    import torch
+
+    from benchmarks.training_step import RandomStep
+    from d2g.core.config import override
+    from d2g.core.distributed import process_group
+    from distill.config.presets import DISTILL_PRESETS
+    from pairgen.config import PAIR_PRESETS
+    from pairgen.job import open_job, with_choices
+
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.txt"
+        prompts.write_text("\n".join(f"a red sphere number {number}" for number in range(BATCH)))
+        pairs = override(PAIR_PRESETS["miniature"], [f"prompts={prompts}", "compile=false"])
+        job = open_job(with_choices(pairs, "fp32", False), torch.device("cpu"))
+        noise = torch.zeros(BATCH, *job.spec.latent_shape)
+        texts = job.texts(list(range(BATCH)))
+        cond = job.encode(list(range(BATCH))).cond
+
+        def sample() -> None:
+            with torch.no_grad():
+                job.teacher.sample(noise, texts, 1, job.spec.guidance, job.spec.solver, 0.0, cond)
+
+        process_group.init()
+        config = override(DISTILL_PRESETS["miniature"]["ode"], [f"train.batch_size={BATCH}"])
+        step = RandomStep(config, torch.device("cpu"), Path(folder))
+        rows = BATCH // process_group.world_size()
+        works: dict[str, tuple[Callable[[], object], int]] = {
+            "pairs": (sample, BATCH),
+            "stage 1": (step, rows),
+        }
+        print("ready", flush=True)
+        for line in sys.stdin:
+            work, seconds = json.loads(line)
+            run, images = works[work]
+            run()
+            process_group.barrier()
+            started, count = time.monotonic(), 0
+            # Ranks end together, after the same step.
+            while not process_group.any_rank(time.monotonic() - started > seconds):
+                run()
+                count += 1
+            print(images * count / (time.monotonic() - started), flush=True)
+    process_group.finish()
+
+
+@contextmanager
+def workers(way: Way) -> Iterator[list["subprocess.Popen[str]"]]:
+    """The processes of a way, ready."""
+    with ExitStack() as stack:
+        processes = []
+        for rank in range(way.processes):
+            environment = {**os.environ, "OMP_NUM_THREADS": str(way.threads), **way.environment}
+            if way.processes > 1:
+                group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": way.processes, "MASTER_PORT": PORT}
+                environment |= {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in group.items()}}
+            command = [sys.executable, __file__, "--worker"]
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+            processes.append(stack.enter_context(process))
+        for process in processes:
+            assert pipe_of(process.stdout).readline() == "ready\n", f"a process of {way.name} has ended"
+        yield processes
+
+
+def images_per_second(processes: list["subprocess.Popen[str]"], work: str, seconds: float) -> float:
+    """Images per second of all processes of a way together."""
+    for process in processes:
+        pipe = pipe_of(process.stdin)
+        pipe.write(json.dumps([work, seconds]) + "\n")
+        pipe.flush()
+    return sum(float(pipe_of(process.stdout).readline()) for process in processes)
+
+
+def pipe_of(pipe: IO[str] | None) -> IO[str]:
+    """A pipe that was asked for."""
+    assert pipe is not None
+    return pipe
 
 
 @contextmanager
@@ -118,54 +143,46 @@ def busy_loops(count: int) -> Iterator[None]:
             loop.wait()
 
 
-def make_pairs(folder: Path) -> Path:
-    """Pairs for stage 1."""
-    store = folder / "few"
-    prompts = folder / "few.txt"
-    prompts.write_text("\n".join(dict.fromkeys(scene_captions(2 * BATCH, 3))))
-    words = ["pairs", "generate", "--preset", "miniature", "--prompts", str(prompts), "--out", str(store)]
-    words += ["--set", "steps=2", "--set", "precision=fp32", "--set", "per_prompt=4"]
-    subprocess.run([sys.executable, "-m", "d2g_cli", *words], cwd=ROOT, check=True, capture_output=True)
-    return store
-
-
 def main() -> None:
     """Run all ways under all loads and write the result file."""
+    from benchmarks.common import table, write
+    from d2g.core.distributed.process_count import measure_processes
+    from d2g.core.environment import usable_cores
+
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--loads", default="0,2,6")
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", default="", help="run only ways whose name contains this")
     args = parser.parse_args()
-    loads = [int(load) for load in args.loads.split(",")]
-    ways = [way for way in WAYS if args.only in way.name]
+    loads, ways = [int(load) for load in args.loads.split(",")], all_ways(usable_cores())
     rates: dict[tuple[str, str, int], list[float]] = {}
     choices = []
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = make_pairs(Path(folder))
+    with ExitStack() as stack:
+        started_ways = {way.name: stack.enter_context(workers(way)) for way in ways}
         for load in loads:
             with busy_loops(load):
+                others = os.getloadavg()[0]
                 started = time.monotonic()
-                measurement = measure_processes(CORES)
+                line = measure_processes(usable_cores()).line()
                 took = time.monotonic() - started
-                choices.append(f"- load {load}: {measurement.line()}; {took:.1f} s")
+                choices.append(f"- {load} loops: {line}; it took {took:.1f} s")
+                choices[-1] += f"; load average of the last minute {others:.1f}"
                 for _ in range(args.rounds):
-                    for way in ways:
-                        with tempfile.TemporaryDirectory() as scratch:
-                            for work, (words, batches) in commands(Path(scratch), pairs).items():
-                                rate = images_per_second(words, way, args.seconds, batches)
-                                rates.setdefault((work, way.name, load), []).append(rate)
-                                print(json.dumps([work, way.name, load, rate]), file=sys.stderr, flush=True)
+                    for name, processes in started_ways.items():
+                        for work in WORKS:
+                            rate = images_per_second(processes, work, args.seconds)
+                            rates.setdefault((work, name, load), []).append(rate)
+                            print(json.dumps([work, name, load, rate]), file=sys.stderr, flush=True)
     rows = [
         [work, way.name, *(statistics.median(rates[work, way.name, load]) for load in loads)]
-        for work in ("pairs", "stage 1")
+        for work in WORKS
         for way in ways
     ]
-    lines = [f"Images/s, {args.seconds:.0f} s each, median of {args.rounds}. Loops beside it: columns.", ""]
-    lines += table(["work", "way", *(f"load {load}" for load in loads)], rows)
+    about = f"Images/s, {args.seconds:.0f} s each, median of {args.rounds}. Pairs: of one solver step."
+    lines = [about, "", *table(["work", "way", *(f"{load} loops" for load in loads)], rows)]
     write("busy_cores", "Busy cores", [*lines, "", "What is measured and chosen:", "", *choices])
 
 
 if __name__ == "__main__":
-    main()
+    worker() if "--worker" in sys.argv else main()

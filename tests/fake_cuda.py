@@ -12,13 +12,14 @@ asks of the device is made up (1), and the line that asked is counted. A copy to
 until the host has waited for an event behind it. Attention takes a GPU's kernels. Tried with torch 2.11.0 and
 2.15.0, without a driver. Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits
 of each step by function of the project; `report`, those of the report at the end; `late`, what the host read
-of each step before; images/s and MFU of an H100. `families` samples pairs and trains both stages of tiny
+of each step before; `all_reduces`, gradients that DDP averaged in each step, the first one included; images/s
+and MFU of an H100. `families` samples pairs and trains both stages of tiny
 teachers (the kinds of tests/tiny_teachers.py), and prints such an object by kind and stage; `pairs`: waits
 of a second batch.
 `memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak:
 `tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
-`ranks` and `memory-ranks` do so as the first of COUNT ranks, in a group whose collectives send nothing; they
-need engine.parallel=fsdp, because the reducer of DDP asks the driver (docs/scaling.md).
+`ranks` and `memory-ranks` do so as the first of COUNT ranks, in a group whose collectives send nothing. DDP
+then has torch's reducer in Python (docs/scaling.md), which has no buckets: its memory is not that of DDP.
 """
 
 import atexit
@@ -157,6 +158,7 @@ class FakeCuda(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits: Counter[str] = Counter()
         self.late: Counter[str] = Counter()
+        self.all_reduces = 0
         self.pinned = set[int]()
         self.queued_copies: list[tuple[Tensor, float]] = []
         self.step = 0
@@ -168,6 +170,8 @@ class FakeCuda(TorchDispatchMode):
             return NotImplemented  # its own dispatch comes back with what is inside
         if is_asked_for_shapes():
             return func(*args, **kwargs)
+        if func is torch.ops._c10d_functional.all_reduce.default:
+            self.all_reduces += 1
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
         if func is aten._pin_memory.default:
@@ -394,11 +398,13 @@ def waits_of_training(
     options = replace(config.train, batch_size=4, images=4 * steps, loader_workers=0, checkpoint_images=10**9)
     options = replace(options, plot=False)
     config = override(replace(config, train=replace(options, report_images=10**9)), settings)
-    mode, waits, late = FakeCuda(), [], []
+    mode, waits, late, all_reduces = FakeCuda(), [], [], list[int]()
 
     def progress(label: str, done: int, total: int) -> None:
         waits.append(dict(mode.waits))
         late.append(dict(mode.late))
+        all_reduces.append(mode.all_reduces)
+        mode.all_reduces = 0
         mode.waits.clear()
         mode.late.clear()
         mode.step += 1
@@ -411,7 +417,8 @@ def waits_of_training(
             raise
     line = json.loads((folder / "out" / "stats.jsonl").read_text().splitlines()[-1])
     speed = {name: line.get(f"time/{name}") for name in ("images_per_sec", "mfu")}
-    return {"steps": waits[1:], "late": late[1:], "report": dict(mode.waits), **speed}
+    counts = {"steps": waits[1:], "late": late[1:], "report": dict(mode.waits), "all_reduces": all_reduces}
+    return {**counts, **speed}
 
 
 def live_bytes() -> Any:

@@ -5,15 +5,17 @@ pass are measured: the network runs on fake tensors, which have shapes but no da
 autograd saves are added up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 from d2g.core.distributed import engine
 from d2g.core.distributed.low_memory_adamw import WORKING_COPIES, moment_bytes
@@ -301,26 +303,55 @@ def _activations(
 def _penalty_bytes(
     config: DistillConfig, network: nn.Module, student: Student, discriminator: nn.Module, rows: float
 ) -> float:
-    """Bytes at the peak of a pass of R1 and its backward pass, in fp32, beside weights and gradients.
+    """Bytes at the peak of a pass of R1 and its backward pass, beside weights and gradients.
 
-    network: the discriminator with the frozen networks that it reads through.
+    It is in fp32, or in bf16 where FSDP2 gathers the weights so. network: the discriminator with the frozen
+    networks that it reads through.
     """
     b = discriminator_input(
         config.gan, fake_batch(open_pipeline(config.teacher), student, max(1, round(rows)))
     )
-    parameters = list(network.parameters())
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     def run() -> None:
         with sdpa_kernel(SDPBackend.MATH):
             r1_penalty(discriminator, b.latents, b.noise, b.cond, draws=b.draws).backward()
 
-    peak = peak_bytes(run, [*parameters, *gradients])
-    for parameter in parameters:
-        parameter.grad = None
+    in_bf16 = config.engine.parallel == "fsdp" and config.train.precision == "bf16"
+    units = DISCRIMINATORS[config.gan.discriminator].shard_units(config.teacher, discriminator)
+    with _gathered_in_bf16(discriminator, [discriminator, *units]) if in_bf16 else nullcontext():
+        parameters = list(network.parameters())
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        peak = peak_bytes(run, [*parameters, *gradients])
+        for parameter in parameters:
+            parameter.grad = None
     return peak
+
+
+@contextmanager
+def _gathered_in_bf16(network: nn.Module, units: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, a network computes as FSDP2 runs it in mixed precision: with weights in bf16, to which each of
+    the `units` casts its inputs."""
+
+    def cast_inputs(unit: nn.Module, *inputs: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, inputs)
+
+    weights = [
+        (module, name, parameter)
+        for module in network.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    hooks = [unit.register_forward_pre_hook(cast_inputs, with_kwargs=True) for unit in units]
+    for module, name, parameter in weights:
+        half = nn.Parameter(parameter.detach().bfloat16(), parameter.requires_grad)
+        module._parameters[name] = half
+    yield
+    for module, name, parameter in weights:
+        module._parameters[name] = parameter
+    for hook in hooks:
+        hook.remove()
 
 
 def _distance_activations(distance: nn.ModuleList, shape: tuple[int, int, int]) -> SavedBytes:

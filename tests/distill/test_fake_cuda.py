@@ -1,7 +1,8 @@
 """The training step on fake CUDA tensors: no tensor is on the wrong device, and the host does not wait.
 
-DDP over fake ranks is not among these tests: the C++ of its reducer asks the driver (docs/scaling.md). It is
-tested with real processes on the CPU, in tests/distill and tests/d2g/test_engine.py.
+DDP over fake ranks has torch's reducer in Python here, because the one in C++ asks the driver
+(docs/scaling.md). The one in C++ is tested with real processes on the CPU, in tests/distill and
+tests/d2g/test_engine.py.
 """
 
 import json
@@ -60,12 +61,19 @@ def test_a_step_never_waits_for_the_device(arguments: str, warm_python: str) -> 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize("stage", ["ode", "gan"])
-def test_a_step_of_fsdp2_over_eight_ranks_never_waits_for_the_device(stage: str, warm_python: str) -> None:
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_a_step_over_eight_ranks_never_waits_for_the_device(
+    parallel: str, stage: str, warm_python: str
+) -> None:
     """The first of eight ranks, whose collectives send nothing."""
-    waits = fake_cuda(warm_python, "ranks", "8", stage, "engine.parallel=fsdp")
+    waits = fake_cuda(warm_python, "ranks", "8", stage, f"engine.parallel={parallel}")
     assert waits["steps"] == [{}, {}]
     assert waits["late"] == [{}, *LATE]
     assert waits["report"], "the counter counts"
+    # DDP averages each gradient once per step; R1, in the first and third, leaves local ones until then.
+    if parallel == "ddp":
+        first, second, third = waits["all_reduces"]
+        assert first == second == third > 0
 
 
 @pytest.mark.slow
@@ -107,8 +115,11 @@ def test_the_memory_forecast_of_sd15_agrees_with_the_storages_of_a_step(
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
-def test_the_memory_forecast_of_sd15_under_fsdp2_agrees_with_the_storages_of_a_step(warm_python: str) -> None:
-    """The first of eight ranks with 8 rows each, in stage 1."""
-    settings = ("engine.parallel=fsdp", "train.batch_size=64")
-    result = fake_cuda(warm_python, "memory-ranks", "8", "sd15-cfg3", "ode", *settings)
+@pytest.mark.parametrize(("stage", "settings"), [("ode", ()), ("gan", ("gan.r1_rows=8",))])
+def test_the_memory_forecast_of_sd15_under_fsdp2_agrees_with_the_storages_of_a_step(
+    stage: str, settings: tuple[str, ...], warm_python: str
+) -> None:
+    """The first of eight ranks with 8 rows each. R1 is in bf16 there."""
+    chosen = ("engine.parallel=fsdp", "train.batch_size=64", *settings)
+    result = fake_cuda(warm_python, "memory-ranks", "8", "sd15-cfg3", stage, *chosen)
     assert result["forecast"] == pytest.approx(result["tracked"], rel=0.05)
