@@ -17,7 +17,7 @@ from d2g.core.json_files import read_json
 
 MEASURED_SECONDS = 0.4
 """Length of each of the two measurements: fixed, so that they take no longer on a busy machine."""
-GAIN = 1.2
+PROCESS_GAIN = 1.2
 """Processes are worth their start and their exchange if they compute so many times as much as one alone."""
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
@@ -42,7 +42,7 @@ class Measurement:
     @property
     def processes(self) -> int:
         """The number of processes to take: all of them, or one."""
-        return len(self.together) if self.gain > GAIN else 1
+        return len(self.together) if self.gain > PROCESS_GAIN else 1
 
     def line(self) -> str:
         """The measurement and the choice in words."""
