@@ -75,7 +75,9 @@ def worker() -> None:
                 job.teacher.sample(noise, texts, 1, job.spec.guidance, job.spec.solver, 0.0, cond)
 
         process_group.init()
-        config = override(DISTILL_PRESETS["miniature"]["ode"], [f"train.batch_size={BATCH}"])
+        config = override(
+            DISTILL_PRESETS["miniature"]["ode"], [f"train.batch_size={BATCH}", "train.precision=fp32"]
+        )
         step = RandomStep(config, torch.device("cpu"), Path(folder))
         rows = BATCH // process_group.world_size()
         works: dict[str, tuple[Callable[[], object], int]] = {

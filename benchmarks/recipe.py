@@ -49,7 +49,8 @@ FIRST = {
     ),
 }  # fmt: skip
 """Settings of first stages by name of the arm; `{images}` stands for the length."""
-GAN = ("optim.decay_images={images}", "gan.optim.decay_images={images}", "train.ema_halflife_images=420")
+STUDENT_SCHEDULE = ("optim.decay_images={images}", "train.ema_halflife_images=420")
+GAN = (*STUDENT_SCHEDULE, "gan.optim.decay_images={images}")
 PROJECTED = (
     'gan.feature_networks=["efficientnet-lite0"]',
     "gan.feature_size=64",
@@ -70,7 +71,7 @@ SECOND = {
     "gan, CLIP": (*GAN, *GUIDANCE),
     "projected, CLIP": (*GAN, *PROJECTED, "gan.discriminator=projected", *GUIDANCE),
     "adm": (*GAN, "regression.losses=[]", "gan.weight=1"),
-    "regression alone": GAN[::2],
+    "regression alone": STUDENT_SCHEDULE,
     **{f"part {name}": GAN for name in ("d", "z", "r1", "multiscale")},
 }
 """Settings of second stages by the first part of their name; `{clip}` stands for the CLIP that guides. adm:

@@ -97,9 +97,7 @@ class RandomStep:
             own_generator_passes=config.engine.own_generator_passes,
             consistency=None,
             logit_stats=logit_stats,
-            autocast=lambda: torch.autocast(
-                device.type, torch.bfloat16, enabled=config.train.precision == "bf16"
-            ),
+            autocast=lambda: torch.autocast(device.type, torch.bfloat16, enabled=config.train.bf16),
             waiting=nullcontext,
             stop_updates=self.finite.stop_updates,
         )
@@ -129,7 +127,7 @@ class RandomStep:
         return state_of(config, self.device, student, discriminator)
 
     def _regression(self, fill: Fill) -> Regression:
-        bf16 = self.config.train.precision == "bf16"
+        bf16 = self.config.train.bf16
         with torch.device("meta"):
             metric = LatentLPIPS(LPIPSConfig(channels=self.student.latent_shape[0]))
             metric.fold("bf16" if bf16 else "fp32")

@@ -212,7 +212,7 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from d2g.core.distributed import process_group
     from d2g.core.environment import inspect_machine
     from distill.config.presets import DISTILL_PRESETS
-    from distill.planning.choose_precision import with_precision
+    from distill.planning.choose_precision import decide_precision
     from distill.planning.cost import plan
     from distill.planning.feature_notes import feature_notes
     from distill.planning.first_step import first_step_notes
@@ -221,7 +221,7 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
     from distill.planning.parameters import student_parameters
 
     # Evaluations and memory. A run that does not fit this GPU is refused.
-    config = with_precision(config, process_group.own_device())
+    config = decide_precision(config, process_group.own_device())
     gpus = config.engine.gpus or process_group.world_size()
     cost = plan(config, preset, gpus)
     memory, machine = forecast(config, gpus, DISTILL_PRESETS[preset].model), inspect_machine()

@@ -1,15 +1,18 @@
 """Attention in fp32 inside networks that run in bf16 on a CPU, where it is faster in training."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
 
 class FP32Attention:
-    """A processor for diffusers' Attention of tokens [B, L, D], with softmax(Q K^T) V in fp32 under autocast.
+    """A processor for diffusers' Attention of tokens [B, L, D] or features [B, D, h, w], with softmax(Q K^T) V
+    in fp32 under autocast.
 
     On a CPU the backward pass of torch's bf16 attention takes 3.5 times as long as in fp32.
     """
@@ -21,6 +24,10 @@ class FP32Attention:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
+        # Features are tokens, one for each position.
+        shape = hidden_states.shape
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = attention.to_q(hidden_states), attention.to_k(context), attention.to_v(context)
         # [B, L, D] -> [B, heads, L, D / heads]
@@ -34,12 +41,14 @@ class FP32Attention:
             result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         project, dropout = attention.to_out
         output: Tensor = dropout(project(result.transpose(1, 2).flatten(2).to(dtype)))
-        return output
+        return output.transpose(1, 2).reshape(shape) if len(shape) == 4 else output
 
 
 def use_fp32_attention(network: nn.Module) -> None:
-    """Give FP32Attention to the attention layers of a U-Net's transformer blocks: those of tokens, without
-    normalization, biases from positions, or a residual connection of their own. Weights stay as they are."""
+    """Give FP32Attention to every diffusers Attention layer of a network that computes no more than it does:
+    no normalization, added projections or residual connection. Weights stay as they are."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
     for layer in network.modules():
         if (
             isinstance(layer, Attention)
@@ -49,7 +58,7 @@ def use_fp32_attention(network: nn.Module) -> None:
             layer.set_processor(FP32Attention())
 
 
-def _is_plain(layer: Attention) -> bool:
+def _is_plain(layer: "Attention") -> bool:
     """Whether a layer computes no more than FP32Attention does."""
     extras = (layer.group_norm, layer.spatial_norm, layer.norm_cross, layer.norm_q, layer.norm_k)
     own = (layer.residual_connection, layer.only_cross_attention, layer.add_k_proj is not None)

@@ -99,6 +99,12 @@ class TrainConfig:
         halflife = self.ema_halflife_images
         return 0.5 ** (self.batch_size / halflife) if halflife else self.ema_beta
 
+    @property
+    def bf16(self) -> bool:
+        """Whether the networks compute in bf16. First `decide_precision` decides what auto means."""
+        assert self.precision != "auto", "train.precision is auto; call decide_precision first"
+        return self.precision == "bf16"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
@@ -322,10 +328,10 @@ class DistillConfig:
                 )
         if engine.frozen_weights == "fp32":
             return
-        if self.train.precision == "fp32":
+        if self.train.precision != "bf16":
             raise SettingError(
-                "engine.frozen_weights is bf16, but train.precision is fp32; set train.precision=bf16, or "
-                "engine.frozen_weights=fp32"
+                f"engine.frozen_weights is bf16, but train.precision is {self.train.precision}; set "
+                "train.precision=bf16, or engine.frozen_weights=fp32"
             )
         exact = gan.active_penalty not in ("none", "approx")
         if self.adversarial and gan.freeze_backbone and exact:
@@ -337,7 +343,7 @@ class DistillConfig:
     def encodes_text_in_bf16(self, on_gpu: bool) -> bool:
         """Whether the text encoders run in bf16."""
         choice = self.data.text_precision
-        return choice == "bf16" or (choice == "auto" and on_gpu and self.train.precision == "bf16")
+        return choice == "bf16" or (choice == "auto" and on_gpu and self.train.bf16)
 
     @property
     def adversarial(self) -> bool:

@@ -110,7 +110,7 @@ def latent_metric(config: DistillConfig, channels: int) -> LatentLPIPS | None:
     known = (folder / "config.json").is_file()
     shape = read_lpips_config(folder) if known else LPIPSConfig(channels=channels)
     with torch.device("meta"):
-        return LatentLPIPS(shape).fold("bf16" if config.train.precision == "bf16" else "fp32")
+        return LatentLPIPS(shape).fold("bf16" if config.train.bf16 else "fp32")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from d2g.core.distributed import engine
+from d2g.core.distributed import engine, process_group
 from d2g.core.distributed.low_memory_adamw import WORKING_COPIES, moment_bytes
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of, open_pipeline
@@ -29,6 +29,7 @@ from distill.losses.regression.registry import regression_networks
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.student import Student
 from distill.models.students import STUDENTS
+from distill.planning.choose_precision import decide_precision
 from distill.planning.fake_networks import (
     FakeBatch,
     autoencoder_distances,
@@ -71,6 +72,7 @@ class Memory:
 
 def predict(config: DistillConfig, world_size: int) -> Memory:
     """Predict the memory of a run on `world_size` GPUs. Reads configs of the teacher, no weights."""
+    config = decide_precision(config, process_group.own_device())
     student = build_meta_student(config)
     discriminator = build_meta_discriminator(config.teacher, config.gan) if config.adversarial else None
     distances = autoencoder_distances(config.teacher, config.regression)
@@ -219,7 +221,7 @@ def too_large(config: DistillConfig, total_gib: float, device_gib: float) -> str
         "engine.parallel=fsdp over several GPUs": config.engine.parallel != "fsdp",
         "engine.activation_checkpointing=true": not config.engine.activation_checkpointing,
         "a larger engine.gradient_accumulation": True,
-        "train.precision=bf16": config.train.precision != "bf16",
+        "train.precision=bf16": not config.train.bf16,
     }
     first = ", ".join([remedy for remedy, possible in remedies.items() if possible][:3])
     return (
@@ -272,7 +274,7 @@ def _discriminator_bytes(
     penalty = max(gradients * (passes > 1) + penalty, gradients)
     # Under FSDP2 the gathered weights stay until the penalty is done.
     if config.engine.parallel == "fsdp":
-        penalty += _bytes(discriminator.parameters()) * (0.5 if config.train.precision == "bf16" else 1.0)
+        penalty += _bytes(discriminator.parameters()) * (0.5 if config.train.bf16 else 1.0)
     return max(gradients + activations, penalty, update)
 
 
@@ -288,7 +290,7 @@ def _activations(
     config: DistillConfig, network: Any, student: Student, run: Callable[[FakeBatch], Any]
 ) -> _Activations:
     """Bytes that a forward pass saves, from batches of one and of two rows."""
-    bf16, pipeline = config.train.precision == "bf16", open_pipeline(config.teacher)
+    bf16, pipeline = config.train.bf16, open_pipeline(config.teacher)
     sizes = (
         saved_parts(network, partial(lambda n: run(fake_batch(pipeline, student, n)), n), bf16)
         for n in (1, 2)
@@ -316,7 +318,7 @@ def _penalty_bytes(
         with sdpa_kernel(SDPBackend.MATH):
             r1_penalty(discriminator, b.latents, b.noise, b.cond, draws=b.draws).backward()
 
-    in_bf16 = config.engine.parallel == "fsdp" and config.train.precision == "bf16"
+    in_bf16 = config.engine.parallel == "fsdp" and config.train.bf16
     units = DISCRIMINATORS[config.gan.discriminator].shard_units(config.teacher, discriminator)
     with _gathered_in_bf16(discriminator, [discriminator, *units]) if in_bf16 else nullcontext():
         parameters = list(network.parameters())
@@ -373,7 +375,7 @@ def _guidance_activations(
     def of(rows: int) -> float:
         latents = torch.empty(rows, *shape, requires_grad=True)
         text, places = torch.empty(rows, width), torch.empty(rows, 2)
-        bf16 = config.train.precision == "bf16" and config.engine.parallel == "ddp"
+        bf16 = config.train.bf16 and config.engine.parallel == "ddp"
         return saved_bytes(guide, lambda: guide(latents, text, places), bf16)
 
     return SavedBytes.from_batches(of(1), of(2))

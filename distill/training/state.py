@@ -151,7 +151,7 @@ def state_of(
     # The student, in the form that the engine asks for.
     student = _distribute(
         config.engine,
-        config.train.precision,
+        config.train.bf16,
         device,
         build_student,
         lambda: _build_student_on_meta(config),
@@ -165,7 +165,7 @@ def state_of(
         kind = DISCRIMINATORS[config.gan.discriminator]
         discriminator = _distribute(
             config.engine,
-            config.train.precision,
+            config.train.bf16,
             device,
             build_discriminator,
             lambda: kind.build_on_meta(config.teacher, config.gan),
@@ -201,7 +201,7 @@ def _attach_view(
 
 def _distribute(
     engine: EngineConfig,
-    precision: str,
+    bf16: bool,
     device: torch.device,
     load: Callable[[], N],
     build_on_meta: Callable[[], N],
@@ -219,7 +219,7 @@ def _distribute(
         network = build_on_meta().to("meta")
     else:
         network = load()
-    if precision == "bf16" and device.type == "cpu":
+    if bf16 and device.type == "cpu":
         use_fp32_attention(network)
     if engine.frozen_weights == "bf16":
         parallel.store_frozen_in_bf16(network)
@@ -241,7 +241,7 @@ def _distribute(
         layers=layers,
         roots=roots(network),
         replicas=process_group.world_size() // size,
-        half=torch.bfloat16 if precision == "bf16" else None,
+        half=torch.bfloat16 if bf16 else None,
         compile_backend="" if engine.compile_blocks else engine.compile,
         compiled_blocks=engine.compile_blocks,
         channels_last=engine.channels_last == "on"

@@ -30,7 +30,7 @@ from distill.models.discriminators import check_discriminator
 from distill.models.student import check_teacher, student_from_teacher, takes_guidance
 from distill.models.students import STUDENTS, check_student
 from distill.models.text_student import TextStudent, check_text_teacher
-from distill.planning.choose_precision import with_precision
+from distill.planning.choose_precision import decide_precision
 from distill.planning.flops import seconds_per_image_at_peak
 from distill.sampling import OneStep
 from distill.training.callbacks import (
@@ -115,7 +115,7 @@ def train(
         raise SettingError("train.validate_images needs pairs, or --validate PROTOCOL; set it to 0")
     try:
         device = process_group.init()
-        config = with_precision(config, device)
+        config = decide_precision(config, device, out)
         with sole_owner(out, "trains in") as owner:
             return _train(config, out, device, progress, validate, owner)
     except RuntimeError as error:
@@ -170,7 +170,7 @@ def _train(
 def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: Validate | None) -> _Run:
     """Load data, networks and losses, from the newest checkpoint if there is one."""
     options, folder = config.train, out / "checkpoints"
-    set_training_arithmetic(device, options.precision == "bf16")
+    set_training_arithmetic(device, options.bf16)
     _check_networks(config)
     encode, kind, reader = _open_rows(config, device)
     # Load the losses with their frozen networks, and what makes real rows and previews.
@@ -184,7 +184,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     # Networks, optimizers and the log start at the newest checkpoint, or at the first image.
     last = agree_on_checkpoint(folder)
     state = new_state(config, device, fresh=last is None)
-    autocast, logit_stats = _build_autocast(options.precision, config.engine.parallel, device), LogitStats()
+    autocast, logit_stats = _build_autocast(options.bf16, config.engine.parallel, device), LogitStats()
     log = _resume(_open_log(config, out, reader, mix_in_real_images.images), state, last, options.loggers)
 
     # Build the step, and the batches in the order that resumes at this image.
@@ -413,10 +413,10 @@ def _build_consistency(config: DistillConfig, device: torch.device) -> Consisten
 
 
 def _build_autocast(
-    precision: str, parallel: str, device: torch.device
+    bf16: bool, parallel: str, device: torch.device
 ) -> Callable[[], AbstractContextManager[None]]:
     """bf16 autocast where configured; FSDP2 casts by itself."""
-    enabled = precision == "bf16" and parallel == "ddp"
+    enabled = bf16 and parallel == "ddp"
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

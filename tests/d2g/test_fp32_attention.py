@@ -7,10 +7,13 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.unets.unet_stable_cascade import SDCascadeAttnBlock
 
 import tiny
 from d2g.diffusion import pretrained
 from d2g.diffusion.fp32_attention import FP32Attention, use_fp32_attention
+
+TOLERANCES = {torch.float32: {"rtol": 1e-6, "atol": 1e-6}, torch.bfloat16: {"rtol": 2e-2, "atol": 1e-2}}
 
 
 def test_it_is_diffusers_own_and_exact_under_autocast(tmp_path: Path) -> None:
@@ -48,7 +51,7 @@ def test_a_mask_hides_the_same_tokens(dtype: torch.dtype) -> None:
         ours = layer(x, context, attention_mask=bias)
         assert not torch.equal(ours, layer(x, context))
     assert ours.dtype == dtype
-    torch.testing.assert_close(ours, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-2)
+    torch.testing.assert_close(ours, expected, **TOLERANCES[dtype])
 
 
 def test_layers_that_do_more_keep_their_own() -> None:
@@ -62,8 +65,19 @@ def test_layers_that_do_more_keep_their_own() -> None:
     assert layers and all(type(layer.processor) is AttnProcessor2_0 for layer in layers)
 
 
-def test_a_copied_network_keeps_it(tmp_path: Path) -> None:
-    """Weights and their names are those of diffusers: saved folders are like any other."""
+def test_features_of_a_cascade_are_tokens() -> None:
+    """Stable Cascade's blocks pass features [B, C, h, w] and a context of tokens."""
+    torch.manual_seed(0)
+    block = SDCascadeAttnBlock(c=8, c_cond=8, nhead=2, self_attn=True)
+    x, context = torch.randn(2, 8, 4, 6), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected = block(x, context)
+        use_fp32_attention(block)
+        assert isinstance(block.attention.processor, FP32Attention)
+        torch.testing.assert_close(block(x, context), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_saved_folders_are_diffusers_own(tmp_path: Path) -> None:
     tiny.save_teacher(tmp_path)
     unet = pretrained.load_unet(str(tmp_path))
     names = set(unet.state_dict())

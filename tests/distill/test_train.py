@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,10 +26,12 @@ from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
+from d2g.diffusion.fp32_attention import FP32Attention
 from distill.config.run import DistillConfig, OptimConfig
 from distill.models.student import student_from_teacher
 from distill.training.failure import not_finite_error
 from distill.training.optim import optimizer, update
+from distill.training.state import new_state
 from distill.training.train import train
 from jobs import BATCH, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 
@@ -223,15 +226,33 @@ def test_auto_is_what_the_hardware_has_and_is_recorded(
     hardware: bool, teacher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run goes on in the same precision, also with the setting written out."""
-    monkeypatch.setattr("distill.planning.choose_precision.supports_bf16", lambda device: hardware)
+    has_bf16 = "distill.planning.choose_precision.supports_bf16"
+    monkeypatch.setattr(has_bf16, lambda device: hardware)
     precision = "bf16" if hardware else "fp32"
     train(distill_config(teacher, pairs, "train.precision=auto", "train.images=4"), tmp_path / "run")
     assert json.loads((tmp_path / "run/config.json").read_text())["train"]["precision"] == precision
-    same = distill_config(teacher, pairs, f"train.precision={precision}", "train.images=8")
+    # Other hardware goes on in the same precision.
+    monkeypatch.setattr(has_bf16, lambda device: not hardware)
+    same = distill_config(teacher, pairs, "train.precision=auto", "train.images=8")
     assert train(same, tmp_path / "run").steps == 2
+    same = distill_config(teacher, pairs, f"train.precision={precision}", "train.images=12")
+    assert train(same, tmp_path / "run").steps == 3
     other = replace(same, train=replace(same.train, precision="fp32" if hardware else "bf16"))
     with pytest.raises(UserError, match="precision"):
         train(other, tmp_path / "run")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_cpu_computes_attention_in_fp32_in_a_run_in_bf16(rank: int, teacher: Path, pairs: Path) -> None:
+    """In the student, also below adapters, and in the discriminator. In fp32 layers keep diffusers' own."""
+    for precision, expected in (("bf16", FP32Attention), ("fp32", AttnProcessor2_0)):
+        settings = (f"train.precision={precision}", f"student.lora_rank={rank}")
+        config = distill_config(teacher, pairs, *settings, stage="gan", init="teacher")
+        state = new_state(config, torch.device("cpu"))
+        assert state.discriminator is not None
+        for network in (state.student.module, state.discriminator.module):
+            layers = [layer for layer in network.modules() if isinstance(layer, Attention)]
+            assert layers and all(type(layer.processor) is expected for layer in layers)
 
 
 # Several ranks.

@@ -67,7 +67,7 @@ def build_regression(config: DistillConfig, channels: int, device: torch.device 
     needs, latent_lpips = regression_networks(config.regression), None
     if "latent_lpips" in needs:
         folder = config.lpips or str(pretrained.resolve(config.teacher) / "latent_lpips")
-        precision: Precision = "auto" if config.train.precision == "bf16" else "fp32"
+        precision: Precision = "auto" if config.train.bf16 else "fp32"
         latent_lpips = load_lpips(folder, channels, precision=precision, device=device)
     vae = pretrained.load_vae(config.teacher).to(device) if needs & {"vae", "decoder"} else None
     return Regression(config.regression, FrozenNetworks(latent_lpips, vae)).to(device)
