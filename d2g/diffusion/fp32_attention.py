@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 class FP32Attention:
-    """A processor for diffusers' Attention of tokens [B, L, D] or features [B, D, h, w], with softmax(Q K^T) V
-    in fp32 under autocast.
+    """A processor for diffusers' Attention of tokens [B, L, D] or features [B, D, h, w] that computes
+    softmax(Q K^T) V in fp32 under autocast.
 
     On a CPU the backward pass of torch's bf16 attention takes 3.5 times as long as in fp32.
     """
