@@ -169,8 +169,8 @@ def mix(
     coarse: Annotated[
         list[int] | None,
         typer.Option(
-            help="Side in latents of the last block by the first prompt or seed; repeatable, a column each "
-            "(all sides down to 0)."
+            help="Draw blocks up to this side, in latents, by the first seed or prompt; repeat it for more "
+            "columns (every side, and 0)."
         ),
     ] = None,
     psi: Psi = None,
@@ -178,7 +178,8 @@ def mix(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Coarse styles of the first seed or prompt, fine ones of another, as a labeled grid: others by sides."""
+    """Draw coarse blocks by the style of the first seed or prompt and fine blocks by that of another, as a
+    labeled grid: a row per other seed or prompt, a column per --coarse."""
     seeds, sides = seed or [0], coarse or []
     require_range(0, 1, psi=1.0 if psi is None else psi)
     for number in seeds:

@@ -58,7 +58,7 @@ class GeneratorStudent(Student):
         psi in [0, 1]: truncation, w = mean + psi (w - mean); 1 changes nothing. An upsampler's small latents
         are the conditioning's prior. The guidance scale is not read.
         """
-        prior = self._low(cond.tensors.get("prior"))
+        prior = self._small_latents(cond.tensors.get("prior"))
         return self._enlarged(self.generator(*self._inputs(noise, cond), prior, psi))
 
     def styles(self, noise: Tensor, cond: Conditioning, psi: float = 1.0) -> list[BlockStyle]:
@@ -69,7 +69,7 @@ class GeneratorStudent(Student):
     def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
         """The style of each block, and the latents [B, C, h, w] that an upsampler enlarges -> scaled latents
         [B, C, h, w], fp32. The forward pass is `draw(styles(noise, cond, psi), prior)`."""
-        return self._enlarged(self.generator.draw(styles, self._low(prior)))
+        return self._enlarged(self.generator.draw(styles, self._small_latents(prior)))
 
     def _inputs(
         self, noise: Tensor, cond: Conditioning
@@ -84,7 +84,7 @@ class GeneratorStudent(Student):
             cond.tensors.get("mask"),
         )
 
-    def _low(self, prior: Tensor | None) -> Tensor | None:
+    def _small_latents(self, prior: Tensor | None) -> Tensor | None:
         """An upsampler's small latents, in the generator's precision."""
         if prior is None or self.prior_shape is None:
             return None

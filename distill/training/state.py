@@ -19,6 +19,7 @@ from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.fp32_attention import use_fp32_attention
 from d2g.diffusion.lora import has_lora
+from distill.config.components import DiscriminatorConfig
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.discriminators import DISCRIMINATORS
@@ -43,6 +44,11 @@ from distill.training.optim import optimizer
 
 N = TypeVar("N", bound=nn.Module)
 
+ADDED_LATER = ("channel_base", "channel_max", "feature_heads")
+"""Settings of `gan` that the first checkpoints of version 0.2.0 lack. Digests leave them out where they are
+at their defaults, which build the same networks as before. A new setting of `gan` belongs here too.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkDigests:
@@ -50,9 +56,9 @@ class NetworkDigests:
 
     by_content: str
     """With digests of files: a checkpoint's networks are the same wherever the teacher and others lie."""
-    by_path: tuple[str, ...]
-    """As checkpoints of version 0.2.0 have it, with paths of files, and as those have it that were written
-    before real images and feature networks had digests.
+    earlier: tuple[str, ...]
+    """As checkpoints of earlier code have it: with paths of files; without digests of real images and feature
+    networks; and with every setting of `gan`, also those of `ADDED_LATER`.
     """
 
     @classmethod
@@ -65,13 +71,23 @@ class NetworkDigests:
                 for name, value in settings["student"].items()
                 if name not in ("kind", "generator")
             }
-        features = weights_sha256_of(config.gan.feature_networks) or settings["gan"]["feature_networks"]
-        gan = {**settings["gan"], "real": "", "feature_networks": features}
+        # The discriminator's settings, without later ones that change nothing.
+        every_gan, defaults = settings["gan"], to_json(DiscriminatorConfig())
+        gan = settings["gan"] = {
+            name: value
+            for name, value in every_gan.items()
+            if name not in ADDED_LATER or value != defaults[name]
+        }
+        # Real images may differ; feature networks count by content, where they are files.
+        features = weights_sha256_of(config.gan.feature_networks) or gan["feature_networks"]
+        by_content = {"real": "", "feature_networks": features}
+        student = [settings[name] for name in ("stage", "seed", "student")]
         return cls(
-            by_content=digest([teacher, *(settings[name] for name in ("stage", "seed", "student")), gan]),
-            by_path=(
+            by_content=digest([teacher, *student, {**gan, **by_content}]),
+            earlier=(
                 digest([settings[name] for name in ("stage", "pairs", "teacher", "seed", "student", "gan")]),
-                digest([teacher, *(settings[name] for name in ("stage", "seed", "student", "gan"))]),
+                digest([teacher, *student, gan]),
+                digest([teacher, *student, {**every_gan, **by_content}]),
             ),
         )
 
@@ -112,7 +128,7 @@ class State:
         """
         if not {"files", "steps"} <= last.meta.keys():
             raise UserError(f"{last.folder} was written by an older version; start another --out with init")
-        if last.meta.get("networks") not in (self.networks.by_content, *self.networks.by_path):
+        if last.meta.get("networks") not in (self.networks.by_content, *self.networks.earlier):
             raise UserError(
                 f"{last.folder} is of a run with other networks (kind, teacher or seed); "
                 "delete the folder to continue from the checkpoint before it"

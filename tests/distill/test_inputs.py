@@ -18,7 +18,9 @@ import tiny
 import vision_models
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import read_stats
+from d2g.diffusion import pretrained
 from distill.config.export import ExportConfig
+from distill.config.run import DistillConfig
 from distill.export.card_history import read_history
 from distill.export.export import export
 from distill.training.inputs import describe_inputs, same_inputs, weights_sha256_of
@@ -251,6 +253,25 @@ def test_a_damaged_record_of_inputs_is_one_line(
             assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize(
+    ("stage", "written"),
+    [
+        ("ode", "4360d47e8bd8680d6ff3a7dc1bac5e4ff0e745b78ea2ea491c011c4f8a61b1fa"),
+        ("gan", "7f931b69467213bb8ac50a5bd02e8b833d65988c731bf630fe201d596c4194ae"),
+    ],
+)
+def test_a_new_setting_of_the_discriminator_keeps_older_digests(
+    stage: Any, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digests of 2026-11-28, before the settings of `ADDED_LATER`. If this fails after a setting of `gan`
+    was added, put its name there: otherwise no checkpoint written before resumes."""
+    monkeypatch.setattr(pretrained, "denoiser_sha256", lambda teacher: "0" * 64)
+    config = DistillConfig(stage=stage, teacher="miniature", pairs="pairs")
+    assert NetworkDigests.of(config).by_content == written
+    changed = replace(config, gan=replace(config.gan, channel_max=64))
+    assert NetworkDigests.of(changed).by_content != written
+
+
 def test_a_run_of_version_0_2_0_can_be_resumed(
     teacher: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,7 +279,7 @@ def test_a_run_of_version_0_2_0_can_be_resumed(
     of = NetworkDigests.of
     with monkeypatch.context() as patched:
         patched.setattr(
-            NetworkDigests, "of", lambda config: replace(of(config), by_content=of(config).by_path[0])
+            NetworkDigests, "of", lambda config: replace(of(config), by_content=of(config).earlier[0])
         )
         train(distill_config(teacher, pairs, f"train.images={BATCH}"), tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
