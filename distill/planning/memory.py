@@ -349,11 +349,13 @@ def _gathered_in_bf16(network: nn.Module, units: Iterable[nn.Module]) -> Iterato
     for module, name, parameter in weights:
         half = nn.Parameter(parameter.detach().bfloat16(), parameter.requires_grad)
         module._parameters[name] = half
-    yield
-    for module, name, parameter in weights:
-        module._parameters[name] = parameter
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield
+    finally:
+        for module, name, parameter in weights:
+            module._parameters[name] = parameter
+        for hook in hooks:
+            hook.remove()
 
 
 def _distance_activations(distance: nn.ModuleList, shape: tuple[int, int, int]) -> SavedBytes:
