@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from math import inf
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,9 @@ MOST_CPU_PROCESSES = 8
 
 MEASURED_FROM = 60.0
 """Seconds of a job from which `cpu_processes` measures; the measurement itself takes about one."""
+
+MEASUREMENTS = 3
+"""Measurements that must agree, a second or two apart, before one process is taken."""
 
 MOST_PROCESSES = 1024
 """Processes that one machine may be asked to start."""
@@ -155,7 +159,12 @@ def cpu_processes(out: Path, seconds: float = inf) -> int:
     if most == 1 or seconds < MEASURED_FROM:
         return most
     try:
-        measurement = measure_processes(most)
+        # A moment in which another program ends or starts must not decide about minutes of work.
+        for attempt in range(MEASUREMENTS):
+            time.sleep(attempt)
+            measurement = measure_processes(most)
+            if measurement.processes > 1:
+                break
     except UserError as error:
         logger.warning("1 process, because more could not be measured (%s); --processes chooses", error)
         return 1

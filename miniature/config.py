@@ -25,7 +25,7 @@ class DemoConfig:
     seed: int = setting(0, "Seed of everything random")
     pairs: PairConfig = setting(replace(EXACT_PAIRS, num_pairs=4_096), "Pair generation")
     ode: DistillConfig = setting(
-        _with_train("ode", images=70_400, batch_size=32, ema_beta=0.99), "The regression stage"
+        _with_train("ode", images=57_600, batch_size=32, ema_beta=0.99), "The regression stage"
     )
     gan: DistillConfig = setting(_with_train("gan", images=6_400), "The GAN stage")
     eval_images: int = setting(512, "Images of each evaluation")
