@@ -254,22 +254,40 @@ def test_a_damaged_record_of_inputs_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("stage", "written"),
+    ("stage", "first", "by_path", "with_every_setting"),
     [
-        ("ode", "4360d47e8bd8680d6ff3a7dc1bac5e4ff0e745b78ea2ea491c011c4f8a61b1fa"),
-        ("gan", "7f931b69467213bb8ac50a5bd02e8b833d65988c731bf630fe201d596c4194ae"),
+        (
+            "ode",
+            "4360d47e8bd8680d6ff3a7dc1bac5e4ff0e745b78ea2ea491c011c4f8a61b1fa",
+            "07db5e91f55d4191ecc33fc3994f63e277b1dfe5299d6d29283f512284e8b130",
+            "54266007e5227f5db03bf2902258fe6aa9d2ab43c2e6d1aa72d48ec3fb76952d",
+        ),
+        (
+            "gan",
+            "7f931b69467213bb8ac50a5bd02e8b833d65988c731bf630fe201d596c4194ae",
+            "803e7354d03438edb7628579220bbdddf5af43d3e700e1943cc083dedfddd894",
+            "1dcf6cc2bea49094d61f33d103787f9fb554bcb546a37506f1c2ce1fe387ed7e",
+        ),
     ],
 )
 def test_a_new_setting_of_the_discriminator_keeps_older_digests(
-    stage: Any, written: str, monkeypatch: pytest.MonkeyPatch
+    stage: Any, first: str, by_path: str, with_every_setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The digests of 2026-11-28, before the settings of `ADDED_LATER`. If this fails after a setting of `gan`
-    was added, put its name there: otherwise no checkpoint written before resumes."""
+    """first, by_path: what the code of commit 342babf computes, before the settings of `ADDED_LATER`.
+    with_every_setting: that of commit d765eda. If this fails after a setting of `gan` was added, put its name
+    there: otherwise no checkpoint written before resumes."""
     monkeypatch.setattr(pretrained, "denoiser_sha256", lambda teacher: "0" * 64)
     config = DistillConfig(stage=stage, teacher="miniature", pairs="pairs")
-    assert NetworkDigests.of(config).by_content == written
-    changed = replace(config, gan=replace(config.gan, channel_max=64))
-    assert NetworkDigests.of(changed).by_content != written
+    today = NetworkDigests.of(config)
+    assert today.by_content == first and {by_path, with_every_setting} <= set(today.earlier)
+    changes: list[dict[str, Any]] = [
+        {"channel_max": 64},
+        {"channel_base": 64},
+        {"feature_heads": "modulated"},
+    ]
+    for change in changes:
+        other = NetworkDigests.of(replace(config, gan=replace(config.gan, **change)))
+        assert not {other.by_content, *other.earlier} & {first, by_path, with_every_setting}
 
 
 def test_a_run_of_version_0_2_0_can_be_resumed(
