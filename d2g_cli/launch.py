@@ -139,9 +139,9 @@ def cpu_processes(out: Path, seconds: float = inf) -> int:
     """How many processes a small job takes here: a power of two or one, 1 with a GPU or under torchrun.
 
     A job that has run in the folder OUT before takes as many as then, so that it goes on with the same random
-    numbers. The first start measures whether several processes compute more than one (on cores that other
-    programs use, or of which a container may use a part, they may not), and logs the choice. Jobs of fewer
-    seconds than `MEASURED_FROM` take one process per core without a measurement.
+    numbers. Otherwise this measures whether several processes compute more than one, and logs the choice.
+    They may not where other programs use the cores, or where a container is limited to a part of them. Jobs
+    of fewer seconds than `MEASURED_FROM` take one process per core without a measurement.
     """
     if "WORLD_SIZE" in os.environ:
         return 1

@@ -16,8 +16,9 @@ from d2g.core.json_files import read_json
 from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
 from d2g.data.captions import class_captions
-from d2g.data.columns import caption_column
+from d2g.data.columns import caption_column, find_caption_column
 from d2g.data.folders import list_folder
+from d2g.data.prompt_files import prompt_cells
 from d2g.data.tables import open_table
 from eval.images.folders import ImageFiles, Reading, load_all, open_images, read_images
 from teacher_training.config import TeacherConfig
@@ -83,13 +84,39 @@ def captioned_images(
         files = replace(files, captions=captions)
         files = _evenly_spaced(files, limit)
     images, texts = _load_squares(files, source, limit, size)
+    expect_captions(source, texts)
+    return images, texts
+
+
+def expect_captions(source: str, texts: Sequence[str]) -> None:
+    """Raise UserError if a picture has no caption, which is an empty text."""
     if "" in texts:
         raise UserError(
             f"{source}: {texts.count('')} of {len(texts)} images have no caption; "
             "expected a metadata.jsonl with file_name and caption, NAME.txt beside NAME.png, a caption "
             "column, or class-named subfolders"
         )
-    return images, texts
+
+
+def read_captions(config: TeacherConfig) -> list[str]:
+    """The captions of the pictures that `captioned_images` would load, without decoding one; empty texts for
+    pictures without a caption.
+
+    Raises UserError for a source that does not exist.
+    """
+    _expect_source(config.data)
+    files, texts = open_images(config.data, config.column), list[str]()
+    for table in files.tables:
+        if find_caption_column(open_table(table).schema_arrow.names, config.column):
+            texts += [str(cell or "") for cell in prompt_cells(table, config.column)]
+        else:
+            texts += [""] * open_table(table).metadata.num_rows
+    captions = files.captions
+    if not captions:
+        captions = class_captions(Path(config.data), files.pictures, config.caption_template)
+        files = _evenly_spaced(files, config.images) if captions else files
+    texts += [captions.get(picture, "") for picture in files.pictures]
+    return texts[: config.images]
 
 
 def labeled_images(

@@ -14,18 +14,14 @@ from d2g.core.errors import SettingError
 from d2g.core.json_files import read_json_object
 from d2g.core.logs import logger
 from d2g.core.progress import Progress
-from d2g.data.captions import class_captions
-from d2g.data.columns import find_caption_column
-from d2g.data.prompt_files import prompt_cells
-from d2g.data.tables import open_table
 from d2g.diffusion.pipelines import TRAINING
 from eval.images.folders import open_images
 from teacher_training.config import TeacherConfig
-from teacher_training.data import class_names, is_registered
+from teacher_training.data import class_names, expect_captions, is_registered, read_captions
 from teacher_training.networks.registry import network_of
 from teacher_training.speed import TIMED_STEPS, Speed, measure_speed
 from teacher_training.start import check_start
-from teacher_training.train import read_scores, stage_length
+from teacher_training.train import check_captions, read_scores, stage_length
 
 HELPER_SHARES = {"vae": 0.2, "lpips": 0.15, "clip": 0.1}
 NETWORK_SHARE = 0.55
@@ -89,16 +85,8 @@ def count_pictures(config: TeacherConfig) -> tuple[int, int]:
         count = min(len(open_images(config.data, config.column)), config.images)
         has_classes = config.denoiser.classes and class_names(config.data, config.column) is not None
         return count, count if has_classes else 0
-    files = open_images(config.data, config.column)
-    count = min(len(files), config.images)
-    if files.tables:
-        cells = 0
-        for table in files.tables:
-            if find_caption_column(open_table(table).schema_arrow.names, config.column):
-                cells += sum(1 for cell in prompt_cells(table, config.column) if cell)
-        return count, min(count, cells)
-    captions = files.captions or class_captions(Path(config.data), files.pictures)
-    return count, min(count, sum(1 for picture in files.pictures if captions.get(picture)))
+    captions = read_captions(config)
+    return len(captions), sum(1 for caption in captions if caption)
 
 
 def plan_teacher(
@@ -108,7 +96,8 @@ def plan_teacher(
 
     The same request as before keeps the lengths of OUT/training/plan.json, so that the same command resumes.
     A request in minutes counts from now; finished stages but the network's keep their length. Raises
-    SettingError for a request in both minutes and images, UserError for inputs that do not exist.
+    SettingError for a request in both minutes and images, UserError for inputs that do not exist and for
+    pictures that the training would refuse.
     """
     if request.minutes is not None and request.images is not None:
         raise SettingError("give --minutes or --images, not both")
@@ -116,6 +105,10 @@ def plan_teacher(
     check_start(config)
     kind = network_of(config)
     pictures, captions = count_pictures(config)
+    if kind.prompts == "text" and not is_registered(config.data):
+        texts = read_captions(config)
+        expect_captions(config.data, texts)
+        check_captions(config, texts, stages)
     speed = process_group.gather_objects(measure_speed(config, stages))[0]
     # All processes share the steps of these two stages.
     for stage in speed.seconds.keys() & {"vae", kind.stage}:

@@ -131,7 +131,7 @@ def check_stages(config: TeacherConfig, stages: Sequence[str] | None) -> tuple[s
 def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> TeacherSummary:
     """`train_teacher`, once OUT belongs to this run."""
     config, out = job.config, job.out
-    _check_captions(job, stages)
+    check_captions(config, job.captions, stages)
     # Train what has no scores yet.
     scores: dict[str, Any] = {}
     trained_any = False
@@ -183,22 +183,23 @@ def _open_job(config: TeacherConfig, out: Path, progress: Progress, command: str
     return TeacherJob(config=config, out=out, pictures=pictures, progress=progress)
 
 
-def _check_captions(job: TeacherJob, stages: tuple[str, ...]) -> None:
-    """Raise UserError for pictures that LatentLPIPS or CLIP cannot learn from, before the first stage."""
+def check_captions(config: TeacherConfig, captions: Sequence[str], stages: Sequence[str]) -> None:
+    """Raise UserError for pictures with such captions if LatentLPIPS or CLIP, among the stages, cannot learn
+    from them."""
     if not {"lpips", "clip"} & set(stages):
         return
     reason = ""
-    if len(job.images) < FEWEST_PICTURES:
-        reason = f"it holds {len(job.images)} picture(s), expected {FEWEST_PICTURES} or more"
+    if len(captions) < FEWEST_PICTURES:
+        reason = f"it holds {len(captions)} picture(s), expected {FEWEST_PICTURES} or more"
     elif "lpips" in stages:
         try:
-            caption_targets(job.captions)
+            caption_targets(captions)
         except UserError as error:
             reason = str(error)
     if reason:
         raise UserError(
-            f"{job.config.data}: LatentLPIPS and CLIP learn from pictures and their captions: {reason}; or "
-            f"train with --stages data,vae,{job.kind.stage}, and distill with "
+            f"{config.data}: LatentLPIPS and CLIP learn from pictures and their captions: {reason}; or "
+            f"train with --stages data,vae,{network_of(config).stage}, and distill with "
             "--set regression.losses=pseudo_huber"
         )
 

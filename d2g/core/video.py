@@ -48,8 +48,8 @@ def save_mp4(frames: Tensor, path: Path, frame_ms: int) -> None:
         raise cannot_write(path, error) from error
     except (av.error.FFmpegError, ValueError) as error:
         raise UserError(
-            f"cannot encode {path} with {ENCODER}: {error}; install PyAV's own build, which has this "
-            "encoder, with `pip install --force-reinstall --only-binary av av`, or leave the mp4 out"
+            f"cannot encode {path} with {ENCODER}: {error}; expected a size that H.264 takes, and PyAV's own "
+            "build: `pip install --force-reinstall --only-binary av av`; or leave the mp4 out"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """The multi-scale discriminator of GigaGAN (arXiv 2303.05511, section 3.3 and figure 5) on latents.
 
-Written from the paper. What differs and what it leaves open: method.md "Discriminators of GigaGAN".
+Written from memory of the paper. What differs and what it leaves open: method.md "Discriminators of GigaGAN".
 """
 
 from itertools import pairwise
@@ -58,7 +58,7 @@ class GigaGANDiscriminator(nn.Module):
         self.enter = nn.ModuleList(EqualizedConv(channels, width, 1) for width in widths[:-1])
         self.levels = nn.ModuleList(
             Level(a, b, max(size) in ATTENTION_SIZES)
-            for size, (a, b) in zip(sizes, pairwise(widths), strict=False)
+            for size, (a, b) in zip(sizes[:-1], pairwise(widths), strict=True)
         )
         self.readouts = nn.ModuleList(ModulatedReadout(width, shape) for width in widths[1:])
 

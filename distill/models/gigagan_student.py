@@ -1,7 +1,8 @@
 """The generator of GigaGAN (arXiv 2303.05511, section 3 and figure 4) as a student: kernels selected by w,
 and attention between the convolutions, in the blocks of StyleGAN-T.
 
-Written from the paper. What differs and what it leaves open: method.md "GANs with styles as students".
+Written from memory of the paper. What differs and what it leaves open: method.md "GANs with styles as
+students".
 """
 
 from collections.abc import Sequence

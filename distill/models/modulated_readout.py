@@ -1,6 +1,6 @@
 """Logits of a feature map under a condition, as in GigaGAN's discriminators (arXiv 2303.05511, section 3.3).
 
-Written from the paper. What it leaves open: method.md "Discriminators of GigaGAN".
+Written from memory of the paper. What it leaves open: method.md "Discriminators of GigaGAN".
 """
 
 import torch

@@ -60,7 +60,8 @@ def spread_captions(source: str, column: str | None, count: int) -> list[str]:
 def reference_pictures(pictures: Path, count: int, file: Path) -> Path:
     """At most `count` pictures, evenly spread, for evaluations: `pictures` itself, or FILE by rank 0.
 
-    A FILE with as many pictures is kept, and with it what evaluations have measured of it.
+    If FILE holds this number of pictures already, it is not written again, so that evaluations can reuse what
+    they have measured of it.
     """
     total = pq.read_metadata(pictures).num_rows
     if total <= count:

@@ -39,8 +39,8 @@ def page_faults(*words: str, **environment: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the thresholds are glibc's")
 def test_freed_cpu_tensors_keep_their_pages():
-    # Less than a twentieth of a tensor per step, each of which allocates three. Over 200 steps, because the
-    # heap may grow by one tensor once more, at a step that differs from process to process.
+    # A step allocates three tensors. On average, fewer pages than a twentieth of one tensor may be new in it.
+    # The average is over 200 steps, because the heap may still grow by one tensor, at a step that varies.
     assert page_faults("init") < 200 * PAGES / 20
 
 

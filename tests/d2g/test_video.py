@@ -41,7 +41,8 @@ def test_what_cannot_be_encoded(why: str, tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(video, "ENCODER", "none")
     frames = torch.zeros(1, 3, 2, 40_000 if why == "too wide" else 2, dtype=torch.uint8)
     with pytest.raises(
-        UserError, match=r"cannot encode .*a\.mp4 with .*; install PyAV's own build"
+        UserError,
+        match=r"cannot encode .*a\.mp4 with .*; expected a size that H.264 takes, and PyAV's own build",
     ) as caught:
         save_mp4(frames, tmp_path / "a.mp4", 80)
     assert "\n" not in str(caught.value)

@@ -75,7 +75,7 @@ def test_a_long_job_measures_how_many_processes_it_takes(
     assert time.monotonic() - started > 2 * MEASURED_SECONDS
     assert count in (1, cpu_processes(tmp_path, seconds=0))
     assert len(caplog.messages) == 1 and "(measured: " in caplog.messages[0]
-    # Nothing is kept until the job itself starts.
+    # Nothing is written before the job itself starts.
     assert not list(tmp_path.iterdir())
 
 

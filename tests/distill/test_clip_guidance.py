@@ -52,7 +52,7 @@ def test_the_contrastive_loss_in_closed_form() -> None:
     (slope,) = torch.autograd.grad(loss.sum(), image)
     shares = torch.stack([right, own, opposite]) / (own + right + opposite)
     torch.testing.assert_close(slope[0], scale * (shares @ texts - texts[1]))
-    # The own text alone has nothing to be told from.
+    # With the own text alone the loss is 0.
     assert text_cross_entropy(image, texts[1:2], texts[1:2], scale).abs() < 1e-6
 
 

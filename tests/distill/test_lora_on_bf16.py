@@ -117,8 +117,8 @@ def test_other_adapters_are_merged_and_the_export_is_refused(
     with pytest.raises(UserError, match="other adapters were merged into rounded ones"):
         export_lora(run, tmp_path / "out")
     # Frozen weights in fp32 keep the sum, which the export takes apart.
-    kept = save_lora_run(tmp_path / "kept", str(teacher), other, first)
-    result = export_lora(kept, tmp_path / "out")
+    in_fp32 = save_lora_run(tmp_path / "fp32", str(teacher), other, first)
+    result = export_lora(in_fp32, tmp_path / "out")
     assert result["base_weights"] == "bf16" and result["parity_max_abs_err"] <= 1e-4
     assert "rank 5." in readme_of(tmp_path / "out")
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from d2g.core.errors import UserError
 from jobs import Running, d2g_ranks
 from own_pictures import CONFIG, class_folders, image_folder, parquet, train_arguments
+from teacher_training.data import load_pictures, read_captions
 from teacher_training.networks.registry import NETWORKS
 from teacher_training.plan import (
     Request,
@@ -20,7 +23,7 @@ from teacher_training.plan import (
     plan_teacher,
     save_request,
 )
-from teacher_training.train import stage_length
+from teacher_training.train import stage_length, train_teacher
 
 STAGES = NETWORKS["unet_text"].stages
 
@@ -47,11 +50,45 @@ def test_pictures_and_captions_are_counted(tmp_path: Path, data: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes((data / f"{number:03d}.png").read_bytes())
     (tmp_path / "1.txt").write_text("a disc")
-    import shutil
-
     shutil.rmtree(tmp_path / "class_folders")
     shutil.rmtree(tmp_path / "parquet")
     assert count_pictures(replace(CONFIG, data=str(tmp_path))) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "caption", "message"),
+    [
+        (40, "a disc", "40 captions have no word that occurs in 1% to 90% of them"),
+        (2, "a disc", r"it holds 2 picture\(s\), expected 3 or more"),
+        (40, "", "40 of 40 images have no caption"),
+    ],
+)
+def test_the_plan_refuses_pictures_that_the_training_refuses(
+    count: int, caption: str, message: str, data: Path, tmp_path: Path
+) -> None:
+    """Without a decoded picture or a measured step, so also with --dry-run."""
+    for number in range(count):
+        shutil.copy(data / "000.png", tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    config = replace(CONFIG, data=str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        plan_teacher(config, tmp_path / "out", STAGES, Request(images=64))
+    with pytest.raises(UserError, match=message):
+        train_teacher(config, tmp_path / "out")
+    # Without LatentLPIPS and CLIP equal captions are no fault.
+    if caption:
+        _, plan = plan_teacher(config, tmp_path / "b", ("data", "vae", "unet"), Request(images=64))
+        assert plan.captions == count
+
+
+def test_captions_of_the_plan_are_those_of_the_training(tmp_path: Path) -> None:
+    """In the same order, at most `images`, with a share for every class."""
+    for write in (class_folders, parquet, image_folder):
+        (tmp_path / write.__name__).mkdir()
+        write(tmp_path / write.__name__)
+        for images in (40, 7):
+            config = replace(CONFIG, data=str(tmp_path / write.__name__), images=images)
+            assert read_captions(config) == load_pictures(config).prompts
 
 
 def test_a_number_of_images_scales_all_stages(data: Path, tmp_path: Path) -> None:
