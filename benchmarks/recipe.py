@@ -14,6 +14,7 @@ rows of method.md "Ablation of the discriminator", whose last row is "gan". The 
 import argparse
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,12 +82,18 @@ STYLEGAN_T = (*PROJECTED, "gan.discriminator=projected", "gan.penalty=none")
 FROM_RANDOM = {
     "stylegan-t": (),
     "gigagan": (),
+    "stylegan-t, plain generator": (
+        "student.generator.residual=false",
+        "student.generator.second_order=false",
+        "student.generator.text_bypass=false",
+        "student.generator.w_dim=256",
+    ),
     "stylegan-t, CLIP": GUIDANCE,
     "stylegan-t, projected": STYLEGAN_T,
     "stylegan-t, projected, CLIP": (*STYLEGAN_T, *GUIDANCE),
 }
 """Settings of GANs without regression, whose generator has styles and random weights, as long as a first
-stage."""
+stage. The plain one is StyleGAN-T's before the changes of section 3.1 (table 1)."""
 
 
 def second_stage(name: str) -> DistillConfig:
@@ -120,8 +127,14 @@ def run(pairs: str, out: Path, arm: str, seed: int, images: tuple[int, int], cou
         ["train.precision=fp32", *(setting.format(images=length, clip=clip) for setting in settings)],
     )
     options = replace(config.train, images=length, report_images=length // 8, checkpoint_images=length // 4)
+    before = time.process_time()
     summary = train(replace(config, train=options), folder)
-    facts = {"images": summary.images, "seconds": summary.seconds, "scored_scenes": count}
+    facts = {
+        "images": summary.images,
+        "seconds": summary.seconds,
+        "cpu_seconds": time.process_time() - before,
+        "scored_scenes": count,
+    }
     write_atomically(folder / "scores.json", json.dumps({**score(folder, count), **facts}, indent=1))
     print(arm, seed, json.loads((folder / "scores.json").read_text()), flush=True)
 

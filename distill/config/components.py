@@ -547,6 +547,21 @@ class GeneratorConfig:
         source='ours; method.md "GANs with styles as students"',
     )
     mapping_layers: int = setting(2, "Layers of the mapping network", source="StyleGAN-XL, section 3.1")
+    residual: bool = setting(
+        True,
+        "Convolutions of a block are residual, with GroupNorm and layer scale; false: plain ones",
+        source="StyleGAN-T, section 3.1",
+    )
+    second_order: bool = setting(
+        True,
+        "Styles are s1 * s2 + s3; false: affine, as in StyleGAN2",
+        source="StyleGAN-T, eq. 1",
+    )
+    text_bypass: bool = setting(
+        True,
+        "The text bypasses the mapping network, w = [f(z), c]; false: w = f([z, c])",
+        source="StyleGAN-T, section 3.1",
+    )
     resolution: int = setting(
         0,
         "Height of the latents that the generator draws; they are enlarged to the teacher's, and real "

@@ -315,8 +315,8 @@ class FourierInput(nn.Module):
 
 
 class SynthesisBlock(nn.Module):
-    """One resolution: an upsampling convolution (not in the first block), `residual_blocks` residual ones,
-    and a contribution to the image (StyleGAN-T, figure 3b). A shard unit.
+    """One resolution: an upsampling convolution (not in the first block), `residual_blocks` residual ones
+    (plain ones without `residual`), and a contribution to the image (StyleGAN-T, figure 3b). A shard unit.
 
     attention: a module (x, tokens, mask) -> x after the convolutions, or None.
     """
@@ -330,6 +330,7 @@ class SynthesisBlock(nn.Module):
         *,
         up: bool,
         residual_blocks: int,
+        residual: bool = True,
         kernels: int = 1,
         second_order: bool = True,
         attention: nn.Module | None = None,
@@ -342,7 +343,7 @@ class SynthesisBlock(nn.Module):
             [
                 *first,
                 *(
-                    SynthesisConv(outputs, outputs, width, residual=True, **options)  # type: ignore[arg-type]
+                    SynthesisConv(outputs, outputs, width, residual=residual, **options)  # type: ignore[arg-type]
                     for _ in range(residual_blocks)
                 ),
             ]

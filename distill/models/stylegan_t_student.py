@@ -23,7 +23,11 @@ from distill.models.style_layers import FourierInput, MappingNetwork, SynthesisB
 
 
 class StyleGANT(StyleGenerator):
-    """Fourier features, then blocks with second-order styles of w = [f(z), c]: the text bypasses f."""
+    """Fourier features, then blocks with second-order styles of w = [f(z), c]: the text bypasses f.
+
+    Without `residual`, `second_order` and `text_bypass` it is the generator before the changes of section
+    3.1, but for the layers of StyleGAN3: first-order styles of w = f([z, c]), plain convolutions.
+    """
 
     def __init__(
         self, config: GeneratorConfig, image_shape: tuple[int, int, int], shape: ConditionShape
@@ -33,16 +37,20 @@ class StyleGANT(StyleGenerator):
         sizes = block_sizes((size[0], size[1]))
         widths = [channels_at(size, config.channel_base, config.channel_max) for size in sizes]
         self.first_size = sizes[0]
-        self.mapping = MappingNetwork(config.z_dim, config.w_dim, config.mapping_layers)
+        self.text_bypass, text = config.text_bypass, self.condition_width
+        inputs = config.z_dim + (0 if config.text_bypass else text)
+        self.mapping = MappingNetwork(inputs, config.w_dim, config.mapping_layers)
         self.input = FourierInput(widths[0], sizes[0])
         self.blocks = nn.ModuleList(
             SynthesisBlock(
                 widths[max(0, number - 1)],
                 channels,
-                config.w_dim + self.condition_width,
+                config.w_dim + (text if config.text_bypass else 0),
                 image_channels,
                 up=number > 0,
                 residual_blocks=config.residual_blocks,
+                residual=config.residual,
+                second_order=config.second_order,
             )
             for number, channels in enumerate(widths)
         )
@@ -58,7 +66,11 @@ class StyleGANT(StyleGenerator):
         """w = [f(z), c] for every block, from noise [B, N] and the condition's vector [B, D] (or classes [B],
         or None). Tokens and mask are not read."""
         z, spatial = self.split(noise)
-        w = torch.cat([self.mapped(z, psi), self.embed(condition, z)], dim=1)
+        c = self.embed(condition, z)
+        if self.text_bypass:
+            w = torch.cat([self.mapped(z, psi), c], dim=1)
+        else:
+            w = self.mapped(torch.cat([z, c], dim=1), psi)
         return [BlockStyle(w, part) for part in spatial]
 
     def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
@@ -69,6 +81,9 @@ class StyleGANT(StyleGenerator):
 STYLEGAN_T = generator_kind(
     "stylegan-t",
     StyleGANT,
-    settings=("channel_base", "channel_max", "residual_blocks", "z_dim", "w_dim", "mapping_layers"),
+    settings=(
+        *("channel_base", "channel_max", "residual_blocks", "z_dim", "w_dim", "mapping_layers"),
+        *("residual", "second_order", "text_bypass"),
+    ),
     grows=True,
 )

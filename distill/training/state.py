@@ -19,7 +19,7 @@ from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.fp32_attention import use_fp32_attention
 from d2g.diffusion.lora import has_lora
-from distill.config.components import DiscriminatorConfig
+from distill.config.components import DiscriminatorConfig, GeneratorConfig
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.discriminators import DISCRIMINATORS
@@ -48,6 +48,15 @@ ADDED_LATER = ("channel_base", "channel_max", "feature_heads")
 """Settings of `gan` that the first checkpoints of version 0.2.0 lack. Digests leave them out where they are
 at their defaults, which build the same networks as before. A new setting of `gan` belongs here too.
 """
+GENERATOR_ADDED_LATER = ("residual", "second_order", "text_bypass")
+"""The same for `student.generator`."""
+
+
+def _without_later(
+    settings: dict[str, Any], later: tuple[str, ...], defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings without those of `later` that are at their defaults."""
+    return {name: value for name, value in settings.items() if name not in later or value != defaults[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +80,13 @@ class NetworkDigests:
                 for name, value in settings["student"].items()
                 if name not in ("kind", "generator")
             }
+        else:
+            settings["student"]["generator"] = _without_later(
+                settings["student"]["generator"], GENERATOR_ADDED_LATER, to_json(GeneratorConfig())
+            )
         # The discriminator's settings, without later ones that change nothing.
-        every_gan, defaults = settings["gan"], to_json(DiscriminatorConfig())
-        gan = settings["gan"] = {
-            name: value
-            for name, value in every_gan.items()
-            if name not in ADDED_LATER or value != defaults[name]
-        }
+        every_gan = settings["gan"]
+        gan = settings["gan"] = _without_later(every_gan, ADDED_LATER, to_json(DiscriminatorConfig()))
         # Real images may differ; feature networks count by content, where they are files.
         features = weights_sha256_of(config.gan.feature_networks) or gan["feature_networks"]
         by_content = {"real": "", "feature_networks": features}

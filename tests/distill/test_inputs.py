@@ -19,6 +19,7 @@ import vision_models
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
+from distill.config.components import StudentConfig
 from distill.config.export import ExportConfig
 from distill.config.run import DistillConfig
 from distill.export.card_history import read_history
@@ -288,6 +289,18 @@ def test_a_new_setting_of_the_discriminator_keeps_older_digests(
     for change in changes:
         other = NetworkDigests.of(replace(config, gan=replace(config.gan, **change)))
         assert not {other.by_content, *other.earlier} & {first, by_path, with_every_setting}
+
+
+def test_a_new_setting_of_the_generator_keeps_older_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest is that of commit 3881540, before the settings of `GENERATOR_ADDED_LATER`."""
+    monkeypatch.setattr(pretrained, "denoiser_sha256", lambda teacher: "0" * 64)
+    student = StudentConfig(kind="stylegan-t")
+    config = DistillConfig(stage="gan", teacher="miniature", pairs="pairs", student=student)
+    before = "254956cfa490dcb3d502e85b772effd84c636101d61d223ce0cd079b651cf069"
+    assert NetworkDigests.of(config).by_content == before
+    for name in ("residual", "second_order", "text_bypass"):
+        changed = replace(student, generator=replace(student.generator, **{name: False}))
+        assert NetworkDigests.of(replace(config, student=changed)).by_content != before
 
 
 def test_a_run_of_version_0_2_0_can_be_resumed(

@@ -384,6 +384,10 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
         (f"student.generator.{name}=4", ("student.kind=diffusion",), ("student.kind=stylegan-t",))
         for name in ("channel_base", "channel_max", "residual_blocks", "z_dim", "w_dim", "mapping_layers")
     ),
+    *(
+        (f"student.generator.{name}=false", ("student.kind=gigagan",), ("student.kind=stylegan-t",))
+        for name in ("residual", "second_order", "text_bypass")
+    ),
     ("student.generator.resolution=4", ("student.kind=gigagan-upsampler",), ("student.kind=gigagan",)),
     ("student.generator.kernels=4", ("student.kind=stylegan-t",), ("student.kind=gigagan",)),
     ("student.generator.attention_sizes=[4]", ("student.kind=stylegan-t",), ("student.kind=gigagan",)),

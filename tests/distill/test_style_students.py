@@ -235,6 +235,25 @@ def test_text_bypasses_the_mapping_and_spatial_noise_is_local(teachers: Mapping[
     assert not torch.allclose(student(z, cond.map(lambda t: t.flip(0))), before)
 
 
+def test_a_generator_without_the_changes_of_section_3_1(teachers: Mapping[str, str]) -> None:
+    """Text through the mapping network, affine styles, plain convolutions: each by itself, and together."""
+    sizes = {"residual": False, "second_order": False, "text_bypass": False}
+    for off in ({name: False} for name in sizes):
+        assert build(teachers["sd"], "stylegan-t", **off).network is not None
+    student = build(teachers["sd"], "stylegan-t", **sizes)
+    generator: Any = student.network
+    z, cond = noise(0, range(2), student.noise_shape), conditioning(teachers["sd"], student)
+    c = generator.embed(cond.tensors["hidden"].mean(1), z[:, :8, 0, 0])
+    (style, *_) = student.styles(z, cond)
+    torch.testing.assert_close(style.w, generator.mapping(torch.cat([z[:, :8, 0, 0], c], dim=1)))
+    # A convolution of a block, by hand: x + layer scale and GroupNorm are gone.
+    conv, spatial = generator.blocks[0].convs[0], torch.randn(2, 1, 4, 4)
+    x = torch.randn(2, conv.conv.weight.shape[1], 4, 4)
+    affine = F.linear(style.w, conv.style.affine.weight / 8**0.5, conv.style.affine.bias)
+    expected = F.leaky_relu(conv.conv(x, affine), 0.2) * math.sqrt(2)
+    torch.testing.assert_close(conv(x, style.w, spatial), expected)
+
+
 def test_truncation(teachers: Mapping[str, str]) -> None:
     """psi = 1 changes nothing; psi = 0 forgets z but not the text; between, w moves on a line."""
     student = build(teachers["sd"], "stylegan-t")
