@@ -126,7 +126,14 @@ def run(pairs: str, out: Path, arm: str, seed: int, images: tuple[int, int], cou
         replace(config, pairs=pairs, seed=seed),
         ["train.precision=fp32", *(setting.format(images=length, clip=clip) for setting in settings)],
     )
-    options = replace(config.train, images=length, report_images=length // 8, checkpoint_images=length // 4)
+    facts = train_and_score(config, folder, length, count)
+    write_atomically(folder / "scores.json", json.dumps(facts, indent=1))
+    print(arm, seed, json.dumps(facts), flush=True)
+
+
+def train_and_score(config: DistillConfig, folder: Path, images: int, count: int) -> dict[str, float]:
+    """Train for so many images; the student's scores on `count` test scenes, with its seconds."""
+    options = replace(config.train, images=images, report_images=images // 8, checkpoint_images=images // 4)
     before = time.process_time()
     summary = train(replace(config, train=options), folder)
     facts = {
@@ -135,8 +142,7 @@ def run(pairs: str, out: Path, arm: str, seed: int, images: tuple[int, int], cou
         "cpu_seconds": time.process_time() - before,
         "scored_scenes": count,
     }
-    write_atomically(folder / "scores.json", json.dumps({**score(folder, count), **facts}, indent=1))
-    print(arm, seed, json.loads((folder / "scores.json").read_text()), flush=True)
+    return {**score(folder, count), **facts}
 
 
 def lines_of(out: Path) -> list[str]:
