@@ -1,11 +1,14 @@
 """The text-encoder phase of StyleGAN-T on the miniature, with the FID-CLIP curve before and after (figure 6).
 
     python benchmarks/text_phase.py clip --out CLIP                       a small CLIP that guides
-    python benchmarks/text_phase.py run --clip CLIP --pairs PAIRS --out DIR [--weights 50,0.2]
+    python benchmarks/text_phase.py run --clip CLIP --pairs PAIRS --init "ARMS/{seed}/gan from pseudo_huber" \
+        --out DIR [--seed 0 1 2] [--weights 50,0.2]
+    python benchmarks/text_phase.py table --out DIR                  writes text_phase_DATE_cpu.md and .png
 
-Pairs come from `d2g pairs generate --preset miniature`. `run` trains a short GAN stage, whose discriminator
-the phase goes on with, one phase per weight of the guidance, and measures each over `noise_scale`. The CLIP
-that scores is another one, the miniature's own. It resumes.
+Pairs come from `d2g pairs generate --preset miniature`, students from `benchmarks/recipe.py`: a run of
+`d2g distill gan`, whose discriminator the phase goes on with. `run` trains one phase per seed and weight of
+the guidance, and measures each over `noise_scale`. The CLIP that scores is another one, the miniature's own.
+It resumes.
 """
 
 import argparse
@@ -13,13 +16,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.common import table, write
+from benchmarks.common import spread, table, write
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import override
 from d2g.diffusion import pretrained
@@ -36,6 +40,9 @@ from miniature.registration import register_eval_scenes, training_scenes
 from teacher_training.clip import contrastive_loss
 
 SCALES = (0.7, 0.85, 1.0)
+BEFORE, CLIP_SEED = "before", 77
+COLUMNS = {"fid": 1, "clip_score": 100, "caption_accuracy": 100}
+"""Names of the scores, and what the table multiplies them by."""
 
 
 def train_guide(out: Path, images: int, steps: int, seed: int) -> None:
@@ -78,89 +85,93 @@ def train_guide(out: Path, images: int, steps: int, seed: int) -> None:
     print(facts)
 
 
-def curve(student: Path, out: Path, count: int) -> dict[str, Any]:
+def curve(student: Path, out: Path, count: int) -> list[dict[str, Any]]:
     """FID, CLIP score and caption accuracy of a student over `noise_scale`."""
-    metrics = ("fid", "clip", "caption_accuracy")
-    run = EvalRun(
-        student=str(student),
-        protocol=PROTOCOLS["miniature"],
-        num=count,
-        metrics=metrics,
-        out=str(out),
-        resamples=0,
-    )
-    return run_curve(CurveRun(run=run, setting="noise_scale", values=SCALES))
+    if not (out / "points.json").is_file():
+        metrics = ("fid", "clip", "caption_accuracy")
+        run = EvalRun(
+            student=str(student),
+            protocol=PROTOCOLS["miniature"],
+            num=count,
+            metrics=metrics,
+            out=str(out),
+            resamples=0,
+        )
+        points = run_curve(CurveRun(run=run, setting="noise_scale", values=SCALES))["points"]
+        write_atomically(out / "points.json", json.dumps(points, indent=1))
+    found: list[dict[str, Any]] = json.loads((out / "points.json").read_text())
+    return found
 
 
-def run(clip: Path, pairs: Path, out: Path, init: str, images: int, weights: list[float], count: int) -> None:
-    """Train the phases and write one table and one picture."""
+def run(
+    clip: Path, pairs: Path, init: str, out: Path, images: int, weight: float, count: int, seed: int
+) -> None:
+    """Train the phase of one seed with one weight, and measure the student before and after it."""
     register_eval_scenes()
-    lengths = ("train.checkpoint_images=100000", "train.report_images=640", "train.on_collapse=off")
-    gan = override(
-        DISTILL_PRESETS["miniature"]["gan"],
+    before, folder = Path(init.format(seed=seed)), out / f"seed-{seed}"
+    text = override(
+        DISTILL_PRESETS["miniature-text"]["text"],
         (
-            f"pairs={pairs}",
-            f"init={init}",
-            f"train.images={images}",
-            "regression.losses=pseudo_huber",
-            *lengths,
+            *(f"pairs={pairs}", f"init={before}", f"train.images={images}", "teacher=miniature"),
+            *(f"clip_guidance.model={clip}", f"clip_guidance.weight={weight}", f"seed={seed}"),
+            *("train.checkpoint_images=100000", "train.report_images=640", "train.on_collapse=off"),
         ),
     )
-    train(gan, out / "gan")
-    students = {"before": out / "gan"}
-    for weight in weights:
-        text = override(
-            DISTILL_PRESETS["miniature-text"]["text"],
-            (
-                *(f"pairs={pairs}", f"init={out / 'gan'}", f"train.images={images}", "teacher=miniature"),
-                *(f"clip_guidance.model={clip}", f"clip_guidance.weight={weight}", *lengths),
-            ),
-        )
-        train(text, out / f"text-{weight:g}")
-        students[f"after, weight {weight:g}"] = out / f"text-{weight:g}"
-    curves = {
-        name: curve(student, out / "curves" / student.name, count) for name, student in students.items()
-    }
-    lines = {
-        name: [{**point, "label": f"{point['noise_scale']:g}"} for point in facts["points"]]
-        for name, facts in curves.items()
-    }
-    plot_curve(fid_clip_curve(lines, label="FID of the oracle"), out / "curve.png")
-    rows = [
-        (
-            name,
-            f"{p['noise_scale']:g}",
-            f"{p['fid']:.1f}",
-            f"{p['clip_score']:.4f}",
-            f"{p['caption_accuracy']:.3f}",
-        )
-        for name, points in lines.items()
-        for p in points
-    ]
-    titles = ("student", "noise scale", "FID", "CLIP score", "caption accuracy")
-    write("text_phase", "Text-encoder phase of StyleGAN-T on the miniature", table(titles, rows))
+    train(text, folder / f"text-{weight:g}")
+    curve(before, folder / "curves" / BEFORE, count)
+    curve(folder / f"text-{weight:g}", folder / "curves" / f"after, weight {weight:g}", count)
+
+
+def write_table(out: Path) -> None:
+    """The table, means and standard deviations over seeds, and the figure of the means."""
+    scores: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for file in sorted(out.glob("*/curves/*/points.json")):
+        for point in json.loads(file.read_text()):
+            by_scale = scores.setdefault(file.parent.name, {})
+            by_scale.setdefault(point["noise_scale"], []).append(point)
+    rows, lines = [], {}
+    names = sorted(scores, key=lambda name: (name != BEFORE, name))
+    for name in names:
+        for scale, seeds in scores[name].items():
+            columns = [[s[column] * factor for s in seeds] for column, factor in COLUMNS.items()]
+            rows.append((name, f"{scale:g}", len(seeds), *map(spread, columns)))
+            point = {column: mean(s[column] for s in seeds) for column in COLUMNS}
+            lines.setdefault(name, []).append({**point, "label": f"{scale:g}"})
+    titles = (
+        "student",
+        "noise scale",
+        "seeds",
+        "FID of the oracle",
+        "CLIP score x100",
+        "caption accuracy, %",
+    )
+    file = write("text_phase", "Text-encoder phase of StyleGAN-T on the miniature", table(titles, rows))
+    plot_curve(fid_clip_curve(lines, label="FID of the oracle"), file.with_suffix(".png"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("part", choices=("clip", "run"))
+    parser.add_argument("part", choices=("clip", "run", "table"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clip", type=Path)
     parser.add_argument("--pairs", type=Path)
-    parser.add_argument("--init", default="miniature")
-    parser.add_argument("--images", type=int, default=1_600)
+    parser.add_argument("--init", default="", help="a run of `d2g distill gan`; {seed} stands for the seed")
+    parser.add_argument("--images", type=int, default=6_400)
     parser.add_argument("--weights", default="50")
-    parser.add_argument("--count", type=int, default=1_000)
-    parser.add_argument("--steps", type=int, default=1_500)
-    parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--count", type=int, default=2_000, help="test scenes per point")
+    parser.add_argument("--steps", type=int, default=1_500, help="of the CLIP that guides")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     if args.part == "clip":
-        train_guide(args.out, 4_096, args.steps, args.seed)
-        return
-    if args.clip is None or args.pairs is None:
-        parser.error("run needs --clip and --pairs")
-    weights = [float(weight) for weight in args.weights.split(",")]
-    run(args.clip, args.pairs, args.out, args.init, args.images, weights, args.count)
+        train_guide(args.out, 4_096, args.steps, CLIP_SEED)
+    elif args.part == "table":
+        write_table(args.out)
+    else:
+        if not (args.clip and args.pairs and args.init):
+            parser.error("run needs --clip, --pairs and --init")
+        for seed in args.seed:
+            for weight in map(float, args.weights.split(",")):
+                run(args.clip, args.pairs, args.init, args.out, args.images, weight, args.count, seed)
 
 
 if __name__ == "__main__":
