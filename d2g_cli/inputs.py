@@ -85,7 +85,7 @@ def _autoencoder(option: str, value: str) -> None:
 
 def _student(option: str, value: str) -> None:
     """A run with a checkpoint, an exported student, or a shipped name."""
-    from distill.sampling import student_folder
+    from distill.student_files import student_folder
 
     student_folder(value)
 

@@ -52,7 +52,8 @@ def serve(
     from d2g.core.distributed import process_group
     from d2g.diffusion.teacher_sampler import TEACHER_STEPS, SolverSettings
     from distill import browser_page
-    from distill.sampling import load_student, student_folder, with_prior
+    from distill.sampling import load_student, with_prior
+    from distill.student_files import student_folder
 
     one = with_prior(load_student(student, device=process_group.own_device()), student, prior)
     settings = SolverSettings(

@@ -100,12 +100,8 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     for text in config.prompt:
         prompt_text("--prompt", text)
     from d2g.diffusion.teacher_sampler import PRIOR_STEPS, TEACHER_STEPS, SolverSettings
-    from distill.sampling import (
-        default_student_prompts,
-        save_both_samples,
-        save_samples,
-        save_teacher_samples,
-    )
+    from distill.sampling import default_student_prompts
+    from distill.saved_samples import save_both_samples, save_samples, save_teacher_samples
     from pairgen.prompts import read_prompts
 
     student = config.student or ("" if config.teacher else "miniature")

@@ -21,7 +21,8 @@ from d2g.core.video import require_video, save_mp4
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from distill.models.generator_student import GeneratorStudent
-from distill.sampling import OneStep, load_student, student_folder, with_prior, with_psi
+from distill.sampling import OneStep, load_student, with_prior, with_psi
+from distill.student_files import student_folder
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.weights import load_lpips
 

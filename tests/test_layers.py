@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pairgen",),
     ("distill.config",),
     ("distill.models", "distill.losses"),
+    ("distill.student_files",),
     ("distill.sampling",),
     ("distill.planning", "distill.monitoring"),
     ("distill.training",),
@@ -63,7 +64,7 @@ LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for packag
 FORBIDDEN: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "distill": (("pairgen", ("pairgen.store",)),),
     "eval": (("pairgen", ("pairgen.store",)), ("distill", ())),
-    "eval.runner": (("distill", ("distill.sampling",)),),
+    "eval.runner": (("distill", ("distill.sampling", "distill.student_files")),),
 }
 
 # Libraries and the only files or folders that may import them.

@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 from d2g.core.errors import UserError
 from d2g.core.json_files import check_type, parse_json
 from d2g.core.regular_files import open_regular
-from distill.sampling import student_folder
+from distill.student_files import student_folder
 
 METRICS = ("fid", "kid", "clip_score", "precision", "recall")
 

@@ -26,11 +26,11 @@ from distill.export.to_comfyui import export_comfyui
 from distill.export.to_diffusers import export_lora as export_lora
 from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
-from distill.sampling import (
+from distill.sampling import load_student
+from distill.student_files import (
     condition_teacher,
     guiding_clip,
     kind_settings,
-    load_student,
     student_folder,
     student_guidance,
     student_tensors,

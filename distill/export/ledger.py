@@ -8,7 +8,7 @@ from distill.config.export import CardOptions
 from distill.export.card_history import pair_stores, read_history, teacher_evaluations
 from distill.export.card_scores import is_own_result, own_results
 from distill.export.model_card import kg_co2
-from distill.sampling import student_tensors
+from distill.student_files import student_tensors
 
 SCORES = ("fid", "is", "clip_score", "pickscore")
 """Numbers of results in a ledger, where they were measured."""

@@ -27,7 +27,8 @@ from distill.export.card_scores import own_results
 from distill.export.model_card import ComfyUIUsage, model_card
 from distill.export.original_names import original_clip, original_open_clip, original_unet, original_vae
 from distill.export.output import check_out, check_parity, max_abs_diff, parse_dtype, save_tensors
-from distill.sampling import OneStep, load_student, student_folder
+from distill.sampling import OneStep, load_student
+from distill.student_files import student_folder
 
 CHECKPOINT, WORKFLOW = "one-step.safetensors", "workflow.json"
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}

@@ -40,7 +40,8 @@ from distill.export.output import (
     save_tensors,
 )
 from distill.models.student import add_guidance_embedding
-from distill.sampling import OneStep, load_student, stored_tensors, student_config, student_folder
+from distill.sampling import OneStep, load_student
+from distill.student_files import stored_tensors, student_config, student_folder
 
 KOHYA_FILE = "comfyui/lora.safetensors"
 """Adapters under kohya's names. Beside the others, diffusers would not know which file to load."""

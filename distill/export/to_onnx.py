@@ -21,7 +21,8 @@ from distill.export.card_scores import own_results
 from distill.export.model_card import OnnxUsage, model_card
 from distill.export.output import check_out, check_parity, max_abs_diff
 from distill.models.student import Student
-from distill.sampling import OneStep, load_student, student_folder
+from distill.sampling import OneStep, load_student
+from distill.student_files import student_folder
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 

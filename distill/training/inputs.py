@@ -19,7 +19,7 @@ from d2g.vision.transformers_vision import clip_sha256
 from d2g.vision.weights import file_sha256
 from distill.config.run import DistillConfig
 from distill.models.feature_networks import weights_path
-from distill.sampling import student_folder
+from distill.student_files import student_folder
 from distill.training.real_images import RealImages
 from distill.training.real_rows import ImageRows
 from pairgen.store.concat import JoinedReader

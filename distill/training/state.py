@@ -38,7 +38,7 @@ from distill.models.text_student import (
     text_conditioner_on_meta,
     text_modules,
 )
-from distill.sampling import load_same_adapters, load_student_weights, stored_tensors
+from distill.student_files import load_same_adapters, load_student_weights, stored_tensors
 from distill.training.inputs import weights_sha256_of
 from distill.training.optim import optimizer
 

@@ -19,14 +19,8 @@ from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.solvers import sample_ode
 from d2g.diffusion.teacher import PRECISIONS, Teacher, check_solver
 from d2g.diffusion.teacher_sampler import TeacherSampler
-from distill.sampling import (
-    OneStep,
-    load_checkpoint,
-    load_student,
-    student_folder,
-    with_prior,
-    with_psi,
-)
+from distill.sampling import OneStep, load_checkpoint, load_student, with_prior, with_psi
+from distill.student_files import student_folder
 from eval.measure.latency import Parts
 from eval.measure.source import ImageSource, SampledBatch, views_of
 from eval.protocols.config import PIPELINE_STEPS

@@ -18,7 +18,7 @@ from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher_sampler import PRIOR_STEPS, SolverSettings, load_sampler
-from distill.sampling import guiding_clip, student_folder
+from distill.student_files import guiding_clip, student_folder
 from eval.evaluation import Evaluation, evaluate, image_count
 from eval.floor import Floor, real_floor
 from eval.images.folders import open_images

@@ -16,7 +16,7 @@ from d2g.core.tracking.run_directory import sole_owner
 from d2g.diffusion import pretrained
 from distill.config.export import FORMATS_WITH_CARD
 from distill.export.export import export as export_student_as
-from distill.sampling import student_folder
+from distill.student_files import student_folder
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PROTOCOLS
 from eval.result import EvalResult

@@ -277,7 +277,7 @@ def test_images_without_a_caption_are_reported(tmp_path: Path, log: pytest.LogCa
 
 
 def test_images_of_an_earlier_sample_call_are_reported(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    from distill.sampling import log_earlier_samples
+    from distill.saved_samples import log_earlier_samples
 
     put(tmp_path, "00000.png", "00001.png", "00002.png", "grid.png", "notes.png")
     log_earlier_samples(tmp_path, 3)

@@ -31,7 +31,8 @@ from distill.export.export import export
 from distill.models.cascade_discriminator import discriminator_from_stage
 from distill.models.student import student_from_teacher
 from distill.planning.memory import predict
-from distill.sampling import load_student, save_both_samples, save_teacher_samples, with_prior
+from distill.sampling import load_student, with_prior
+from distill.saved_samples import save_both_samples, save_teacher_samples
 from distill.training.state import new_state
 from distill.training.train import train
 from eval.protocols.config import EvalRun

@@ -20,7 +20,7 @@ from distill.config.components import ClipGuidanceConfig
 from distill.losses.clip_guidance import build_clip_guidance, spherical_distance, text_cross_entropy
 from distill.planning.memory import predict
 from distill.planning.unused_settings import refuse_unused
-from distill.sampling import guiding_clip
+from distill.student_files import guiding_clip
 from distill.training.train import train
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 from runs import losses, state_at

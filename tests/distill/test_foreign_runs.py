@@ -11,7 +11,7 @@ from d2g.core.distributed.checkpoint import latest
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import RunLog, read_stats
 from distill.monitoring.status import view
-from distill.sampling import student_config, student_folder
+from distill.student_files import student_config, student_folder
 from eval.result import EvalResult
 from wrong_json import changed
 

@@ -9,7 +9,8 @@ from d2g.core.errors import SettingError, UserError
 from distill.config.export import CardOptions
 from distill.export.export import export_student
 from distill.export.ledger import ledger_rows
-from distill.sampling import load_student, student_folder
+from distill.sampling import load_student
+from distill.student_files import student_folder
 from distill.training.train import train
 from jobs import distill_config, make_pairs
 

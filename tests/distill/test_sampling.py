@@ -20,13 +20,9 @@ from d2g.diffusion.pretrained import load_vae
 from d2g.diffusion.teacher import load_teacher
 from distill.export.export import export_student
 from distill.models.student import student_from_teacher
-from distill.sampling import (
-    load_student,
-    load_student_weights,
-    save_samples,
-    student_folder,
-    untrained_one_step,
-)
+from distill.sampling import load_student, untrained_one_step
+from distill.saved_samples import save_samples
+from distill.student_files import load_student_weights, student_folder
 from distill.training.train import train
 from jobs import distill_config, make_pairs
 

@@ -18,7 +18,7 @@ from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
 from d2g.vision.transformers_vision import clip_sha256
 from distill.export.export import export_student
-from distill.sampling import guiding_clip
+from distill.student_files import guiding_clip
 from eval.measure.reference import Reference
 from eval.networks.registry import load_clip
 from eval.protocols.config import CurveRun, EvalRun

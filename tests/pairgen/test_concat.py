@@ -12,7 +12,8 @@ from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion import pretrained
 from distill.models.student import student_from_teacher
-from distill.sampling import load_student, save_samples
+from distill.sampling import load_student
+from distill.saved_samples import save_samples
 from distill.training.data import open_pairs, pair_batches
 from distill.training.train import train
 from jobs import distill_config, make_pairs

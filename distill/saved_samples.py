@@ -1,0 +1,199 @@
+"""Images of a student, of its teacher, or of both, as files with a grid: what `d2g sample` writes."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2g.core.captioned_grid import captioned_grid
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError
+from d2g.core.logs import logger
+from d2g.core.png import image_grid, save_png
+from d2g.core.progress import Progress, quiet
+from d2g.diffusion import pretrained
+from d2g.diffusion.latents import decode, to_uint8
+from d2g.diffusion.pipelines import family_of
+from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
+from distill.sampling import load_student, with_prior, with_psi
+from distill.student_files import kind_settings, student_folder, student_guidance
+
+
+def save_samples(
+    name: str,
+    prompts: Sequence[str],
+    out: Path,
+    seed: int,
+    batch_size: int = 32,
+    teacher: str | None = None,
+    guidance: float | None = None,
+    progress: Progress = quiet,
+    prior: str | None = None,
+    psi: float | None = None,
+) -> dict[str, Any]:
+    """Generate one image per prompt; write OUT/00000.png, ... with the prompt as metadata, and OUT/grid.png.
+
+    guidance: the guidance scale to imitate. prior: the student of the stage before, in a cascade, or that
+    whose latents an upsampler enlarges. psi: truncation of the styles. Returns the output folder, the number
+    of images and the seconds per image. Raises SettingError if `guidance` or `psi` is set but the student
+    does not take it, and as `with_prior` does.
+    """
+    images, seconds = _student_images(
+        name, prompts, seed, batch_size, teacher, guidance, progress, prior=prior, psi=psi
+    )
+    _write_images(images, prompts, seed, out)
+    return {"out": str(out), "images": len(images), "seconds_per_image": seconds}
+
+
+def save_teacher_samples(
+    name: str,
+    prompts: Sequence[str],
+    out: Path,
+    seed: int,
+    batch_size: int,
+    settings: SolverSettings,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """`save_samples` of a teacher, which draws with its first-order solver, in a cascade after the stage
+    before.
+
+    Raises SettingError and UserError as `load_sampler` does.
+    """
+    images, seconds = _teacher_images(name, prompts, seed, batch_size, settings, progress)
+    _write_images(images, prompts, seed, out)
+    return {"out": str(out), "images": len(images), "seconds_per_image": seconds}
+
+
+def save_both_samples(
+    student: str,
+    teacher: str,
+    prompts: Sequence[str],
+    out: Path,
+    seed: int,
+    batch_size: int,
+    settings: SolverSettings,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Student and teacher on the same noise: OUT/student, OUT/teacher, and OUT/grid.png with both in a row
+    and the prompts below.
+
+    The guidance of the settings is for a student that takes it, too, else for the teacher alone. By default
+    both have the scale of the student's pairs where the teacher takes it as an input. In a cascade, the prior
+    of the settings is the student of the stage before; the teacher draws after that student's teacher.
+    """
+    prior = settings.prior
+    if settings.guidance is None and family_of(teacher).embedded_guidance is not None:
+        settings = replace(settings, guidance=student_guidance(student, teacher))
+    student_images = _student_images(
+        student,
+        prompts,
+        seed,
+        batch_size,
+        teacher,
+        settings.guidance,
+        progress,
+        must_take_guidance=False,
+        prior=prior,
+    )
+    settings = replace(settings, prior=None if prior is None else student_folder(prior)[1])
+    timed: dict[str, tuple[list[Tensor], float]] = {
+        "student": student_images,
+        "teacher": _teacher_images(teacher, prompts, seed, batch_size, settings, progress),
+    }
+    for name, (images, _) in timed.items():
+        _write_images(images, prompts, seed, out / name)
+    # Rows of student and teacher, side by side.
+    rows = [image for pair in zip(*(images for images, _ in timed.values()), strict=True) for image in pair]
+    if len({image.shape for image in rows}) == 1:
+        steps = f"{settings.steps}" if prior is None else f"{settings.prior_steps} + {settings.steps}"
+        names = ("one step" if prior is None else "two steps", f"teacher, {steps} steps")
+        titles = [f"{name}: {text}" for text in prompts for name in names]
+        same = kind_settings(student).is_diffusion
+        shared = "on the same noise" if same else "with noise of their own"
+        heading = f"{Path(student).name} and its teacher {Path(teacher).name} {shared}, seed {seed}"
+        across = 2 if len(rows) <= 16 else 8
+        save_png(captioned_grid(torch.stack(rows[:64]), titles[:64], heading, across), out / "grid.png", {})
+    return {
+        "out": str(out),
+        "images": len(rows),
+        "seconds_per_image": timed["student"][1],
+        "teacher_seconds_per_image": timed["teacher"][1],
+    }
+
+
+def _student_images(
+    name: str,
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int,
+    teacher: str | None,
+    guidance: float | None,
+    progress: Progress,
+    must_take_guidance: bool = True,
+    prior: str | None = None,
+    psi: float | None = None,
+) -> tuple[list[Tensor], float]:
+    """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
+    one_step = with_prior(load_student(name, teacher, process_group.own_device()), name, prior)
+    one_step = with_psi(one_step, name, psi)
+    # The guidance scale is an input of some students only.
+    if guidance is not None and one_step.student.guided:
+        one_step = replace(one_step, guidance=guidance)
+    elif guidance is not None and must_take_guidance:
+        raise SettingError(
+            f"student {name} has its guidance in its weights; leave --guidance out, or train one with "
+            "student.guidance_conditioning=true"
+        )
+    started, samples = time.monotonic(), list[Tensor]()
+    for images, _ in one_step.sample(prompts, seed, batch_size=batch_size):
+        samples += list(images)
+        progress("sample", len(samples), len(prompts))
+    return samples, (time.monotonic() - started) / len(samples)
+
+
+def _teacher_images(
+    name: str,
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int,
+    settings: SolverSettings,
+    progress: Progress,
+) -> tuple[list[Tensor], float]:
+    """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
+    sampler = load_sampler(name, settings, process_group.own_device())
+    vae = pretrained.load_vae(name).to(sampler.teacher.device)
+    started, samples = time.monotonic(), list[Tensor]()
+    for first in range(0, len(prompts), batch_size):
+        # Image i has the noise of (seed, i), as a student's.
+        part = list(prompts[first : first + batch_size])
+        latents = sampler.latents(seed, range(first, first + len(part)), part)
+        with torch.no_grad():
+            samples += list(to_uint8(decode(vae, latents)).cpu())
+        progress("sample teacher", len(samples), len(prompts))
+    return samples, (time.monotonic() - started) / len(samples)
+
+
+def _write_images(images: Sequence[Tensor], prompts: Sequence[str], seed: int, out: Path) -> None:
+    """One file per image, and a grid of the first ones."""
+    for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        save_png(
+            image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)}
+        )
+    save_png(image_grid(torch.stack(list(images[:64]))), out / "grid.png", {})
+    log_earlier_samples(out, len(images))
+
+
+def log_earlier_samples(out: Path, count: int) -> None:
+    """Log which images of an earlier call OUT holds beside the `count` new ones; a user may want them."""
+    numbered = (path for path in out.glob("*.png") if path.stem.isdecimal())
+    if earlier := sorted(path for path in numbered if int(path.stem) >= count):
+        logger.warning(
+            "%s also holds %d images of an earlier call, from %s on; remove them, or choose another --out",
+            out,
+            len(earlier),
+            earlier[0].name,
+        )

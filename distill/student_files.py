@@ -1,0 +1,196 @@
+"""What a run of `d2g distill` or an exported student says of itself, and its weights."""
+
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from torch import Tensor
+
+from d2g.core.config import RESTORE_CONFIG_HINT, from_json
+from d2g.core.distributed import checkpoint
+from d2g.core.errors import SettingError, UserError
+from d2g.core.json_files import read_json_object
+from d2g.diffusion import pretrained
+from d2g.diffusion.conditioning import Conditioner
+from d2g.diffusion.lora import has_lora, merged
+from d2g.diffusion.pipelines import family_of
+from distill.config.components import StudentConfig
+from distill.models.student import Student, add_guidance_embedding
+from distill.models.students import build_student
+from distill.models.text_student import split_tensors
+
+DEFAULT_GUIDANCE = 8.0
+"""Guidance scale of a student that takes it as an input, where nothing else is known."""
+REMEDIES = {
+    "student.json": "export the student again",
+    "config.json": RESTORE_CONFIG_HINT,
+}
+"""Files that describe a student, and what to do if one is damaged."""
+
+
+class CommonFacts(TypedDict):
+    """What a run's config.json and an export's student.json both say of the student."""
+
+    teacher: NotRequired[str]
+    student_timestep: NotRequired[int]
+    guidance: NotRequired[float]
+    """Of an export whose teacher takes the guidance scale as an input: the scale of its pairs."""
+    condition_teacher: NotRequired[str]
+    """Of an export of a cascade's later stage: the denoiser's sha256 of the stage before."""
+    clip_guidance_sha256: NotRequired[str]
+    """Of an export of a student that a CLIP guided: `guiding_clip`."""
+    inputs: NotRequired[dict[str, Any]]
+
+
+class StudentFacts(CommonFacts):
+    """What is read of either file."""
+
+    student: NotRequired[dict[str, Any]]
+    """The settings of the student; of an export, where it is not the teacher's network."""
+
+
+class RunFacts(CommonFacts):
+    """What is read of a run's config.json."""
+
+    student: dict[str, Any]
+
+
+def student_folder(name: str) -> tuple[Path, str, int]:
+    """Locate a student: (weights folder, teacher, timestep) of an export or of a run's newest checkpoint.
+
+    name: a folder or "miniature". Raises UserError for any other folder and for a run without a checkpoint.
+    """
+    folder, file, config = _student_facts(name)
+    # A run: its newest checkpoint holds the weights.
+    if file == "config.json":
+        last = checkpoint.latest(folder / "checkpoints")
+        if last is None:
+            raise UserError(f"student {name}: the run has no checkpoint yet; train it first")
+        folder = last.folder
+    try:
+        return folder, str(config["teacher"]), int(config["student_timestep"])
+    except KeyError as error:
+        raise UserError(f"student {name}: {file} has no {error}; expected a folder that d2g wrote") from error
+
+
+def _student_facts(name: str) -> tuple[Path, str, dict[str, Any]]:
+    """The folder of a student, the file that tells a run from an exported student, and its content."""
+    folder = pretrained.SHIPPED[name] / "student" if name in pretrained.SHIPPED else Path(name)
+    for file in REMEDIES:
+        if (folder / file).is_file():
+            return folder, file, read_json_object(folder / file, REMEDIES[file], StudentFacts)
+    raise UserError(
+        f"student {name}: expected a run of `d2g distill` (config.json) or an exported student (student.json)"
+    )
+
+
+def guiding_clip(name: str) -> str:
+    """`clip_sha256` of the CLIP that guided a student in training; "" where none did or none is recorded."""
+    _, _, facts = _student_facts(name)
+    return str(facts.get("inputs", {}).get("clip", "") or facts.get("clip_guidance_sha256", ""))
+
+
+def student_guidance(name: str, teacher: str) -> float:
+    """The guidance scale at which a student is drawn unless the user gives another.
+
+    Where the teacher takes the scale as an input: that of the run's first pair store, as recorded.
+    """
+    usual = family_of(teacher).embedded_guidance
+    if usual is None:
+        return DEFAULT_GUIDANCE
+    _, _, facts = _student_facts(name)
+    stores = facts.get("inputs", {}).get("pairs", [])
+    return float(stores[0]["guidance"] if stores else facts.get("guidance", usual))
+
+
+def condition_teacher(name: str) -> str:
+    """The denoiser's sha256 of the teacher whose latents conditioned the pairs of a student; "" for none."""
+    _, _, facts = _student_facts(name)
+    stores = facts.get("inputs", {}).get("pairs", [])
+    return str(stores[0].get("condition_teacher", "") if stores else facts.get("condition_teacher", ""))
+
+
+def stored_tensors(name: str, folder: Path | None = None) -> dict[str, Tensor]:
+    """Load the EMA weights of a run, or the weights of an exported student, as they are stored.
+
+    folder: one of the run's checkpoints, in place of the newest one.
+    """
+    if folder is not None:
+        return checkpoint.open_checkpoint(folder).tensors("ema")
+    _, file, _ = _student_facts(name)
+    # An exported student has no checkpoint before it.
+    advice = REMEDIES[file] if file == "student.json" else ""
+    return checkpoint.Checkpoint(student_folder(name)[0], 0, {}, advice).tensors("ema")
+
+
+def student_tensors(name: str, folder: Path | None = None) -> dict[str, Tensor]:
+    """`stored_tensors`, with LoRA adapters merged."""
+    tensors = stored_tensors(name, folder)
+    if not has_lora(tensors):
+        return tensors
+    config = student_config(name)
+    return merged(tensors, config.lora_rank, config.alpha)
+
+
+def student_config(name: str) -> StudentConfig:
+    """Read the student settings (adapters, guidance conditioning) of a run."""
+    config = read_json_object(Path(name) / "config.json", REMEDIES["config.json"], RunFacts)
+    return from_json(StudentConfig, config["student"])
+
+
+def kind_settings(name: str) -> StudentConfig:
+    """The settings that build a student: its kind, and the sizes of a network of its own. Adapters and other
+    additions are in the weights."""
+    _, _, facts = _student_facts(name)
+    config = from_json(StudentConfig, facts.get("student", {}))
+    return StudentConfig() if config.is_diffusion else config
+
+
+def empty_student(name: str, teacher: str, timestep: int) -> Student:
+    """A student of the kind and sizes of `name`, for its weights."""
+    return build_student(teacher, timestep, kind_settings(name))
+
+
+def load_student_weights(
+    student: Student, name: str, conditioner: Conditioner | None = None, folder: Path | None = None
+) -> bool:
+    """Load the EMA weights of a run, or those of an exported student, into a `student` without adapters.
+
+    Adapters are merged first. If the weights take the guidance scale as an input, a guidance embedding is
+    added to `student`. conditioner: the teacher's, into which a student's own text encoders go. folder: one
+    of the run's checkpoints, in place of the newest one. Returns whether it has text encoders of its own.
+    Raises UserError if a tensor is missing, unexpected, or has another shape, and for text encoders without a
+    conditioner.
+    """
+    tensors, own_text = split_tensors(student_tensors(name, folder))
+    if own_text and conditioner is None:
+        raise SettingError(
+            f"{name} has text encoders of its own, which this run would drop; set "
+            "student.own_text_encoder=true"
+        )
+    if "unet.time_embedding.cond_proj.weight" in tensors and not student.guided:
+        add_guidance_embedding(student.network)
+    tensors = student.grown(tensors)
+    try:
+        student.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
+        if own_text and conditioner is not None:
+            conditioner.load_state_dict({k: v.float() for k, v in own_text.items()}, strict=True)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"student {name} does not fit its teacher: {first}") from error
+    return bool(own_text)
+
+
+def load_same_adapters(student: Student, name: str, config: StudentConfig) -> bool:
+    """Load the adapters of a run `name`, and the weights below them, into a `student` with those of `config`.
+
+    Returns False, and loads nothing, if the run has no adapters, or has others (rank, alpha, layers).
+    """
+    tensors, _ = split_tensors(stored_tensors(name))
+    if not has_lora(tensors):
+        return False
+    earlier = student_config(name)
+    shapes = {key: value.shape for key, value in student.state_dict().items()}
+    if earlier.alpha != config.alpha or shapes != {key: value.shape for key, value in tensors.items()}:
+        return False
+    student.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=True)
+    return True
