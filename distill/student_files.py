@@ -13,7 +13,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioner
 from d2g.diffusion.lora import has_lora, merged
 from d2g.diffusion.pipelines import family_of
-from distill.config.components import StudentConfig
+from distill.config.student import StudentConfig
 from distill.models.student import Student, add_guidance_embedding
 from distill.models.students import build_student
 from distill.models.text_student import split_tensors

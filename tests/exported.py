@@ -10,8 +10,8 @@ from d2g.core.atomic_files import write_atomically
 from d2g.core.config import to_json
 from d2g.core.distributed.checkpoint import save
 from d2g.core.seeds import generator
-from distill.config.components import StudentConfig
 from distill.config.run import DistillConfig
+from distill.config.student import StudentConfig
 from distill.models.student import student_from_teacher
 from distill.training.state import new_state
 from eval.runner.samplers import SamplingRequest, student_source

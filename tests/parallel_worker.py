@@ -16,7 +16,7 @@ from d2g.core.distributed import engine, process_group
 from d2g.core.distributed.engine import DistributedModule
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pipelines import family_of
-from distill.config.run import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.losses.adversarial import discriminator_loss
 from distill.losses.gradient_penalty import r1_penalty
 from distill.models.discriminator_kind import DiscriminatorKind

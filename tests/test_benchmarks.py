@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.scaling import LATENT_LPIPS, metric_flops
-from distill.config.components import RegressionConfig
 from distill.config.presets import TABLE_A1
+from distill.config.regression import RegressionConfig
 from distill.config.run import DistillConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from torchvision.models import squeezenet1_1
 import tiny
 import tiny_teachers
 from d2g.core.config import to_json
-from distill.config.components import StudentConfig
+from distill.config.student import StudentConfig
 from distill.training.train import train
 from exported import save_lora_run, save_result_of, save_run
 from jobs import TRAIN, distill_config, make_clip, make_pairs

@@ -6,16 +6,12 @@ from typing import Any, Literal
 
 from d2g.core.config import Presets, pick
 from d2g.core.errors import SettingError
-from distill.config.components import (
-    ClipGuidanceConfig,
-    DiscriminatorConfig,
-    GeneratorConfig,
-    OptimConfig,
-    RegressionConfig,
-    RegressionName,
-    StudentName,
-)
-from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig, StudentConfig, TrainConfig
+from distill.config.clip_guidance import ClipGuidanceConfig
+from distill.config.discriminator import DiscriminatorConfig
+from distill.config.optim import OptimConfig
+from distill.config.regression import RegressionConfig, RegressionName
+from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig, TrainConfig
+from distill.config.student import GeneratorConfig, StudentConfig, StudentName
 
 TeacherModel = Literal[
     "sd15",

@@ -1,4 +1,8 @@
-"""Settings of a run of either distillation stage. Presets: distill/config/presets.py."""
+"""Settings of a run of either distillation stage. Presets: distill/config/presets.py.
+
+The groups have files of their own beside this one. Sources are a table of the paper's supplement, a section
+of docs/method.md, or another paper. A default that no source fixes says so.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,13 +10,12 @@ from typing import Literal, get_args
 
 from d2g.core.config import Presets, check_values, nearest, require, setting
 from d2g.core.errors import SettingError
-from distill.config.components import ClipGuidanceConfig as ClipGuidanceConfig
-from distill.config.components import ConsistencyConfig as ConsistencyConfig
-from distill.config.components import DiscriminatorConfig as DiscriminatorConfig
-from distill.config.components import OptimConfig as OptimConfig
-from distill.config.components import RegressionConfig as RegressionConfig
-from distill.config.components import StudentConfig as StudentConfig
-from distill.config.components import require_even_microbatch
+from distill.config.clip_guidance import ClipGuidanceConfig
+from distill.config.consistency import ConsistencyConfig
+from distill.config.discriminator import DiscriminatorConfig, require_even_microbatch
+from distill.config.optim import OptimConfig
+from distill.config.regression import RegressionConfig
+from distill.config.student import StudentConfig
 
 Logger = Literal["tensorboard", "wandb", "trackio"]
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import GanLoss, Reduction
+from distill.config.discriminator import GanLoss
+from distill.config.regression import Reduction
 
 Logits = Mapping[str, Tensor]
 """Discriminator logits by head name."""

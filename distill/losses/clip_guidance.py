@@ -16,7 +16,7 @@ from d2g.diffusion.pipelines import family_of, open_pipeline
 from d2g.vision.crops import crop_view
 from d2g.vision.normalization import OPENAI
 from d2g.vision.transformers_vision import clip_on_meta, load_clip_model, load_clip_tokenizer
-from distill.config.components import ClipGuidanceConfig
+from distill.config.clip_guidance import ClipGuidanceConfig
 
 LIMIT = 1 - 1e-6
 """Cosines are clamped to this: the derivative of arccos is infinite at 1."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import DiscriminatorConfig, Reduction
+from distill.config.discriminator import DiscriminatorConfig
+from distill.config.regression import Reduction
 from distill.losses.adversarial import Logits, by_discriminator, weighted_sum
 
 DiscriminatorFn = Callable[..., dict[str, Tensor]]

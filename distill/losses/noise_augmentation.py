@@ -14,7 +14,7 @@ from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.schedule import Schedule
 from d2g.diffusion.scheduler_files import AnySchedule
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 
 
 def sample_timesteps(

@@ -14,7 +14,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.cascade import CascadeFamily
 from d2g.diffusion.pipelines import family_of
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.models.discriminator_kind import TIME_SETTINGS, DiscriminatorKind
 
 TINY = 1e-24

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 
 TIME_SETTINGS = (
     *("timestep", "timestep_mode", "timestep_shift"),

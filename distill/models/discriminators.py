@@ -1,7 +1,7 @@
 """All discriminators by name (`gan.discriminator`).
 
 To add one, write `distill/models/NAME_discriminator.py` with a `DiscriminatorKind` at its top level, and add
-NAME to `DiscriminatorName` in `distill/config/components.py`, with its settings if it has any.
+NAME to `DiscriminatorName` in `distill/config/discriminator.py`, with its settings if it has any.
 """
 
 from importlib import import_module
@@ -10,7 +10,7 @@ from typing import get_args
 from d2g.core.errors import SettingError
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import open_pipeline
-from distill.config.components import DiscriminatorConfig, DiscriminatorName
+from distill.config.discriminator import DiscriminatorConfig, DiscriminatorName
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.two_discriminators import both
 

@@ -15,7 +15,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.base import Family
 from d2g.diffusion.pipelines import family_of
-from distill.config.components import GeneratorConfig, StudentConfig
+from distill.config.student import GeneratorConfig, StudentConfig
 from distill.models.condition_vector import ConditionShape, condition_shape, condition_vector
 from distill.models.student import Student
 from distill.models.student_kind import StudentKind

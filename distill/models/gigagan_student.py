@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distill.config.components import GeneratorConfig
+from distill.config.student import GeneratorConfig
 from distill.models.attention_layers import AttentionBlock, TextLayers
 from distill.models.condition_vector import ConditionShape
 from distill.models.generator_student import generator_kind

@@ -12,7 +12,7 @@ from math import log2
 from torch import Tensor, nn
 
 from d2g.core.errors import SettingError
-from distill.config.components import GeneratorConfig
+from distill.config.student import GeneratorConfig
 from distill.models.condition_vector import ConditionShape
 from distill.models.generator_student import generator_kind
 from distill.models.gigagan_student import GIGAGAN_SETTINGS, AdaptiveGenerator

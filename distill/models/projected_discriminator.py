@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d2g.core.errors import SettingError
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.models.condition_vector import ConditionShape, condition_shape, condition_vector
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.feature_networks import open_feature_network

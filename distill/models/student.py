@@ -18,7 +18,7 @@ from d2g.diffusion.families.base import SCHEDULE_NAMES, Family
 from d2g.diffusion.lora import add_lora
 from d2g.diffusion.pipelines import family_of, open_pipeline
 from d2g.diffusion.scheduler_files import AnySchedule, schedule_kind
-from distill.config.components import StudentConfig
+from distill.config.student import StudentConfig
 from distill.models.row_dropout import RowDropout
 
 GUIDANCE_WIDTH = 256

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from distill.config.components import StudentConfig
+from distill.config.student import StudentConfig
 from distill.models.student import Student
 
 

@@ -1,7 +1,7 @@
 """All kinds of students by name (`student.kind`).
 
 To add one, write `distill/models/NAME_student.py` with a `StudentKind` at its top level, and add NAME to
-`StudentName` in `distill/config/components.py`, with its settings if it has any. A - in the name is a _ in
+`StudentName` in `distill/config/student.py`, with its settings if it has any. A - in the name is a _ in
 the file's.
 """
 
@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import get_args
 
 from d2g.core.errors import SettingError
-from distill.config.components import StudentConfig, StudentName
 from distill.config.run import FROM_TEACHER, DistillConfig
+from distill.config.student import StudentConfig, StudentName
 from distill.models.student import Student
 from distill.models.student_kind import StudentKind
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from distill.config.components import GeneratorConfig
+from distill.config.student import GeneratorConfig
 from distill.models.condition_vector import ConditionShape
 from distill.models.generator_student import generator_kind
 from distill.models.style_generator import (

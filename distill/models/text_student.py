@@ -13,7 +13,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import CLIPConditioner, Conditioning
 from d2g.diffusion.families.unet import TextUNetFamily
 from d2g.diffusion.pipelines import family_of, open_pipeline
-from distill.config.components import StudentConfig
+from distill.config.student import StudentConfig
 from distill.models.student import DiffusionStudent, Student, freeze_by_pattern, set_trainable
 
 PREFIX = "conditioner."

@@ -16,7 +16,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.transformer import TransformerFamily
 from d2g.diffusion.pipelines import family_of
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.models.discriminator_kind import TIME_SETTINGS, DiscriminatorKind
 from distill.models.feature_networks import equally_spaced
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.models.discriminator_kind import DiscriminatorKind
 
 

@@ -18,7 +18,7 @@ from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.unet import UNetFamily
 from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.scheduler_files import AnySchedule
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.models.discriminator_kind import TIME_SETTINGS, DiscriminatorKind
 
 BLOCK_TYPES = tuple(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.config.presets import TABLE_A1, Recipe
 from distill.config.run import DistillConfig, TrainConfig, microbatch_size
 

@@ -14,7 +14,8 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.base import Pipeline
 from d2g.diffusion.latents import decode
-from distill.config.components import DiscriminatorConfig, RegressionConfig
+from distill.config.discriminator import DiscriminatorConfig
+from distill.config.regression import RegressionConfig
 from distill.config.run import DistillConfig
 from distill.losses.gradient_penalty import DiscriminatorInput
 from distill.losses.regression.decoder_features import DecoderFeatures

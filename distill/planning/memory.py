@@ -21,7 +21,7 @@ from d2g.core.distributed import engine, process_group
 from d2g.core.distributed.low_memory_adamw import WORKING_COPIES, moment_bytes
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of, open_pipeline
-from distill.config.components import OptimConfig
+from distill.config.optim import OptimConfig
 from distill.config.run import DistillConfig, EngineConfig
 from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
 from distill.losses.gradient_penalty import r1_penalty

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 
 from d2g.core.errors import SettingError
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.config.run import DistillConfig
 from distill.losses.regression.registry import REGRESSION_LOSSES, regression_networks
 from distill.models.discriminators import DISCRIMINATORS

@@ -15,7 +15,7 @@ from d2g.core.seeds import StepStream, Stream, generator
 from d2g.core.seeds import noise as row_noise
 from d2g.core.transfer import to_device
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import DiscriminatorConfig, Penalty
+from distill.config.discriminator import DiscriminatorConfig, Penalty
 from distill.losses.adversarial import sample_mismatches
 from distill.losses.clip_guidance import ClipGuidance
 from distill.losses.gradient_penalty import DiscriminatorInput, sample_penalty_rows

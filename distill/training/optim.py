@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from d2g.core.distributed.engine import DistributedModule, local_shard
 from d2g.core.distributed.low_memory_adamw import LowMemoryAdamW
 from d2g.diffusion.families.unet import attention_parameters
-from distill.config.components import OptimConfig
+from distill.config.optim import OptimConfig
 
 
 def optimizer(module: nn.Module, config: OptimConfig, offload: bool = False) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ from d2g.core.seeds import Stream, generator, noise
 from d2g.core.transfer import to_device
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.losses.gradient_penalty import DiscriminatorInput
 from distill.training.real_images import CaptionKind, RealImages
 from distill.training.text_cache import TextCache

@@ -19,8 +19,9 @@ from d2g.core.seeds import Stream, generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.fp32_attention import use_fp32_attention
 from d2g.diffusion.lora import has_lora
-from distill.config.components import DiscriminatorConfig, GeneratorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.config.run import FROM_TEACHER, DistillConfig, EngineConfig
+from distill.config.student import GeneratorConfig
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.ema import EMA

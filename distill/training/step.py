@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from d2g.core.precision import exact_fp32
-from distill.config.components import DiscriminatorConfig, OptimConfig
+from distill.config.discriminator import DiscriminatorConfig
+from distill.config.optim import OptimConfig
 from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match
 from distill.losses.clip_guidance import ClipGuidance
 from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty

@@ -21,7 +21,8 @@ from d2g.core.tracking.run_directory import Pace, RunLog, sole_owner
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pipelines import family_of
-from distill.config.run import DistillConfig, StudentConfig, microbatch_size
+from distill.config.run import DistillConfig, microbatch_size
+from distill.config.student import StudentConfig
 from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression

@@ -21,7 +21,8 @@ from d2g.diffusion.pipelines import FAMILY_OF, family_of, open_pipeline
 from d2g.diffusion.scheduler_files import load_any_schedule, schedule_kind
 from d2g.diffusion.teacher import describe_stages
 from d2g_cli.main import app
-from distill.config.components import DiscriminatorConfig, StudentConfig
+from distill.config.discriminator import DiscriminatorConfig
+from distill.config.student import StudentConfig
 from distill.export.one_step_pipeline import pipeline_schedule
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.student import check_teacher, student_from_teacher

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import GanLoss, require_even_microbatch
+from distill.config.discriminator import GanLoss, require_even_microbatch
 from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match, sample_mismatches
 
 

@@ -10,8 +10,8 @@ import pytest
 from d2g.core.atomic_files import write_atomically
 from d2g.core.errors import UserError
 from d2g.diffusion.pretrained import SHIPPED
-from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
+from distill.config.student import StudentConfig
 from distill.export.card_scores import own_results
 from distill.export.export import export, export_student
 from distill.export.model_card import PipelineUsage, model_card

@@ -24,7 +24,7 @@ from d2g.diffusion.latents import decode_uint8
 from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher import check_solver, load_teacher
 from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler, prior_seed
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.config.export import ExportConfig
 from distill.config.run import EngineConfig, SampleConfig
 from distill.export.export import export

@@ -23,14 +23,10 @@ from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.schedule import Point, Schedule
 from d2g.diffusion.teacher import load_teacher
-from distill.config.components import StudentConfig
-from distill.config.run import (
-    DiscriminatorConfig,
-    DistillConfig,
-    EngineConfig,
-    RegressionConfig,
-    TrainConfig,
-)
+from distill.config.discriminator import DiscriminatorConfig
+from distill.config.regression import RegressionConfig
+from distill.config.run import DistillConfig, EngineConfig, TrainConfig
+from distill.config.student import StudentConfig
 from distill.losses.regression.regression import build_regression
 from distill.models.row_dropout import row_keys, set_dropout_keys
 from distill.models.student import (

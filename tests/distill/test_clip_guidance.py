@@ -16,7 +16,7 @@ from d2g.diffusion.latents import decode
 from d2g.vision.normalization import OPENAI
 from d2g.vision.transformers_vision import clip_sha256
 from d2g_cli.distill import _warn_of_scoring_clip
-from distill.config.components import ClipGuidanceConfig
+from distill.config.clip_guidance import ClipGuidanceConfig
 from distill.losses.clip_guidance import build_clip_guidance, spherical_distance, text_cross_entropy
 from distill.planning.memory import predict
 from distill.planning.unused_settings import refuse_unused

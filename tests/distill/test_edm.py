@@ -16,9 +16,10 @@ from d2g.core.distributed import checkpoint, sharded_checkpoint
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
-from distill.config.components import OptimConfig, RegressionConfig
 from distill.config.export import ExportConfig
+from distill.config.optim import OptimConfig
 from distill.config.presets import preset
+from distill.config.regression import RegressionConfig
 from distill.config.run import DistillConfig
 from distill.export.export import export
 from distill.sampling import default_student_prompts, load_student

@@ -25,8 +25,8 @@ from d2g.diffusion.latents import decode
 from d2g.diffusion.schedule import predict_x0
 from d2g.diffusion.scheduler_files import load_schedule
 from d2g_cli import main as cli
-from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
+from distill.config.student import StudentConfig
 from distill.export.export import export, export_lora, export_pipeline, export_student
 from distill.export.model_card import license_of
 from distill.export.one_step_pipeline import (

@@ -14,7 +14,7 @@ from d2g.core.errors import SettingError
 from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.losses.gradient_penalty import r1_penalty
 from distill.models.condition_vector import ConditionShape
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import tiny_teachers
 from d2g.core.seeds import generator
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.run import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.losses.gradient_penalty import (
     DiscriminatorInput,
     approximate_r1,

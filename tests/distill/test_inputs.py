@@ -19,9 +19,9 @@ import vision_models
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
-from distill.config.components import StudentConfig
 from distill.config.export import ExportConfig
 from distill.config.run import DistillConfig
+from distill.config.student import StudentConfig
 from distill.export.card_history import read_history
 from distill.export.export import export
 from distill.training.inputs import describe_inputs, same_inputs, weights_sha256_of

@@ -15,8 +15,8 @@ from d2g.core.distributed.checkpoint import save
 from d2g.core.distributed.engine import store_frozen_in_bf16
 from d2g.core.errors import UserError
 from d2g.core.seeds import noise
-from distill.config.components import StudentConfig
 from distill.config.run import DistillConfig, EngineConfig
+from distill.config.student import StudentConfig
 from distill.export.export import export_lora, export_pipeline
 from distill.models.student import student_from_teacher
 from distill.sampling import load_checkpoint, load_student

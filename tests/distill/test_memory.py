@@ -15,9 +15,12 @@ from d2g.core.distributed.low_memory_adamw import moment_bytes
 from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import DiscriminatorConfig, OptimConfig, RegressionConfig, StudentConfig
+from distill.config.discriminator import DiscriminatorConfig
+from distill.config.optim import OptimConfig
 from distill.config.presets import DISTILL_PRESETS
+from distill.config.regression import RegressionConfig
 from distill.config.run import DataConfig, DistillConfig, EngineConfig, TrainConfig
+from distill.config.student import StudentConfig
 from distill.losses.gradient_penalty import r1_penalty
 from distill.models.student import set_trainable, student_from_teacher
 from distill.models.unet_discriminator import added_parameters, discriminator_from_teacher

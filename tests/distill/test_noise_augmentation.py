@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tiny_teachers
 from d2g.core.errors import SettingError
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.losses.noise_augmentation import (
     NoiseAugmentation,
     build_noise_augmentation,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.config.components import OptimConfig
+from distill.config.optim import OptimConfig
 from distill.training.optim import learning_rate, optimizer, step_and_restore, step_unless
 
 

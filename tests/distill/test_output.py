@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from d2g.core.errors import SettingError, UserError
 from d2g.core.staged_folder import staged
-from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
+from distill.config.student import StudentConfig
 from distill.export.export import export
 from distill.export.output import PARITY_BOUND, check_parity, max_abs_diff
 from exported import save_lora_run, save_run

@@ -19,7 +19,7 @@ from d2g.core.seeds import generator
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.latents import decode
 from d2g.vision.crops import crop_view
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.config.presets import PIXEL_RECIPES
 from distill.losses.adversarial import discriminator_loss, generator_loss
 from distill.losses.gradient_penalty import r1_penalty

@@ -12,7 +12,7 @@ from d2g.core.config import override
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
-from distill.config.components import RegressionConfig
+from distill.config.regression import RegressionConfig
 from distill.config.run import DistillConfig, TrainConfig
 from distill.losses.regression import base
 from distill.losses.regression.decoder_features import EPSILON, MAX_DEVIATION, DecoderFeatures

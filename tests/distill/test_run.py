@@ -8,15 +8,10 @@ import pytest
 
 from d2g.core.config import from_json, override, to_json, with_values
 from d2g.core.errors import SettingError
-from distill.config.components import RegressionName
+from distill.config.discriminator import DiscriminatorConfig
 from distill.config.presets import DISTILL_PRESETS, TABLE_A1, preset
-from distill.config.run import (
-    DiscriminatorConfig,
-    DistillConfig,
-    EngineConfig,
-    RegressionConfig,
-    TrainConfig,
-)
+from distill.config.regression import RegressionConfig, RegressionName
+from distill.config.run import DistillConfig, EngineConfig, TrainConfig
 from distill.planning.cost import column, plan, table_evaluations
 from distill.planning.cost import evaluations as evaluations_of
 from distill.planning.unused_settings import CONDITIONS, GAN_ONLY, refuse_unused

@@ -18,8 +18,8 @@ from d2g.diffusion import lora, pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.teacher import load_teacher
-from distill.config.components import StudentConfig
 from distill.config.presets import PIXEL_RECIPES
+from distill.config.student import StudentConfig
 from distill.models.row_dropout import RowDropout, row_keys, set_dropout_keys, set_row_dropout
 from distill.models.student import (
     DiffusionStudent,

@@ -23,10 +23,10 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import open_pipeline
-from distill.config.components import GeneratorConfig, StudentConfig
 from distill.config.export import ExportConfig
 from distill.config.presets import STYLE_RECIPES
 from distill.config.run import DistillConfig
+from distill.config.student import GeneratorConfig, StudentConfig
 from distill.exploration import mixed_latents, open_student, save_edits, save_mix
 from distill.export.export import export, export_student
 from distill.models.attention_layers import SelfAttention, distance_logits

@@ -13,7 +13,8 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from d2g.diffusion.pretrained import load_conditioner
 from distill.config.export import ExportConfig
-from distill.config.run import DistillConfig, StudentConfig
+from distill.config.run import DistillConfig
+from distill.config.student import StudentConfig
 from distill.export.export import export
 from distill.models.text_student import TextStudent
 from distill.planning.flops import flop_per_image

@@ -28,8 +28,8 @@ import tiny_teachers
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator, noise
 from d2g.diffusion import pretrained
-from distill.config.components import StudentConfig
 from distill.config.export import ExportConfig
+from distill.config.student import StudentConfig
 from distill.export.export import export, export_lora, export_pipeline
 from distill.export.to_comfyui import CHECKPOINT, export_comfyui
 from distill.sampling import load_student

@@ -11,8 +11,8 @@ import torch
 import tiny_teachers
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
-from distill.config.components import StudentConfig
 from distill.config.export import CardOptions, ExportConfig
+from distill.config.student import StudentConfig
 from distill.export import to_onnx
 from distill.export.export import export
 from distill.export.to_onnx import run_onnx

@@ -27,7 +27,8 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from d2g.diffusion.fp32_attention import FP32Attention
-from distill.config.run import DistillConfig, OptimConfig
+from distill.config.optim import OptimConfig
+from distill.config.run import DistillConfig
 from distill.models.student import student_from_teacher
 from distill.training.failure import not_finite_error
 from distill.training.optim import optimizer, update

@@ -12,7 +12,7 @@ from d2g.core.errors import SettingError
 from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
-from distill.config.components import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.losses.adversarial import discriminator_loss
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.student import student_from_teacher

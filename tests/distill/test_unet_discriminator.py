@@ -14,7 +14,7 @@ from d2g.core.seeds import generator
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.registry import FAMILIES
-from distill.config.run import DiscriminatorConfig
+from distill.config.discriminator import DiscriminatorConfig
 from distill.losses.adversarial import discriminator_loss
 from distill.models.unet_discriminator import Discriminator, added_parameters, discriminator_from_teacher
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distill.config.components import RegressionConfig
+from distill.config.regression import RegressionConfig
 from latent_lpips.augment import AugmentParams
 from latent_lpips.distance import LatentLPIPS
 

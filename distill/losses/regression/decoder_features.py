@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2g.core.errors import SettingError
 from d2g.diffusion.latents import latent_space
-from distill.config.components import RegressionConfig
+from distill.config.regression import RegressionConfig
 from distill.losses.regression.base import FrozenNetworks, RegressionLoss, RowDistance, Transforms
 
 MAX_DEVIATION = 5.0

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distill.config.components import RegressionConfig
+from distill.config.regression import RegressionConfig
 from distill.losses.regression.base import FrozenNetworks, RegressionLoss, RowDistance, Transforms
 from latent_lpips import augment
 from latent_lpips.config import AugmentConfig

@@ -1,6 +1,6 @@
 """LatentLPIPS without transforms."""
 
-from distill.config.components import RegressionConfig
+from distill.config.regression import RegressionConfig
 from distill.losses.regression.base import FrozenNetworks, FunctionDistance, RegressionLoss
 
 

@@ -3,7 +3,7 @@
 from functools import partial
 
 from d2g.diffusion.latents import decode
-from distill.config.components import RegressionConfig
+from distill.config.regression import RegressionConfig
 from distill.losses.regression.base import FrozenNetworks, FunctionDistance, RegressionLoss
 from latent_lpips.lpips import PixelLPIPS
 

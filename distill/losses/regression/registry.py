@@ -1,14 +1,14 @@
 """All regression losses by name.
 
 To add one, write `distill/losses/regression/NAME.py` with a `RegressionLoss`, and add NAME to
-`RegressionName` in `distill/config/components.py`, with the loss's settings if it has any. Presets, checks of
+`RegressionName` in `distill/config/regression.py`, with the loss's settings if it has any. Presets, checks of
 settings, monitoring and the model card follow from that.
 """
 
 from importlib import import_module
 from typing import get_args
 
-from distill.config.components import RegressionConfig, RegressionName
+from distill.config.regression import RegressionConfig, RegressionName
 from distill.losses.regression.base import Network, RegressionLoss
 
 

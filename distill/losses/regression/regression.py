@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from d2g.core.errors import SettingError
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of
-from distill.config.components import RegressionConfig
+from distill.config.regression import RegressionConfig
 from distill.config.run import DistillConfig
 from distill.losses.regression.base import FrozenNetworks, Network, RowDistance, Transforms
 from distill.losses.regression.e_latent_lpips import EnsembleDistance
