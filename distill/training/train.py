@@ -12,28 +12,23 @@ from d2g.core.claims import FolderOwner
 from d2g.core.config import to_json
 from d2g.core.distributed import checkpoint, process_group, sharded_checkpoint
 from d2g.core.errors import Interrupted, SettingError, UserError
-from d2g.core.logs import logger
 from d2g.core.precision import set_training_arithmetic
 from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
-from d2g.core.tracking.loggers import check_loggers
 from d2g.core.tracking.run_directory import Pace, RunLog, sole_owner
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pipelines import family_of
 from distill.config.run import DistillConfig, microbatch_size
-from distill.config.student import StudentConfig
 from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression
 from distill.models.consistency import ConsistencyStudent, ConsistencyTarget
-from distill.models.discriminators import check_discriminator
-from distill.models.student import check_teacher, student_from_teacher, takes_guidance
-from distill.models.students import STUDENTS, check_student
-from distill.models.text_student import TextStudent, check_text_teacher
+from distill.models.student import student_from_teacher
+from distill.models.students import STUDENTS
+from distill.models.text_student import TextStudent
 from distill.planning.choose_precision import decide_precision
 from distill.planning.flops import seconds_per_image_at_peak
-from distill.sampling import OneStep
 from distill.training.callbacks import (
     Callback,
     CheckpointCallback,
@@ -41,22 +36,22 @@ from distill.training.callbacks import (
     StopControl,
     ValidationCallback,
 )
+from distill.training.check_config import check_supported, validate_config
 from distill.training.consistency_step import consistency_step
-from distill.training.data import open_pairs, pair_batches, require_enough_pairs, training_pairs
 from distill.training.finite_check import FiniteCheck
 from distill.training.inputs import describe_inputs, same_inputs
 from distill.training.logit_stats import LogitStats
 from distill.training.microbatch import MicroBatch, StepPreparation, StepRandomness
 from distill.training.monitor import RunMonitor, StudentSampler
-from distill.training.real_images import CaptionKind, RealImages, caption_kind
+from distill.training.open_rows import open_batches, open_rows, sample_guidance, shape_of
+from distill.training.real_images import RealImages
 from distill.training.real_rows import ImageRows, RealRows
 from distill.training.state import State, new_state
 from distill.training.step import LossTerms, StepContext, train_step
 from distill.training.text_cache import TextCache
-from distill.training.validation import Validate, held_out
+from distill.training.validation import Validate
 from pairgen.store.dataset import PairRows
 from pairgen.store.hdf5 import PairBatch
-from pairgen.store.rewired import RewiredReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +167,10 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     """Load data, networks and losses, from the newest checkpoint if there is one."""
     options, folder = config.train, out / "checkpoints"
     set_training_arithmetic(device, options.bf16)
-    _check_networks(config)
-    encode, kind, reader = _open_rows(config, device)
+    check_supported(config)
+    encode, kind, reader = open_rows(config, device)
     # Load the losses with their frozen networks, and what makes real rows and previews.
-    gan, shape = config.gan if config.adversarial else None, _shape_of(reader)
+    gan, shape = config.gan if config.adversarial else None, shape_of(reader)
     regression = build_regression(config, shape[0], device)
     noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
     guide = build_clip_guidance(config.clip_guidance, config.teacher, device)
@@ -197,7 +192,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     student = state.student.module
     own_encode = student.tokenize if isinstance(student, TextStudent) else None
     draw = StudentSampler(state.student, own_encode or encode, device, autocast)
-    guidance = _sample_guidance(config.teacher, config.student, reader)
+    guidance = sample_guidance(config.teacher, config.student, reader)
     monitor = RunMonitor(
         options, config.seed, log, reader, shape, state, draw, distance, rows, vae, validate, guidance
     )
@@ -231,19 +226,9 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
             waiting=pace.waiting,
             stop_updates=finite.stop_updates,
         ),
-        batches=_open_batches(config, reader, state.nimg, device),
+        batches=open_batches(config, reader, state.nimg, device),
         resumed=last is not None,
     )
-
-
-def _open_rows(
-    config: DistillConfig, device: torch.device
-) -> tuple[TextCache, CaptionKind, PairRows | ImageRows]:
-    """The text encoder, what captions must be for this teacher, and the rows: pairs, or real images alone."""
-    text_in_bf16 = config.encodes_text_in_bf16(device.type == "cuda")
-    encode, kind = _build_encoder(config.teacher, config.data.text_cache, text_in_bf16, device)
-    rows = _open_images(config, kind, device) if config.without_pairs else _open_pairs(config)
-    return encode, kind, rows
 
 
 def _resume(log: RunLog, state: State, last: checkpoint.Checkpoint | None, loggers: Sequence[str]) -> RunLog:
@@ -324,87 +309,6 @@ def _summary(out: Path, log: RunLog, state: State, images: int, first: int, seco
     )
 
 
-def _open_pairs(config: DistillConfig) -> PairRows:
-    """The pairs of the run, which fit the teacher, the student and the batch size."""
-    guided, held_out_pairs = takes_guidance(config.teacher, config.student), config.train.validate_pairs
-    reader = open_pairs(config.pairs, pretrained.teacher_digests(config.teacher), config.data, guided)
-    held_out(len(reader), held_out_pairs)
-    count = training_pairs(len(reader), config.data.max_pairs, held_out_pairs)
-    require_enough_pairs(len(reader), config.train.batch_size, len(reader) - count)
-    if config.data.rewire:
-        logger.warning("data.rewire is set: an experiment whose student cannot learn the pairs")
-        reader = RewiredReader(reader, count, config.seed)
-    return reader
-
-
-def _open_images(config: DistillConfig, kind: CaptionKind, device: torch.device) -> ImageRows:
-    """The images of a run without pairs, at the size of the teacher."""
-    shape = pretrained.latent_shape(config.teacher)
-    images = ImageRows(config.gan, config.teacher, config.seed, shape, kind, device)
-    if config.train.batch_size > len(images):
-        raise UserError(
-            f"train.batch_size is {config.train.batch_size}, but {config.gan.real} holds {len(images)} "
-            "images; add images, or set a smaller batch"
-        )
-    return images
-
-
-def _check_networks(config: DistillConfig) -> None:
-    check_teacher(config.teacher, config.stage, config.student)
-    if config.own_text:
-        check_text_teacher(config.teacher)
-    if config.adversarial:
-        check_discriminator(config.teacher, config.gan)
-
-
-def _sample_guidance(teacher: str, student: StudentConfig, reader: PairRows | ImageRows) -> float | None:
-    """The guidance scale of samples that have no pairs: that of the run's pairs where the teacher takes it;
-    None for students that do not take it."""
-    if not takes_guidance(teacher, student):
-        return None
-    embedded = family_of(teacher).embedded_guidance is not None
-    return reader.spec.guidance if embedded and not isinstance(reader, ImageRows) else OneStep.guidance
-
-
-def _shape_of(reader: PairRows | ImageRows) -> tuple[int, int, int]:
-    """The latent shape (C, h, w) of a run's rows."""
-    return reader.shape if isinstance(reader, ImageRows) else reader.spec.latent_shape
-
-
-def _open_batches(
-    config: DistillConfig, reader: PairRows | ImageRows, nimg: int, device: torch.device
-) -> Iterator[PairBatch]:
-    """This rank's endless batches from image `nimg` on."""
-    options, pin_memory = config.train, device.type == "cuda"
-    if isinstance(reader, ImageRows):
-        return reader.batches(options.batch_size, nimg, options.loader_workers, pin_memory)
-    return pair_batches(
-        reader,
-        options.batch_size,
-        config.seed,
-        nimg,
-        options.loader_workers,
-        config.data,
-        pin_memory,
-        len(reader) - training_pairs(len(reader), config.data.max_pairs, options.validate_pairs),
-    )
-
-
-def _build_encoder(
-    teacher: str, cached_prompts: int, bf16: bool, device: torch.device
-) -> tuple[TextCache, CaptionKind]:
-    """Encodes prompts with the teacher's text encoders, in bf16 if asked to; the result is fp32. And what the
-    captions of images must be for this teacher.
-    """
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    conditioner = pretrained.load_conditioner(teacher, dtype).to(device)
-
-    def encode(prompts: Sequence[str]) -> Conditioning:
-        return conditioner.encode(prompts).to(torch.float32)
-
-    return TextCache(encode, cached_prompts, device), caption_kind(conditioner)
-
-
 def _build_consistency(config: DistillConfig, device: torch.device) -> ConsistencyTarget | None:
     """The teacher of consistency distillation; None in other stages."""
     if config.stage != "cd":
@@ -456,28 +360,6 @@ def agree_on_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
     return None if name is None else checkpoint.open_checkpoint(folder / name)
 
 
-def validate_config(config: DistillConfig) -> None:
-    """Raise SettingError for settings that are wrong whatever the inputs hold, before anything is loaded."""
-    # A generator of its own kind may start with random weights.
-    starts = config.adversarial and config.student.is_diffusion
-    for name in ("teacher", *(["init"] if starts else [])):
-        if not getattr(config, name):
-            raise SettingError(f"{name} is not set; give --{name}")
-    check_student(config)
-    if not config.pairs:
-        _check_without_pairs(config)
-    family = family_of(config.teacher)
-    if config.adversarial and config.gan.real and not family.takes_real_images:
-        raise SettingError(
-            f"gan.real is {config.gan.real!r}, but photographs have no latents of a cascade's stages, as "
-            f"{config.teacher} ({family.title}) makes; leave gan.real out"
-        )
-    if config.adversarial and config.gan.real_fraction and not config.gan.real:
-        raise SettingError("gan.real is not set; give the folder of real images, --set gan.real=FOLDER")
-    microbatch_size(config, process_group.world_size())
-    check_loggers(config.train.loggers)
-
-
 def _refuse_other_folders(out: Path) -> None:
     """Raise UserError for a folder that holds something else than a run."""
     for file, what in {
@@ -487,44 +369,6 @@ def _refuse_other_folders(out: Path) -> None:
     }.items():
         if (out / file).is_file():
             raise UserError(f"{out} holds {what} ({file}), not a run; give another --out")
-
-
-def _check_without_pairs(config: DistillConfig) -> None:
-    """Raise SettingError for settings that need pairs."""
-    if config.stage == "ode":
-        raise SettingError("pairs is not set; give --pairs")
-    if config.stage == "cd" and not config.without_pairs:
-        raise SettingError(
-            "pairs is not set; give --pairs, or train on real images: set gan.real=FOLDER and "
-            "gan.real_fraction=1"
-        )
-    if not config.without_pairs:
-        losses = ", ".join(config.regression.names)
-        missing = {
-            "regression.losses=[]": bool(losses),
-            "gan.real=FOLDER": not config.gan.real,
-            "gan.real_fraction=1": config.gan.real_fraction != 1,
-        }
-        needed = ", ".join(name for name, needs in missing.items() if needs)
-        reason = f", but the regression loss {losses} compares with the teacher's latents" if losses else ""
-        raise SettingError(
-            f"pairs is not set{reason}; give --pairs, or train on real images alone: set {needed}"
-        )
-    if config.train.validate_pairs:
-        raise SettingError(
-            f"train.validate_pairs is {config.train.validate_pairs}, but there are no pairs; set it to 0, "
-            "and give --validate PROTOCOL"
-        )
-    if family_of(config.teacher).embedded_guidance is not None:
-        raise SettingError(
-            f"pairs is not set, but the network of {config.teacher} takes the guidance scale of its pairs; "
-            "give --pairs"
-        )
-    if config.student.guidance_conditioning:
-        raise SettingError(
-            "student.guidance_conditioning is true, but without pairs there are no guidance scales; set it "
-            "to false"
-        )
 
 
 _CHANGEABLE_SETTINGS = {

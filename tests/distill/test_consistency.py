@@ -26,8 +26,9 @@ from distill.planning.flops import flop_per_image
 from distill.planning.memory import predict
 from distill.planning.unused_settings import refuse_unused
 from distill.sampling import load_student
+from distill.training.check_config import validate_config
 from distill.training.data import pair_batches
-from distill.training.train import train, validate_config
+from distill.training.train import train
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config
 from pairgen.generate import generate_pairs
 from pairgen.store.reader import PairReader

@@ -1,0 +1,81 @@
+"""What is refused before a run loads anything."""
+
+from d2g.core.distributed import process_group
+from d2g.core.errors import SettingError
+from d2g.core.tracking.loggers import check_loggers
+from d2g.diffusion.pipelines import family_of
+from distill.config.run import DistillConfig, microbatch_size
+from distill.models.discriminators import check_discriminator
+from distill.models.student import check_teacher
+from distill.models.students import check_student
+from distill.models.text_student import check_text_teacher
+
+
+def validate_config(config: DistillConfig) -> None:
+    """Raise SettingError for settings that are wrong whatever the inputs hold, before anything is loaded."""
+    # A generator of its own kind may start with random weights.
+    starts = config.adversarial and config.student.is_diffusion
+    for name in ("teacher", *(["init"] if starts else [])):
+        if not getattr(config, name):
+            raise SettingError(f"{name} is not set; give --{name}")
+    check_student(config)
+    if not config.pairs:
+        _check_without_pairs(config)
+    family = family_of(config.teacher)
+    if config.adversarial and config.gan.real and not family.takes_real_images:
+        raise SettingError(
+            f"gan.real is {config.gan.real!r}, but photographs have no latents of a cascade's stages, as "
+            f"{config.teacher} ({family.title}) makes; leave gan.real out"
+        )
+    if config.adversarial and config.gan.real_fraction and not config.gan.real:
+        raise SettingError("gan.real is not set; give the folder of real images, --set gan.real=FOLDER")
+    microbatch_size(config, process_group.world_size())
+    check_loggers(config.train.loggers)
+
+
+def _check_without_pairs(config: DistillConfig) -> None:
+    """Raise SettingError for settings that need pairs."""
+    if config.stage == "ode":
+        raise SettingError("pairs is not set; give --pairs")
+    if config.stage == "cd" and not config.without_pairs:
+        raise SettingError(
+            "pairs is not set; give --pairs, or train on real images: set gan.real=FOLDER and "
+            "gan.real_fraction=1"
+        )
+    if not config.without_pairs:
+        losses = ", ".join(config.regression.names)
+        missing = {
+            "regression.losses=[]": bool(losses),
+            "gan.real=FOLDER": not config.gan.real,
+            "gan.real_fraction=1": config.gan.real_fraction != 1,
+        }
+        needed = ", ".join(name for name, needs in missing.items() if needs)
+        reason = f", but the regression loss {losses} compares with the teacher's latents" if losses else ""
+        raise SettingError(
+            f"pairs is not set{reason}; give --pairs, or train on real images alone: set {needed}"
+        )
+    if config.train.validate_pairs:
+        raise SettingError(
+            f"train.validate_pairs is {config.train.validate_pairs}, but there are no pairs; set it to 0, "
+            "and give --validate PROTOCOL"
+        )
+    if family_of(config.teacher).embedded_guidance is not None:
+        raise SettingError(
+            f"pairs is not set, but the network of {config.teacher} takes the guidance scale of its pairs; "
+            "give --pairs"
+        )
+    if config.student.guidance_conditioning:
+        raise SettingError(
+            "student.guidance_conditioning is true, but without pairs there are no guidance scales; set it "
+            "to false"
+        )
+
+
+def check_supported(config: DistillConfig) -> None:
+    """Raise SettingError or UserError for a teacher that the stage, the student or the discriminator does not
+    take."""
+    check_teacher(config.teacher, config.stage, config.student)
+    if config.own_text:
+        check_text_teacher(config.teacher)
+    if config.adversarial:
+        check_discriminator(config.teacher, config.gan)
