@@ -3,6 +3,7 @@ feature networks.
 
     python benchmarks/recipe.py run --pairs DIR --out DIR --arm NAME NAME --seed 0 1 2     resumes
     python benchmarks/recipe.py table --out DIR                       writes recipe_DATE_cpu.md
+    python benchmarks/recipe.py sheet --out DIR --arm NAME NAME --seed 0 --file FILE.png    their pictures
 
 Pairs come from `d2g pairs generate --preset miniature`. Arms of the second stage start from a first stage of
 the same seed, the one that their name ends with ("gan from pseudo_huber"), which is trained when it is not
@@ -20,13 +21,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from benchmarks.common import spread, table, write
 from benchmarks.student_scores import COLUMNS, score
 from d2g.core.atomic_files import write_atomically
+from d2g.core.captioned_grid import captioned_grid
 from d2g.core.config import override
+from d2g.core.png import save_png
 from distill.config.presets import DISTILL_PRESETS
 from distill.config.run import DistillConfig
+from distill.sampling import load_student
 from distill.training.train import train
+from miniature.metrics import real_scenes
 
 TODAY = ("optim.lr=5e-4", "train.ema_beta=0.99")
 SCHEDULE = ("optim.warmup_images=2560", "optim.decay_images={images}", "train.ema_halflife_images=420")
@@ -164,11 +171,19 @@ def lines_of(out: Path) -> list[str]:
             *table(["", "seeds", "images", *COLUMNS], rows)]  # fmt: skip
 
 
+def draw_sheet(out: Path, arms: list[str], seed: int, file: Path) -> None:
+    """A row of pictures per arm, of the first test captions; rows with noise of one shape share it."""
+    captions = [text for _, texts in real_scenes(8) for text in texts]
+    images = [load_student(str(out / str(seed) / arm))(captions) for arm in arms]
+    titles = [title for arm in arms for title in (arm, *[""] * (len(captions) - 1))]
+    save_png(captioned_grid(torch.cat(images), titles, " / ".join(captions), len(captions)), file, {})
+
+
 def main() -> None:
-    """Run arms, or write the table."""
+    """Run arms, or write the table or the sheet."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("what", choices=["run", "table", "sheet"])
     parser.add_argument("--pairs")
     parser.add_argument("--out", required=True, type=Path)
     arms = f"any of {', '.join((*FIRST, *FROM_RANDOM))}; or {' or '.join(SECOND)}, from one of the first"
@@ -177,11 +192,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, nargs=2, default=(12_800, 3_200), metavar=("FIRST", "SECOND"))
     parser.add_argument("--scenes", type=int, default=2_048, help="test scenes per student")
+    parser.add_argument("--file", type=Path, help="the sheet")
     args = parser.parse_args()
     if args.what == "run":
         for seed in args.seed:
             for arm in args.arm:
                 run(args.pairs, args.out, arm, seed, tuple(args.images), args.scenes, args.clip)
+    elif args.what == "sheet":
+        draw_sheet(args.out, args.arm, args.seed[0], args.file)
     else:
         write("recipe", "Recipes of the miniature", lines_of(args.out))
 
