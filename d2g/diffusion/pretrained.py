@@ -5,6 +5,7 @@
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,6 +41,15 @@ _NO_LENGTH = 10**9
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
 """Classes of autoencoders that may have a folder of their own."""
 
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of diffusers is new to the user: AutoencoderTiny saves an attribute that it does not
+    read again, and diffusers would warn of it at every load."""
+    text = record.getMessage()
+    return not ("'block_out_channels'" in text and "passed to AutoencoderTiny" in text)
+
+
+logging.getLogger("diffusers.configuration_utils").addFilter(_is_news)
 
 _WUERSTCHEN = ("PaellaVQModel", "WuerstchenPrior", "WuerstchenDiffNeXt")
 """Classes that diffusers does not have at its top level."""

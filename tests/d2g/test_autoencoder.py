@@ -1,6 +1,7 @@
 """d2g.diffusion.pretrained.load_autoencoder: a VAE folder or the VAE of a pipeline."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -34,13 +35,17 @@ def test_each_row_may_have_its_own_generator(teacher: Path) -> None:
     assert not torch.allclose(batch, encode(vae, pixels))
 
 
-def test_autoencoder_tiny_has_no_latent_scale(tmp_path: Path) -> None:
+def test_autoencoder_tiny_has_no_latent_scale(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     torch.manual_seed(0)
     widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
     blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
     tiny = AutoencoderTiny(latent_channels=3, **widths, **blocks)
     tiny.save_pretrained(tmp_path)
     vae = pretrained.load_autoencoder(str(tmp_path))
+    assert caplog.text == ""  # no warning of an attribute that diffusers itself wrote
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     assert latent_space(vae).downscale == 4 and latent_space(vae).channels == 3
     torch.testing.assert_close(encode(vae, pixels), tiny.encode(pixels).latents)
