@@ -47,9 +47,10 @@ def checkpoints(folder: Path) -> Path:
 
 
 def contest(case: Case, contestants: dict[str, dict[str, Any]], repeats: int, folder: Path) -> Rows:
-    """Return median seconds and largest memory of each contestant, in new processes that take turns."""
+    """Return median seconds and the memory of each contestant, in new processes that take turns."""
     size, batch = case
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    shape = {"size": size, "batch": batch, "channels": CHANNELS}
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     with ExitStack() as stack:
         workers = {}
         for name, settings in contestants.items():
@@ -58,17 +59,13 @@ def contest(case: Case, contestants: dict[str, dict[str, Any]], repeats: int, fo
         warm_up = int(size * size * batch <= LARGE)
         for turn in range(warm_up + repeats):
             for name, worker in workers.items():
-                answer = worker.ask(do="step", size=size, batch=batch, channels=CHANNELS)
+                answer = worker.ask(do="time", **shape)
                 if turn >= warm_up:
-                    measured[name].append(answer)
+                    seconds[name].append(answer)
+        memory = {name: worker.ask(do="memory", **shape) for name, worker in workers.items()}
     return {
-        name: {
-            "wall": median([answer["wall"] for answer in answers]),
-            "cpu": median([answer["cpu"] for answer in answers]),
-            "extra_mib": max(answer["extra_mib"] for answer in answers),
-            "peak_mib": max(answer["peak_mib"] for answer in answers),
-        }
-        for name, answers in measured.items()
+        name: {key: median([answer[key] for answer in answers]) for key in ("wall", "cpu")} | memory[name]
+        for name, answers in seconds.items()
     }
 
 

@@ -1,7 +1,8 @@
 """One contestant of benchmarks/latent_lpips.py, in its own process and, for elatentlpips, its own Python.
 
-Reads one JSON object per line on stdin and answers each with one on stdout: `open` builds a distance, `step`
-times one forward and backward pass with respect to one input, `distance` computes distances of stored inputs.
+Reads one JSON object per line on stdin and answers each with one on stdout: `open` builds a distance, `time`
+and `memory` measure one forward and backward pass with respect to one input, `distance` computes distances of
+stored inputs.
 It needs only torch and the measured package; elatentlpips is used through its public interface.
 """
 
@@ -78,25 +79,38 @@ BASELINE_MIB = 0.0 if DEVICE == "cuda" else _status("VmRSS")
 OPENERS = {"theirs": open_theirs, "ours": open_ours, "decoded": open_decoded}
 
 
-def step(distance: Any, request: Request) -> Request:
-    """Time one pass and measure its memory.
-
-    Returns seconds (wall clock and CPU time), MiB beyond what the process held before, and peak MiB beyond
-    what `import torch` takes.
-    """
-    shape = (request["batch"], request["channels"], request["size"], request["size"])
-    pred, target = (torch.randn(shape, device=DEVICE, requires_grad=k == 0) for k in (0, 1))
-    before = _begin()
-    wall, cpu = time.perf_counter(), time.process_time()
-    value = distance(pred, target).sum()
-    value.backward()
-    gradient = pred.grad
-    assert gradient is not None and bool(gradient.isfinite().all())
+def timed(distance: Any, request: Request) -> Request:
+    """Seconds of one pass, by the wall clock and in CPU time. Passes follow each other as in a training, so
+    the allocator still has the memory of the pass before."""
+    pred, target = _inputs(request)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    wall, cpu = time.perf_counter(), time.process_time()
+    _pass(distance, pred, target)
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def memory(distance: Any, request: Request) -> Request:
+    """Memory of one pass: MiB beyond what the process held before, and peak MiB beyond what `import torch`
+    takes. Memory that earlier passes have freed goes back to the system first, so it is not timed."""
+    pred, target = _inputs(request)
+    before = _begin()
+    _pass(distance, pred, target)
     peak = _peak()
-    return {**seconds, "extra_mib": peak - before, "peak_mib": peak - BASELINE_MIB, "distance": float(value)}
+    return {"extra_mib": peak - before, "peak_mib": peak - BASELINE_MIB}
+
+
+def _inputs(request: Request) -> list[torch.Tensor]:
+    shape = (request["batch"], request["channels"], request["size"], request["size"])
+    return [torch.randn(shape, device=DEVICE, requires_grad=k == 0) for k in (0, 1)]
+
+
+def _pass(distance: Any, pred: torch.Tensor, target: torch.Tensor) -> None:
+    """Forward and backward, to the end."""
+    distance(pred, target).sum().backward()
+    assert pred.grad is not None and bool(pred.grad.isfinite().all())
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def _begin() -> float:
@@ -139,7 +153,8 @@ def main() -> None:
                 "precision": precision,
             }
         else:
-            answer = {"step": step, "distance": measure}[request["do"]](distance, request)
+            actions = {"time": timed, "memory": memory, "distance": measure}
+            answer = actions[request["do"]](distance, request)
         print(json.dumps(answer), file=answers, flush=True)
 
 
