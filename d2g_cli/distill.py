@@ -134,7 +134,7 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     if options.dry_run:
         inputs = config_inputs(config, ("teacher", "pairs", "lpips", "init"))
         check_inputs(inputs | {"gan.real": config.gan.real})
-        check_inputs(config_inputs(options, ("validate_reference", "validate_weights")))
+        check_inputs(config_inputs(options, ("validate_reference", "validate_prompts", "validate_weights")))
         finish_dry_run(config, options.as_json, _plan(config, preset))
     from distill.training.train import train
 

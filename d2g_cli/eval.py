@@ -74,7 +74,7 @@ def eval_stats(
         raise SettingError(f"--out is {out}; expected a name ending in .safetensors")
     config = eval_config(options)
     if options.dry_run:
-        inputs = {"--images": images, "--weights": config.weights}
+        inputs = {"--images": images} | config_inputs(config, ("features", "weights"))
         finish_dry_run(config, options.as_json, _plan(config), inputs)
     from eval.runner.run import save_statistics
 
@@ -116,7 +116,7 @@ def eval_curve(
     config = CurveRun(run=run, setting=setting, values=values, beside=earlier)
     if options.dry_run:
         plan = {"over": setting, "values": list(values), **_plan(run)}
-        finish_dry_run(run, options.as_json, plan, config_inputs(run, EVAL_INPUTS))
+        finish_dry_run(run, options.as_json, plan, config_inputs(run, EVAL_INPUTS) | {"--beside": beside})
     from eval.runner.curves import run_curve
 
     with leave_process_group():
@@ -243,6 +243,7 @@ EVAL_INPUTS = (
         "reference",
         "against",
         "prompts",
+        "features",
         "weights",
         "clip",
     ),

@@ -20,7 +20,7 @@ from d2g_cli.common import (
     require_range,
 )
 from d2g_cli.eval_options import ProtocolOptions, eval_config
-from d2g_cli.inputs import check_inputs
+from d2g_cli.inputs import check_inputs, config_inputs
 
 
 @one_process
@@ -53,7 +53,7 @@ def eval_prefer(
         raise SettingError("--summary reads the answers alone; leave --first and --second out")
     if not summary and (first is None or second is None):
         raise SettingError("give --first and --second, the folders of both models' images, or --summary")
-    check_inputs({"--first": first, "--second": second})
+    check_inputs({"--out": out} if summary else {"--first": first, "--second": second})
     if dry_run:
         plan = {"first": str(first), "second": str(second), "out": str(out), "host": host, "port": port}
         emit(plan, as_json, "dry run: nothing was served")
@@ -133,7 +133,8 @@ def eval_robustness(
     config = eval_config(options)
     if options.dry_run:
         plan = {"protocol_sha256": config.protocol.sha256()}
-        finish_dry_run(config, options.as_json, plan, {"--images": images, "--weights": config.weights})
+        inputs = {"--images": images} | config_inputs(config, ("features", "weights"))
+        finish_dry_run(config, options.as_json, plan, inputs)
     from dataclasses import replace
 
     from d2g.core.atomic_files import write_atomically

@@ -50,7 +50,7 @@ def walk(
     for number in seeds:
         require_range(0, 2**63 - 1, seed=number)
     _check_prompts("--prompt", prompt or [])
-    check_inputs({"--lpips": lpips})
+    check_inputs({"--student": student, "--lpips": lpips})
     if mp4:
         from d2g.core.video import require_video
 
@@ -104,6 +104,7 @@ def edit(
         require_range(-10, 10, strength=part)
     _check_prompts("--prompt", [prompt])
     _check_prompts("--to", [to])
+    check_inputs({"--student": student})
     if dry_run:
         plan: dict[str, Any] = {"student": student, "prompt": prompt, "to": to, "seeds": seeds}
         emit({**plan, "strengths": strengths}, as_json, "dry run: nothing was drawn")
@@ -140,6 +141,7 @@ def styles(
     require_range(0, 1, psi=1.0 if psi is None else psi)
     _check_prompts("--subject", subject)
     _check_prompts("--style", style)
+    check_inputs({"--student": student})
     from distill.exploration import open_student, save_styles, style_prompts
 
     prompts = style_prompts(subject, style, template)
@@ -187,6 +189,7 @@ def mix(
     for side in sides:
         require_range(0, 10_000, coarse=side)
     _check_prompts("--prompt", prompt or [])
+    check_inputs({"--student": student})
     if dry_run:
         plan: dict[str, Any] = {"student": student, "prompts": prompt or [], "seeds": seeds, "coarse": sides}
         emit(plan, as_json, "dry run: nothing was drawn")

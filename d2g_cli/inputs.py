@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from d2g.core.config import pick
 from d2g.core.errors import UserError
 from d2g.core.logs import logger
 
@@ -121,6 +122,19 @@ def _clip(option: str, value: str) -> None:
         _path(option, value)
 
 
+def _features(option: str, value: str) -> None:
+    """A feature network: a file, a function of a module that is found but not run, or a name."""
+    from eval.networks.registry import FEATURES
+    from eval.networks.user_network import find_user_network, is_user_network
+    from eval.protocols.data_sources import DATA_SOURCES
+
+    if is_user_network(value):
+        find_user_network(value)
+    else:
+        names = [*FEATURES, *(name for source in DATA_SOURCES.values() for name in source.features)]
+        pick(dict.fromkeys(names), value, option)
+
+
 def _data(option: str, value: str) -> None:
     if value != "scenes":
         _path(option, value)
@@ -137,6 +151,7 @@ CHECKS: Mapping[str, Check] = {
     "--student": _student,
     "--prior": _prior,
     "--init": _init,
+    "--features": _features,
     "--weights": _named_path,
     "--against": _against,
     "--clip": _clip,

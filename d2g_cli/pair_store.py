@@ -20,6 +20,7 @@ from d2g_cli.common import (
     reporter,
     require_range,
 )
+from d2g_cli.inputs import check_inputs
 
 Store = Annotated[Path, typer.Argument(help="The store's folder.")]
 Workers = Annotated[int, typer.Option(help="Files to read at once (one per processor, at most 8).")]
@@ -107,6 +108,8 @@ def repair(
     from pairgen.verify import verify_store
 
     require_range(workers=workers)
+    if dry_run:
+        check_inputs({"--prompts": prompts, "--teacher": teacher})
     spec = read_spec(folder)
     if dry_run:
         report = verify_store(folder, reporter, workers)

@@ -74,7 +74,9 @@ def run(
 ) -> None:
     """From a folder of pictures to a student: teacher, pairs, both stages, evaluation, export, one report."""
     config = _run_config(options, untrained)
-    check_inputs({"--data": config.data, "--teacher": config.pretrained_teacher})
+    check_inputs(
+        {"--data": config.data, "--teacher": config.pretrained_teacher, "--features": config.features}
+    )
     share_among_processes(context, processes, out, 60 * config.minutes or inf)
     from d2g.core.distributed import process_group
     from teacher_training.full_run.plan import PARTS, plan_run

@@ -1,6 +1,7 @@
 """Feature networks that a user brings: an exported program, an ONNX file, or a Python function."""
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
@@ -24,6 +25,9 @@ BYTE = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
 NORMALIZATIONS = {"imagenet": IMAGENET, "openai": OPENAI, "half": HALF, "unit": UNIT, "byte": BYTE}
 """Mean and deviation of RGB in [0, 1] by name: `half` gives [-1, 1], `unit` [0, 1], `byte` [0, 255]."""
 DEFAULT_INPUT = "224,imagenet"
+EXPECTED_FEATURES = (
+    "expected MODULE:FUNCTION that can be imported from here, a network's name, FILE.pt2 or FILE.onnx"
+)
 
 Run = Callable[[Tensor], Tensor]
 """Float pixels [B, 3, S, S] -> features [B, D], or maps [B, D, h, w]."""
@@ -40,6 +44,22 @@ class FileNetwork:
 def is_user_network(name: str | None) -> bool:
     """Whether a value of `--features` is a file or a function, and not the name of a network."""
     return name is not None and (Path(name).suffix in OPENERS or ":" in name)
+
+
+def find_user_network(name: str) -> None:
+    """Raise UserError unless the file or the module of `--features` exists. No code of the module runs."""
+    if Path(name).suffix in OPENERS:
+        if not Path(name).is_file():
+            raise UserError(f"--features {name}: no such file")
+        return
+    module = name.partition(":")[0]
+    _import_from_here()
+    # Of a module in a package, only the package is looked for: a search would run its code.
+    package = module.partition(".")[0]
+    if not package or importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"--features {name}: no module {package!r} can be imported from here; {EXPECTED_FEATURES}"
+        )
 
 
 def load_user_network(name: str, pixels: str | None, device: Device = "cpu") -> FeatureNet:
@@ -74,8 +94,7 @@ def load_user_network(name: str, pixels: str | None, device: Device = "cpu") -> 
 
 def _from_file(file: Path, pixels: str, device: Device) -> tuple[Run, str, str]:
     """(function, sha256 of the file, name with the preprocessing) of a network file."""
-    if not file.is_file():
-        raise UserError(f"--features {file}: no such file")
+    find_user_network(str(file))
     size, mean, deviation = _parse_input(pixels)
     network = OPENERS[file.suffix](file, device)
     center, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, deviation))
@@ -152,20 +171,22 @@ OPENERS: dict[str, Callable[[Path, Device], FileNetwork]] = {".pt2": _open_progr
 """How files are opened, by suffix."""
 
 
-def _from_module(name: str, device: Device) -> tuple[Run, str, str]:
-    """(function, sha256 of its source file, name) of MODULE:FUNCTION, with the current folder on the path."""
-    module_name, _, function_name = name.partition(":")
+def _import_from_here() -> None:
+    """Let modules be imported from the current folder."""
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
+
+
+def _from_module(name: str, device: Device) -> tuple[Run, str, str]:
+    """(function, sha256 of its source file, name) of MODULE:FUNCTION, with the current folder on the path."""
+    module_name, _, function_name = name.partition(":")
+    _import_from_here()
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, function_name)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise UserError(
-            f"--features {name}: {first_line(error)}; expected MODULE:FUNCTION that can be imported from "
-            "here, a network's name, FILE.pt2 or FILE.onnx"
-        ) from error
+        raise UserError(f"--features {name}: {first_line(error)}; {EXPECTED_FEATURES}") from error
     source = inspect.getsourcefile(module)
     sha256 = file_sha256(source) if source is not None else ""
     return lambda images: function(images.to(device)), sha256, name
