@@ -14,6 +14,7 @@ from typing import Literal
 from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import logger
 from distill.losses.regression.registry import REGRESSION_LOSSES
+from distill.monitoring.best_point import best_of, validations
 
 Line = Mapping[str, float]
 """One line of stats.jsonl: `nimg`, and values by name."""
@@ -39,13 +40,14 @@ class Limits:
     rise: float = 2.0  # G diverges: regression loss above this multiple of its best earlier value
     contrast: float = 1.25  # images are saturated: contrast above this multiple of the teacher's
     color: float = 0.5  # colors shift: channel means this many standard deviations from the teacher's
+    validations: int = 5  # quality stalls: so many validations without a new best one
     grid: float = 1.5  # steps at the borders of latent cells are this many times the teacher's
 
     def __post_init__(self) -> None:
-        if self.reports < 1 or not (0 < self.spread < 1 < self.rise):
+        if self.reports < 1 or self.validations < 1 or not (0 < self.spread < 1 < self.rise):
             raise SettingError(
-                f"collapse limits: reports {self.reports}, spread {self.spread}, rise {self.rise}; expected "
-                "1 or more, between 0 and 1, above 1"
+                f"collapse limits: reports {self.reports}, validations {self.validations}, spread "
+                f"{self.spread}, rise {self.rise}; expected 1 or more, 1 or more, between 0 and 1, above 1"
             )
 
 
@@ -78,6 +80,7 @@ def findings(lines: Sequence[Line], limits: Limits | None = None) -> list[Findin
         color_shift,
         grid_artifacts,
         frozen_weights,
+        quality_stalls,
     )
     return [finding for check in checks if (finding := check(lines, limits)) is not None]
 
@@ -267,6 +270,24 @@ def frozen_weights(lines: Sequence[Line], limits: Limits) -> Finding | None:
         "optim.decay_images and the weights of the losses"
     )
     return Finding(kind="frozen_weights", text=text, fatal=True)
+
+
+def quality_stalls(lines: Sequence[Line], limits: Limits) -> Finding | None:
+    """The metric that selects the best point has had no new best value in the last validations.
+
+    Half of all validations come before them at least, because a new student is bad in an unsteady way.
+    """
+    name, points = validations(lines)
+    if len(points) < 2 * limits.validations:
+        return None
+    nimg, value = best_of(name, points)
+    if nimg > points[-limits.validations - 1][0]:
+        return None
+    text = (
+        f"{_at(lines)}: quality stalls: {name} was best at image {nimg:,} with {value:.4g}, and not in the "
+        f"last {limits.validations} validations; stop and take that checkpoint, or try a lower optim.lr"
+    )
+    return Finding(kind="quality_stalls", text=text, fatal=False)
 
 
 def _last_with(lines: Sequence[Line], names: Sequence[str], count: int) -> list[Line]:

@@ -20,6 +20,7 @@ from distill.config.run import TrainConfig
 from distill.models.row_dropout import set_row_dropout
 from distill.models.student import Student
 from distill.monitoring import collapse
+from distill.monitoring.best_point import best_validation
 from distill.monitoring.plots import plot_health
 from distill.training.preview import (
     decode_images,
@@ -32,7 +33,6 @@ from distill.training.real_rows import ImageRows
 from distill.training.state import State
 from distill.training.validation import (
     Validate,
-    best_validation,
     held_out,
     measure,
     sample_across_ranks,

@@ -1,7 +1,6 @@
-"""Validation during training on held-out pairs, sampled with the EMA weights; selection of the best point."""
+"""Validation during training on held-out pairs, sampled with the EMA weights."""
 
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
@@ -177,31 +176,3 @@ def _batch_params(parts: Sequence[AugmentParams]) -> AugmentParams:
     names = [f.name for f in fields(AugmentParams) if isinstance(getattr(parts[0], f.name), Tensor)]
     batched: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     return replace(parts[0], **batched)
-
-
-SELECTION_METRICS = ("val/fid", "val/e_latent_lpips", "val/psnr")
-"""Metrics that select the best point, in order of preference: the first one that a run reports is used."""
-
-HIGHER_IS_BETTER = ("val/psnr",)
-"""Selection metrics whose best value is the largest."""
-
-
-def best_validation(
-    lines: Sequence[Mapping[str, float]], saved: Collection[int]
-) -> tuple[int, str, float] | None:
-    """Find the best validation among the points `saved`: (images seen, metric name, value).
-
-    lines: validation reports, each with `nimg` and `val/...`. The earliest point wins a tie. Returns None if
-    no saved point was validated.
-    """
-    for name in SELECTION_METRICS:
-        candidates = [
-            (line[name], int(line["nimg"]))
-            for line in lines
-            if math.isfinite(line.get(name, math.nan)) and line["nimg"] in saved
-        ]
-        if candidates:
-            sign = -1 if name in HIGHER_IS_BETTER else 1
-            value, nimg = min(candidates, key=lambda point: (sign * point[0], point[1]))
-            return nimg, name, value
-    return None

@@ -85,7 +85,8 @@ def test_validation_lines_do_not_interrupt_a_streak() -> None:
     """Validation reports are separate lines without losses."""
     for late in ({"d__auc": [1.0] * 5, "loss__d": [0.01] * 5}, {"latent__spread": [0.1] * 5}):
         lines = log(30, **late)
-        mixed = [part for line in lines for part in (line, {"nimg": line["nimg"], "val/psnr": 9.0})]
+        psnr = [{"nimg": line["nimg"], "val/psnr": 9 + line["nimg"]} for line in lines]
+        mixed = [part for pair in zip(lines, psnr, strict=True) for part in pair]
         assert kinds(mixed) == kinds(lines) and len(kinds(lines)) == 1
     assert kinds([*log(3, val__psnr=[math.nan]), {"nimg": 20, "val/fid": 9.0}]) == ["not_finite"]
 
@@ -160,6 +161,22 @@ def test_frozen_weights_are_detected() -> None:
     assert finding.kind == "frozen_weights" and finding.fatal
 
 
+def test_quality_that_stalls_is_reported() -> None:
+    def run(name: str, values: list[float]) -> list[dict[str, float]]:
+        validations = [{"nimg": 10 * i, name: value} for i, value in enumerate(values)]
+        return sorted([*log(len(values)), *validations], key=lambda line: line["nimg"])
+
+    fell = [90.0, 70.0, 60.0, 50.0, 44.0]
+    lines = run("val/fid", [*fell, 45.0, 47.0, 44.0, 46.0, 45.0])
+    assert kinds(lines) == ["quality_stalls"] and not findings(lines)[0].fatal
+    assert "val/fid was best at image 40 with 44, and not in the last 5" in findings(lines)[0].text
+    assert kinds(run("val/fid", [*fell, 45.0, 47.0, 44.0, 46.0, 43.9])) == [], "a new best one"
+    assert kinds(run("val/fid", [*fell, 45.0, 47.0, 44.0, 46.0])) == [], "four validations are not five"
+    assert kinds(run("val/fid", [44.0, 45.0, 46.0, 47.0, 48.0, 49.0])) == [], "six are too few to say"
+    rising = [10.0, 11.0, 12.0, 13.0, 14.0, 14.1, 14.2, 14.3, 14.4, 14.5]
+    assert kinds(run("val/psnr", rising)) == [] and kinds(run("val/psnr", rising[::-1])) == ["quality_stalls"]
+
+
 def test_noisy_losses_give_no_findings() -> None:
     """1000 log-normal reports with a deviation of 0.33: the minimum lies far below the median."""
     rng = random.Random(0)
@@ -186,7 +203,7 @@ def test_on_collapse_stop_warn_and_off(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_invalid_limits_are_refused() -> None:
-    for settings in ({"reports": 0}, {"spread": 1.5}, {"rise": 0.9}):
+    for settings in ({"reports": 0}, {"validations": 0}, {"spread": 1.5}, {"rise": 0.9}):
         with pytest.raises(SettingError, match="collapse limits: reports"):
             Limits(**settings)
 

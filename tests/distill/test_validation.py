@@ -18,9 +18,9 @@ from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.pretrained import load_conditioner, load_vae
 from distill.models.ema import EMA
 from distill.models.student import student_from_teacher
+from distill.monitoring.best_point import best_validation
 from distill.training.preview import decode_images, preview, preview_latents, preview_statistics, preview_text
 from distill.training.validation import (
-    best_validation,
     held_out,
     measure,
     psnr_from_mse,
