@@ -36,7 +36,8 @@ from miniature.oracle import load_oracle
 from miniature.registration import register_eval_scenes
 from miniature.sampling import scene_captions
 from pairgen.store.reader import PairReader
-from teacher_training.full_run.stages import PartTimes, distill_teacher
+from teacher_training.full_run.stages import distill_teacher
+from teacher_training.times import PartTimes
 
 PROMPT_SEED = 3  # seed 1 trained the teacher, seed 2 is for tests
 DEMO_SAMPLERS = ("naive", "ode", "gan", "teacher")

@@ -42,6 +42,7 @@ from teacher_training.previews import (
 )
 from teacher_training.report import write_teacher_report
 from teacher_training.start import check_start, starting_autoencoder
+from teacher_training.times import PartTimes
 from teacher_training.verdict import denoising_loss, judge_teacher, reconstruction_psnr, spread_rows
 
 
@@ -254,11 +255,15 @@ def is_finished(scores_file: Path, stage: str, config: TeacherConfig) -> bool:
 
 
 def _run_stage(stage: str, job: TeacherJob, log: RunLog, scores_file: Path) -> None:
-    """Train one stage on all ranks, and write its scores, which mark it as finished."""
-    started = time.monotonic()
-    result = _HELPERS.get(stage, _train_network)(job, log)
+    """Train one stage on all ranks, and write its scores, which mark it as finished.
+
+    Their `seconds` are those of all starts, also of interrupted ones.
+    """
+    times = PartTimes(job.work / "times.json")
+    with times.measure(stage):
+        result = _HELPERS.get(stage, _train_network)(job, log)
     if process_group.rank() == 0:
-        facts = {"length": stage_length(job.config, stage), "seconds": time.monotonic() - started}
+        facts = {"length": stage_length(job.config, stage), "seconds": times.seconds[stage]}
         write_atomically(scores_file, json.dumps({**result, **facts}))
     process_group.barrier()
 

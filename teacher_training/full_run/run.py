@@ -26,8 +26,9 @@ from teacher_training.full_run.config import REFERENCE_PICTURES, FullRunConfig
 from teacher_training.full_run.pictures import reference_pictures, save_pictures, spread_captions
 from teacher_training.full_run.plan import PARTS, FullRunPlan, save_plan
 from teacher_training.full_run.report import SAMPLER_TITLES, write_run_report
-from teacher_training.full_run.stages import PartTimes, distill_teacher
+from teacher_training.full_run.stages import distill_teacher
 from teacher_training.plan import WholeProgress, save_request
+from teacher_training.times import PartTimes
 from teacher_training.train import train_teacher
 
 

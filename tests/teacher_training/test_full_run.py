@@ -30,8 +30,8 @@ from teacher_training.full_run.pictures import (
     spread_pictures,
 )
 from teacher_training.full_run.plan import PART_SHARES, FullRunPlan
-from teacher_training.full_run.stages import PartTimes
 from teacher_training.start import save_untrained_teacher
+from teacher_training.times import PartTimes
 
 
 @pytest.fixture(scope="module")

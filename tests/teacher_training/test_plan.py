@@ -185,6 +185,8 @@ def test_a_longer_training_goes_on_and_a_shorter_one_is_refused(
     ended = d2g(*train_arguments(data, out, "--images", "128"), "--json")
     assert ended.json["plan"]["images"] == {"unet": 64}, "the VAE stays, the U-Net goes on"
     assert "finished stages keep their length: vae" in ended.stderr
+    first = json.loads((trained / "training/unet/scores.json").read_text())["seconds"]
+    assert ended.json["scores"]["unet"]["seconds"] > first, "the time of both starts"
     assert (out / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == vae
     lines = [json.loads(line) for line in (out / "training/unet/stats.jsonl").read_text().splitlines()]
     counts = [line["nimg"] for line in lines if "loss/mse" in line]
