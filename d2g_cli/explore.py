@@ -62,8 +62,8 @@ def walk(
     from distill.exploration import open_student, path_metric, save_walk
     from distill.sampling import default_student_prompts
 
-    prompts = prompt or default_student_prompts(student)[:1]
     one = open_student(student, psi)
+    prompts = prompt or default_student_prompts(student, options="--prompt TEXT")[:1]
     metric = path_metric(student, one, lpips)
     summary = save_walk(
         *(student, one, prompts, seeds, frames, out),
@@ -198,7 +198,7 @@ def mix(
     from distill.sampling import default_student_prompts
 
     one = open_student(student, psi)
-    prompts = prompt or default_student_prompts(student)[:1]
+    prompts = prompt or default_student_prompts(student, options="--prompt TEXT")[:1]
     emit(save_mix(student, one, prompts, seeds, sides, out, progress=reporter), as_json, "mix")
 
 

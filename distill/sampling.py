@@ -189,15 +189,17 @@ def with_psi(one: OneStep, name: str, psi: float | None) -> OneStep:
     return replace(one, psi=psi)
 
 
-def default_student_prompts(name: str, teacher: str | None = None) -> list[str]:
+def default_student_prompts(
+    name: str, teacher: str | None = None, options: str = "--prompt TEXT or --prompts FILE"
+) -> list[str]:
     """Return the prompts to use if the user gives none: every class once, or one empty prompt.
 
-    name: the student; empty with a `teacher` that draws alone. Raises SettingError for text-conditioned
-    networks, which have no default prompts.
+    name: the student; empty with a `teacher` that draws alone. options: what the error says to give. Raises
+    SettingError for text-conditioned networks, which have no default prompts.
     """
     prompts = pretrained.default_prompts(teacher or student_folder(name)[1])
     if not prompts:
-        raise SettingError("nothing to draw; give --prompt TEXT or --prompts FILE")
+        raise SettingError(f"nothing to draw; give {options}")
     return prompts
 
 

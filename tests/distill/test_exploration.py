@@ -122,6 +122,8 @@ def test_walks_without_sense_are_refused(d2g: Any, tmp_path: Path) -> None:
         ),
         (["walk", "--prompt", "a", "--seed", 1, "--seed", 2, "--frames", 1], "--frames is 1"),
         (["styles", "--subject", "a", "--style", "b", "--template", "{subject}"], "expected {subject} and"),
+        (["walk", "--seed", 1, "--seed", 2], "nothing to draw; give --prompt TEXT"),
+        (["walk", "--seed", 1, "--seed", 2, "--psi", 0.5], "psi"),
     ):
         refused = d2g("explore", *words, *out)
         assert refused.code == 2 and message in refused.error
