@@ -124,7 +124,11 @@ def nothing(page: Page) -> None:
 
 def recipes(page: Page) -> None:
     make_pairs(Path(page.teacher), page.folder)
-    page.options["distill ode"] = ["--teacher", page.teacher]
+    page.options["distill"] = ["--teacher", page.teacher]
+    for stage in ("gan", "text"):
+        page.settings[f"distill {stage}"] = {"clip_guidance.crop": 16}
+    clip = save_clip_model(page.folder / "clip")
+    page.names["clip_guidance.model=CLIP"] = f"clip_guidance.model={clip}"
 
 
 def runs(page: Page) -> None:
