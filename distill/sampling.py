@@ -181,8 +181,8 @@ def with_psi(one: OneStep, name: str, psi: float | None) -> OneStep:
         return one
     if not one.student.has_styles:
         raise SettingError(
-            f"psi is {psi:g}, but student {name} has no styles to truncate; leave it out, or use "
-            "noise_scale, which shrinks the noise"
+            f"psi is {psi:g}, but student {name} has no styles to truncate; leave it out, or shrink "
+            "the noise with noise_scale (an option of `d2g explore`, a setting of `d2g eval`)"
         )
     if not 0 <= psi <= 1:
         raise SettingError(f"psi is {psi:g}; expected 0 (the mean style) to 1 (no truncation)")

@@ -5,6 +5,9 @@ UserError             exit 1   the job cannot continue; the text says what, got,
 └── Interrupted       exit 130 stopped by the user; the text says what is safe on disk
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def first_line(error: BaseException) -> str:
     """What a library's exception says, in one line: its first line, or its type if it says nothing."""
@@ -31,3 +34,14 @@ class Interrupted(UserError):
     """Ctrl-C or SIGTERM, raised after everything worth keeping has been written to disk."""
 
     exit_code = 130
+
+
+@contextmanager
+def naming(setting: str) -> Iterator[None]:
+    """Put the name of a setting in front of a plain UserError about its value."""
+    try:
+        yield
+    except UserError as error:
+        if type(error) is not UserError:
+            raise
+        raise UserError(f"{setting}: {error}") from error

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from d2g.core.errors import SettingError
+from d2g.core.errors import SettingError, naming
 from d2g.core.transfer import to_device
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, latent_space
@@ -116,7 +116,10 @@ def build_clip_guidance(
     contrastive = config.form == "contrastive"
     if torch.device(device).type == "meta":
         vae = pretrained.autoencoder_on_meta(teacher)
-        return ClipGuidance(clip_on_meta(config.model), None, vae, config.crop, contrastive)
-    model, tokenizer = load_clip_model(config.model), load_clip_tokenizer(config.model)
+        with naming("clip_guidance.model"):
+            clip = clip_on_meta(config.model)
+        return ClipGuidance(clip, None, vae, config.crop, contrastive)
+    with naming("clip_guidance.model"):
+        model, tokenizer = load_clip_model(config.model), load_clip_tokenizer(config.model)
     vae = pretrained.load_vae(teacher)
     return ClipGuidance(model, tokenizer, vae, config.crop, contrastive).to(device)

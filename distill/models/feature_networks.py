@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2g.core.errors import SettingError
+from d2g.core.errors import SettingError, naming
 from d2g.vision.efficientnet import new_lite0, open_lite0
 from d2g.vision.normalization import HALF, IMAGENET, OPENAI
 from d2g.vision.transformers_vision import load_vision_transformer
@@ -120,14 +120,15 @@ def open_feature_network(name: str, heads: int, on_meta: bool = False) -> Featur
 
     Raises UserError where weights or config are missing, SettingError for more heads than blocks.
     """
-    if name == LITE0:
-        network = _lite0(heads, on_meta)
-    elif name.startswith(SQUEEZENET):
-        network = _squeezenet(name.removeprefix(SQUEEZENET), heads, on_meta)
-    elif name.startswith(VGG16_BN):
-        network = _vgg16_bn(name.removeprefix(VGG16_BN), heads, on_meta)
-    else:
-        network = VisionTransformer(load_vision_transformer(name, on_meta), heads, name)
+    with naming("gan.feature_networks"):
+        if name == LITE0:
+            network = _lite0(heads, on_meta)
+        elif name.startswith(SQUEEZENET):
+            network = _squeezenet(name.removeprefix(SQUEEZENET), heads, on_meta)
+        elif name.startswith(VGG16_BN):
+            network = _vgg16_bn(name.removeprefix(VGG16_BN), heads, on_meta)
+        else:
+            network = VisionTransformer(load_vision_transformer(name, on_meta), heads, name)
     return network.eval().requires_grad_(False)
 
 

@@ -175,7 +175,7 @@ def test_what_cannot_guide_is_refused(
             str(teacher),
             r"crop is 64, but images of .* have \d+ px; set it to \d+ or less",
         ),
-        (replace(good, model="nowhere"), str(teacher), "nowhere: no such folder"),
+        (replace(good, model="nowhere"), str(teacher), r"^clip_guidance\.model: nowhere: no such folder"),
     ):
         with pytest.raises(UserError, match=message) as error:
             build_clip_guidance(config, name)

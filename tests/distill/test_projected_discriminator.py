@@ -289,7 +289,14 @@ def test_memory_counts_the_frozen_networks(teachers: dict[str, str], vit: str) -
     [
         ({"token_heads": 5}, r"token_heads is 5, but .* has 4 blocks; expected 1 to 4"),
         ({"feature_size": 18}, "feature_size is 18, but .* has patches of 4 px; expected a multiple"),
-        ({"feature_networks": ("nowhere",)}, "nowhere: no such folder; give one as save_pretrained writes"),
+        (
+            {"feature_networks": ("nowhere",)},
+            r"^gan\.feature_networks: nowhere: no such folder; give one as save_pretrained writes",
+        ),
+        (
+            {"feature_networks": ("squeezenet:nowhere",)},
+            r"^gan\.feature_networks: .*nowhere",
+        ),
         (
             {"discriminator": "transformer+projected"},
             r"set gan\.discriminator=unet or gigagan or projected or unet\+projected or gigagan\+projected",
