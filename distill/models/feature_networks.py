@@ -6,12 +6,13 @@ VGG16-BN.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2g.core.errors import SettingError, naming
+from d2g.core.errors import SettingError, UserError, naming
 from d2g.vision.efficientnet import new_lite0, open_lite0
 from d2g.vision.normalization import HALF, IMAGENET, OPENAI
 from d2g.vision.transformers_vision import load_vision_transformer
@@ -104,6 +105,16 @@ class ConvolutionalNetwork(FeatureNetwork):
 def weights_path(name: str) -> str:
     """The file or folder that a name of `gan.feature_networks` refers to, or the name itself."""
     return name.removeprefix(SQUEEZENET).removeprefix(VGG16_BN)
+
+
+def check_weights_file(name: str) -> None:
+    """Raise UserError for squeezenet:FILE or vgg16_bn:FILE without the file, before anything is loaded."""
+    file = weights_path(name)
+    if file != name and not Path(file).is_file():
+        raise UserError(
+            f"gan.feature_networks: {file}: no weights there; put torchvision's weights at that path or give "
+            "its path"
+        )
 
 
 def equally_spaced(blocks: int, heads: int, name: str) -> list[int]:

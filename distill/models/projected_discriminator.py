@@ -17,7 +17,7 @@ from d2g.diffusion.conditioning import Conditioning
 from distill.config.discriminator import DiscriminatorConfig
 from distill.models.condition_vector import ConditionShape, condition_shape, condition_vector
 from distill.models.discriminator_kind import DiscriminatorKind
-from distill.models.feature_networks import open_feature_network
+from distill.models.feature_networks import check_weights_file, open_feature_network
 from distill.models.modulated_readout import ModulatedReadout
 from distill.models.pixel_view import DRAWS, FrozenView
 from distill.models.style_layers import ACTIVATION_GAIN, EqualizedConv, group_norm, initialize
@@ -175,6 +175,8 @@ def open_view(teacher: str, config: DiscriminatorConfig, on_meta: bool = False) 
 
     Raises SettingError for a size that they do not take, UserError for weights that are missing.
     """
+    for name in config.feature_networks:
+        check_weights_file(name)
     networks = [open_feature_network(name, config.token_heads, on_meta) for name in config.feature_networks]
     for name, network in zip(config.feature_networks, networks, strict=True):
         if config.feature_size % network.size_unit:
