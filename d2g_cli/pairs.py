@@ -1,12 +1,14 @@
 """`d2g pairs`: generate and maintain noise-latent pairs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from d2g.core.config import Presets
 from d2g.core.errors import UserError
+from d2g.core.logs import logger
 from d2g_cli import pair_store
 from d2g_cli.common import (
     Prompts,
@@ -16,6 +18,7 @@ from d2g_cli.common import (
     emit,
     expand_options,
     finish_dry_run,
+    is_rank_0,
     leave_process_group,
     presets_in_help,
     reporter,
@@ -99,6 +102,7 @@ StoreOut = Annotated[
 def pairs_generate(options: GenerateOptions, out: StoreOut = "pairs") -> None:
     """Solve the teacher's ODE from noise and store rows of (noise, latent, prompt)."""
     config = _pair_config(options)
+    _warn_of_verdict(config.teacher)
     if options.dry_run:
         finish_dry_run(
             config, options.as_json, inputs=config_inputs(config, ("teacher", "prompts", "condition"))
@@ -116,6 +120,18 @@ def pairs_generate(options: GenerateOptions, out: StoreOut = "pairs") -> None:
             f"{pair_store.first_ten(bad)}; their prompts are in {out}/quarantine, the other pairs are "
             f"usable{again}"
         )
+
+
+def _warn_of_verdict(teacher: str) -> None:
+    """Warn of a teacher that `d2g teacher train` has found not trained, whose pairs nobody can use."""
+    folder = Path(teacher)
+    if not is_rank_0() or not (folder / "training" / "verdict.json").is_file():
+        return
+    from teacher_training.verdict import recorded_verdict
+
+    verdict = recorded_verdict(folder)
+    if verdict is not None and not verdict["trained"]:
+        logger.warning("%s: %s", teacher, verdict["verdict"])
 
 
 @pairs_app.command("plan", cls=presets_in_help(_presets))

@@ -52,6 +52,9 @@ def test_a_hundred_steps_are_not_trained(noise_teacher: tuple[Path, Any], d2g: A
     # `teacher info` says the same, without measuring again.
     info = d2g("teacher", "info", out, "--json").json
     assert info["trained"] is False and info["verdict"] == summary.verdict and info["numbers"] == numbers
+    # And whoever makes pairs with it is warned.
+    words = ("pairs", "generate", "--teacher", out, "--prompts", out.parent / "data", "--dry-run")
+    assert f"{out}: {summary.verdict}" in d2g(*words).stderr
 
 
 def test_the_scored_weights_are_the_saved_weights(noise_teacher: tuple[Path, Any]) -> None:
