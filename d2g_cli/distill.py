@@ -133,7 +133,8 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     validate = _validation_hook(config, options)
     if options.dry_run:
         inputs = config_inputs(config, ("teacher", "pairs", "lpips", "init"))
-        check_inputs(inputs | {"gan.real": config.gan.real})
+        weights = {"regression.lpips_weights": config.regression.lpips_weights}
+        check_inputs(inputs | {"gan.real": config.gan.real} | weights)
         check_inputs(config_inputs(options, ("validate_reference", "validate_prompts", "validate_weights")))
         finish_dry_run(config, options.as_json, _plan(config, preset))
     from distill.training.train import train

@@ -18,6 +18,14 @@ MISSING = [
     ("distill ode --teacher miniature --pairs none", "none/store.json"),
     ("distill gan --teacher miniature --lpips none", "--lpips none: no such file or folder"),
     ("distill gan --teacher miniature --init none", "student none: expected a run"),
+    (
+        "distill ode --preset cifar10 --set regression.lpips_weights=none.pth",
+        "regression.lpips_weights none.pth: no such file",
+    ),
+    (
+        "distill gan --preset cifar10-real --set gan.real=none",
+        "gan.real none: no such",
+    ),
     ("sample --student none --prompt a", "student none: expected a run"),
     ("sample --teacher none --prompt a", "--teacher none: no such folder"),
     ("sample --prompts none.txt", "--prompts none.txt: no such file or folder"),
