@@ -19,7 +19,8 @@ def first_step_notes(config: DistillConfig, model: str) -> list[str]:
     """
     folders = [Path(name) for name in config.pairs.split(",") if name]
     stores = {folder: read_spec(folder) for folder in folders if (folder / "store.json").is_file()}
-    if not stores:
+    # A generator with noise of its own has no timestep.
+    if not stores or not config.student.is_diffusion:
         return []
     with known_teacher(config, model) as known:
         schedule = pretrained.load_any_schedule(known.teacher) if known is not None else None

@@ -39,7 +39,7 @@ from distill.models.text_student import (
     text_conditioner_on_meta,
     text_modules,
 )
-from distill.student_files import load_same_adapters, load_student_weights, stored_tensors
+from distill.student_files import kind_settings, load_same_adapters, load_student_weights, stored_tensors
 from distill.training.inputs import weights_sha256_of
 from distill.training.optim import optimizer
 
@@ -275,12 +275,23 @@ def _distribute(
     )
 
 
+def _expect_kind(init: str, kind: str) -> None:
+    """Raise SettingError for a student to start from that is of another kind than the run's."""
+    stored = kind_settings(init).kind
+    if stored != kind:
+        raise SettingError(
+            f"init is {init}, a student of kind {stored}, but student.kind is {kind!r}; give a student of "
+            "that kind"
+        )
+
+
 def _build_student(config: DistillConfig, fresh: bool) -> Student:
     student = build_student(
         config.teacher, config.student_timestep, config.student, config.seed, config.stage
     )
     conditioner = load_text_conditioner(config.teacher) if config.own_text else None
     if config.init not in ("", FROM_TEACHER) and fresh:
+        _expect_kind(config.init, config.student.kind)
         load_student_weights(student, config.init, conditioner)
     if student.guided and not takes_guidance(config.teacher, config.student):
         raise SettingError(

@@ -470,6 +470,10 @@ def test_samples_exports_and_plans(teachers: Mapping[str, str], pairs: Path, tmp
     )
     run, teacher = tmp_path / "run", config.teacher
     train(config, run)
+    # It is no start for a student of another kind.
+    other = replace(distill_config(Path(teachers["sd"]), pairs, stage="gan"), init=str(run))
+    with pytest.raises(SettingError, match=r"a student of kind stylegan-t, but student\.kind is 'diffusion'"):
+        train(other, tmp_path / "other")
     one = load_student(str(run))
     prompts = ["a red cube", "a blue ball", "a cat"]
     images = one(prompts, seed=3)
