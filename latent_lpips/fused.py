@@ -5,7 +5,7 @@ sample, and the forward pass can already compute the gradient. It does so for a 
 the features: memory does not grow with the batch, and no features wait on the GPU for the backward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latent_lpips.vgg import ConvLayer
-from latent_lpips.winograd import conv3x3_transposed
+from latent_lpips.winograd import FORWARD_CHANNELS, conv3x3, conv3x3_transposed
 
 NORM_EPS = 1e-8
 CPU_POSITIONS, GPU_POSITIONS = 2**13, 2**16
@@ -41,9 +41,9 @@ def layer_distances(
     with torch.no_grad():
         # A few rows at a time, so that memory does not grow with the batch.
         for p, t in _row_chunks(pred, target):
-            taps = zip(_taps(layers, p), _taps(layers, t), heads, strict=True)
             means = [
-                ((normalize_features(f) - normalize_features(g)).square().mean((2, 3)), w) for f, g, w in taps
+                ((normalize_features(f) - normalize_features(g)).square().mean((2, 3)), w)
+                for (f, g), w in zip(_tap_pairs(layers, p, t), heads, strict=True)
             ]
             parts.append(torch.stack([mean @ w.to(mean.dtype) for mean, w in means], 1))
     return torch.cat(parts)
@@ -101,13 +101,13 @@ def _distance_and_gradient(
     """Return the distance [b] and its gradient with respect to `pred` [b, C, h, w]."""
     # Forward: the distance, and its gradient with respect to each tapped feature map.
     records: list[LayerRecord] = []
-    target_taps, pred_taps = _taps(layers, target), _taps(layers, pred, records)
-    terms = [_layer_term(f, g, w) for f, g, w in zip(pred_taps, target_taps, heads, strict=True)]
+    pairs = _tap_pairs(layers, pred, target, records)
+    terms = [_layer_term(f, g, w) for (f, g), w in zip(pairs, heads, strict=True)]
     distance, tap_gradients = (
         torch.stack([term for term, _ in terms]).sum(0),
         [gradient for _, gradient in terms],
     )
-    del target_taps, pred_taps, terms
+    del pairs, terms
     # Backward through the convolutions, all in the last layer's type: rounding a gradient flips no ReLU.
     dtype = layers[-1].weight.dtype
     gradient = torch.zeros_like(tap_gradients[-1])
@@ -124,6 +124,75 @@ def _distance_and_gradient(
         else:
             gradient = F.conv_transpose2d(gradient, layer.weight.to(dtype), padding=1)
     return distance, gradient
+
+
+def _tap_pairs(
+    layers: Sequence[ConvLayer], pred: Tensor, target: Tensor, records: list[LayerRecord] | None = None
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return the tapped feature maps of `pred` and `target`, and append a record of every layer of `pred`."""
+    if any(layer.winograd is not None for layer in layers):
+        return _tap_pairs_by_difference(layers, pred, target, records)
+    target_taps = _taps(layers, target)
+    return zip(_taps(layers, pred, records), target_taps, strict=True)
+
+
+def _tap_pairs_by_difference(
+    layers: Sequence[ConvLayer], pred: Tensor, target: Tensor, records: list[LayerRecord] | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the pairs of `_tap_pairs` as they come, so that no features wait, on a CPU.
+
+    From the first layer on that has a Winograd weight, only the target's features are convolved as they are.
+    The difference of both is convolved apart and rounded to its own size: convolutions are linear. Rounding
+    then moves both features alike, and a small distance keeps its relative precision.
+    """
+    exact = next(k for k, layer in enumerate(layers) if layer.winograd is not None)
+    # Both inputs take turns, layer by layer.
+    for layer in layers[:exact]:
+        (target,), (pred,) = (
+            _taps([layer._replace(tap=True)], x, r) for x, r in ((target, None), (pred, records))
+        )
+        if layer.tap:
+            yield pred, target
+    # Then features and differences in one batch, so that weights are read once.
+    count, dtype = len(target), layers[exact].weight.dtype
+    both = torch.cat([target, pred - target]).to(dtype)
+    del pred, target
+    for layer in layers[exact:]:
+        both, record = _by_difference(layer, both, count)
+        if records is not None:
+            records.append(record)
+        if layer.tap:
+            features = at_least_fp32(both[:count])
+            yield features + both[count:], features
+
+
+def _by_difference(layer: ConvLayer, both: Tensor, count: int) -> tuple[Tensor, LayerRecord]:
+    """Take `count` features and as many differences through a layer; the record is that of their sum."""
+    both = _convolve(both, layer, count)
+    features, differences = both[:count], both[count:]
+    # relu(z + d) - relu(z), which loses no digits of d: max(d + min(z, 0), -max(z, 0)).
+    differences += features.clamp_max(0)
+    negative = features.relu_().neg()
+    torch.maximum(differences, negative, out=differences)
+    size = (both.shape[2], both.shape[3])
+    if not layer.pool:
+        return both, LayerRecord(differences > negative, size, None)
+    # The maxima of both can be at different positions.
+    total, indices = F.max_pool2d(at_least_fp32(features) + differences, 2, return_indices=True)
+    features = F.max_pool2d(features, 2)
+    both = torch.cat([features, (total - features).to(both.dtype)])
+    return both, LayerRecord(total.bool(), size, indices)
+
+
+def _convolve(x: Tensor, layer: ConvLayer, count: int) -> Tensor:
+    """Convolve x [B, C, h, w], and add the bias to the first `count` rows: [B, K, h, w]."""
+    if layer.winograd is not None and min(layer.weight.shape[:2]) >= FORWARD_CHANNELS:
+        bias = at_least_fp32(layer.bias).expand(count, -1)
+        bias = torch.cat([bias, bias.new_zeros(len(x) - count, bias.shape[1])])
+        return conv3x3(x, layer.winograd, bias)
+    biases = (layer.bias, None)
+    parts = (x[:count], x[count:])
+    return torch.cat([F.conv2d(p, layer.weight, b, padding=1) for p, b in zip(parts, biases, strict=True)])
 
 
 def _taps(layers: Sequence[ConvLayer], x: Tensor, records: list[LayerRecord] | None = None) -> list[Tensor]:

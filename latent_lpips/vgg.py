@@ -23,8 +23,8 @@ the error, because it flips ReLUs, and with them gradients, in every later layer
 
 class ConvLayer(NamedTuple):
     """A convolution of a trunk without norms, followed by ReLU. `pool`: a 2x2 max-pool follows. `tap`: the
-    distance uses its output. `winograd`: the weight for its backward pass by latent_lpips/winograd.py, where
-    that is faster."""
+    distance uses its output. `winograd`: the transformed weight of latent_lpips/winograd.py, where that
+    is faster."""
 
     weight: Tensor
     bias: Tensor
@@ -158,7 +158,7 @@ def fold_batch_norms(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
         assert conv.bias is not None
         conv.bias.copy_(bias)
         conv.to(dtype if position >= FP32_CONVS else torch.float32)
-        # On a CPU, the backward passes of wide bf16 convolutions have fewer multiplications.
+        # On a CPU, wide bf16 convolutions have fewer multiplications.
         wide = min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
         if conv.weight.dtype == torch.bfloat16 and device.type == "cpu" and wide:
             conv.register_buffer("winograd", transform_weight(weight), persistent=False)

@@ -12,6 +12,7 @@ from latent_lpips import fused
 from latent_lpips.config import LPIPSConfig, Precision
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.vgg import FP32_CONVS, convolution_dtype, fold_batch_norms
+from latent_lpips.winograd import transform_weight
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -73,6 +74,44 @@ def test_fast_path_agrees_with_float64(narrow_metric: LatentLPIPS, noise: float,
         assert (distance / exact - 1).abs().max() < error, precision
         assert cosine(gradient, slope) > least, precision
         assert (gradient.norm() / slope.norm()).item() == pytest.approx(1, abs=10 * error)
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.003])
+def test_nearly_equal_latents_keep_their_relative_precision_in_bf16(noise: float) -> None:
+    """On a CPU, wide layers convolve the difference of the features apart. All in bf16 are wide here."""
+    metric = randomized_metric(1.0)
+    pred = latents(1, 4, 8, 8)
+    target = pred + noise * latents(1, 4, 8, 8, seed=1)
+    exact, slope = with_gradient(copy.deepcopy(metric).double(), pred.double(), target.double())
+    distance, gradient = with_gradient(metric.fold("bf16"), pred, target)
+    assert (distance / exact - 1).abs().item() < 5e-3
+    assert cosine(gradient, slope) > 0.999
+    torch.testing.assert_close(metric(pred, target), distance)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 9), (7, 6)])
+@torch.no_grad()
+def test_differences_through_a_trunk_equal_two_passes(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, where rounding hides nothing: taps, and records of every layer, with odd sizes and pools.
+    Layers of stage 3 take direct convolutions, the others Winograd's."""
+    monkeypatch.setattr(fused, "FORWARD_CHANNELS", 32)
+    trunk = fold_batch_norms(copy.deepcopy(randomized_metric(1 / 16).trunk)).double()
+    plain = trunk.layers()
+    layers = [
+        layer._replace(winograd=transform_weight(layer.weight, torch.float64)) if k > 4 else layer
+        for k, layer in enumerate(plain)
+    ]
+    pred, target = latents(2, 4, *size).double(), latents(2, 4, *size, seed=1).double()
+    records: list[fused.LayerRecord] = []
+    expected: list[fused.LayerRecord] = []
+    pairs = list(fused._tap_pairs(layers, pred, target, records))
+    two_passes = fused._tap_pairs(plain, pred, target, expected)
+    torch.testing.assert_close(pairs, list(two_passes))
+    for record, other in zip(records, expected, strict=True):
+        assert torch.equal(record.positive, other.positive) and record.size == other.size
+        assert (record.indices is None) == (other.indices is None)
 
 
 def test_gradient_passes_gradcheck(metric: LatentLPIPS) -> None:

@@ -27,6 +27,29 @@ def test_equals_direct_convolution(
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (4, 40), (1, 2)])
+@pytest.mark.parametrize("tiles", [1, 24, 512])
+def test_forward_equals_direct_convolution(
+    size: tuple[int, int], tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "MAX_TILES", tiles)
+    x, weight, bias = random(3, 4, *size), random(6, 4, 3, 3), random(3, 6)
+    result = winograd.conv3x3(x, winograd.transform_weight(weight, torch.float64), bias)
+    torch.testing.assert_close(result, F.conv2d(x, weight, padding=1) + bias[:, :, None, None])
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_sums_in_fp32_have_a_smaller_error() -> None:
+    x, weight = random(1, 64, 16, 16).relu().bfloat16(), random(64, 64, 3, 3)
+    exact, transformed = F.conv2d(x.double(), weight, padding=1), winograd.transform_weight(weight)
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        result = winograd.conv3x3(x, transformed, torch.zeros(1, 64, dtype=dtype))
+        assert result.dtype == torch.bfloat16
+        errors.append((result.double() - exact).norm() / exact.norm())
+    assert errors[0] < 0.9 * errors[1] and errors[0] < 6e-3
+
+
 def test_error_in_bf16_is_below_one_percent() -> None:
     x, weight = random(1, 64, 16, 16).relu().bfloat16(), random(64, 64, 3, 3)
     exact = F.conv_transpose2d(x.double(), weight, padding=1)
