@@ -25,6 +25,7 @@ def test_each_latent_lpips_of_a_recipe_counts() -> None:
     assert metric_flops(replace(DistillConfig(), regression=losses), 64 * 64) == 3 * one
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_battery_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(
     tmp_path: Path, warm_python: str

@@ -73,6 +73,7 @@ def test_teacher_train(seed: int, tmp_path: Path) -> None:
     check_kills(arguments, tmp_path, seed)
 
 
+@pytest.mark.long
 def test_onnx_export(teacher: Path, tmp_path: Path) -> None:
     """Killed during the conversion and when the graph is on the disk: then the same files, byte for byte."""
     once, out = tmp_path / "once", tmp_path / "out"

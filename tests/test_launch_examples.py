@@ -185,6 +185,7 @@ def test_the_page_names_every_file_and_no_other() -> None:
     assert "`d2g pairs generate` needs no launcher." in text
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_slurm_and_ssh_scripts_run_on_the_miniature(warm_python: str, tmp_path: Path) -> None:
     """An array of two pair jobs on one folder, stage 1 on two nodes by srun, stage 2 on two hosts by ssh."""

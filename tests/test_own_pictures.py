@@ -15,6 +15,7 @@ from own_pictures import image_folder
 PAGE = (Path(__file__).parents[1] / "docs" / "own-pictures.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d2g: Any) -> None:
     """All of them, in order, on 40 small pictures, with the lengths that the page gives for a trial."""

@@ -66,6 +66,7 @@ def one_process(teacher: str, parts: int, half: bool) -> dict[str, Tensor]:
     return results | {f"weight.{n}": p.detach() for n, p in network.named_parameters()}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # FLUX's norms, autocast
 @pytest.mark.parametrize(

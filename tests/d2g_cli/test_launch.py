@@ -136,6 +136,7 @@ def test_a_failed_command_gives_its_exit_code_and_one_line(command: list[str]) -
     assert process.stderr.count("no-such-preset") == 1 and "Traceback" not in process.stderr, process.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_demo_in_two_processes_measures_what_one_process_measures(
     command: list[str], demo_of_one_process: tuple[Path, dict[str, Any]], tmp_path: Path
@@ -153,6 +154,7 @@ def test_the_demo_in_two_processes_measures_what_one_process_measures(
     assert saved_process_count(out) == 2 and saved_process_count(demo_of_one_process[0]) == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_demo_and_says_how_to_go_on(

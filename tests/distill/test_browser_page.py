@@ -129,6 +129,7 @@ print([block.label for block in blocks if getattr(block, "label", None)][:4])
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_space_builds_the_page_of_the_bundled_student() -> None:
     space = Path(__file__).resolve().parents[2] / "examples/space"

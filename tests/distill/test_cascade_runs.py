@@ -316,6 +316,7 @@ def test_odd_sizes_and_moved_stores_are_refused(stages: dict[str, Stage], tmp_pa
         train(distill_config(b.teacher, Path(both), "train.images=4"), tmp_path / "run")
 
 
+@pytest.mark.long
 def test_engines_train_stage_b_alike_with_exact_r1(
     stages: dict[str, Stage], tmp_path: Path, fresh_dynamo: None
 ) -> None:

@@ -186,6 +186,7 @@ def unbroken_run(
     return settings, out
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["one", "all"])
 def test_a_run_with_killed_ranks_resumes_exactly(
@@ -216,6 +217,7 @@ def test_a_run_with_killed_ranks_resumes_exactly(
     assert losses(out) == losses(unbroken)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_torchrun_restarts_killed_workers(
     config: DistillConfig,
@@ -316,6 +318,7 @@ def test_a_non_finite_pair_is_reported_and_repaired(
     assert_same_learning(out, plain)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_three_ranks_resume_bit_for_bit(config: DistillConfig, tmp_path: Path) -> None:
     """DDP rebuilds its buckets after the first step, which may change the summation order of three ranks."""

@@ -58,6 +58,7 @@ def test_a_step_never_waits_for_the_device(arguments: str, warm_python: str) -> 
     assert 0 < waits["mfu"] < 1e-3 * waits["images_per_sec"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize("stage", ["ode", "gan"])
@@ -76,6 +77,7 @@ def test_a_step_over_eight_ranks_never_waits_for_the_device(
         assert first == second == third > 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
@@ -99,6 +101,7 @@ def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
     assert all(results.values()), "the counter counts"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize(
@@ -113,6 +116,7 @@ def test_the_memory_forecast_of_sd15_agrees_with_the_storages_of_a_step(
     assert result["forecast"] == pytest.approx(result["tracked"], rel=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize(("stage", "settings"), [("ode", ()), ("gan", ("gan.r1_rows=8",))])

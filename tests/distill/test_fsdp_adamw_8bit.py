@@ -64,6 +64,7 @@ def main(teacher: str, folder: Path) -> None:
     process_group.finish()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_moments_of_8_bits_are_sharded_and_resume_bit_for_bit(teacher: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

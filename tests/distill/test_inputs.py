@@ -85,6 +85,7 @@ def test_moved_inputs_are_accepted(
     train(distill_config(teacher, pairs, f"train.images={4 * BATCH}"), run)  # and back to the first paths
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["safetensors", "diffusers", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_export_accepts_a_moved_teacher(kind: Any, pairs: Path, teacher: Path, tmp_path: Path) -> None:
     first = copy(teacher, tmp_path / "first")

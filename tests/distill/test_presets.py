@@ -64,6 +64,8 @@ def test_preset_fits_its_gpus(name: str, stage: str, gpus: int, teachers: Mappin
     assert too_large(config, memory, A100) is None, f"{memory:.1f} GiB"
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASCADE_RECIPES)
 def test_stages_of_a_cascade_have_the_published_sizes(name: str, tmp_path: Path) -> None:
     """Stage C has 1 B parameters (the paper, section 1); both as diffusers converts them."""
@@ -76,6 +78,7 @@ def test_stages_of_a_cascade_have_the_published_sizes(name: str, tmp_path: Path)
     assert days is not None and days > 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ode", "gan"])
 @pytest.mark.parametrize("name", CASCADE_RECIPES)
@@ -106,6 +109,7 @@ def test_transformers_have_the_published_sizes(name: str, tmp_path: Path) -> Non
     assert recipe.model == name and recipe["gan"].stage == "gan"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ode", "gan"])
 @pytest.mark.parametrize("name", TRANSFORMER_RECIPES)
@@ -126,6 +130,8 @@ def test_gpu_days_follow_from_the_operations() -> None:
     assert gpu_days(TABLE_A1["cifar10"]["ode"], 1, "") is None
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", PIXEL_RECIPES)
 def test_cifar10_recipes_fit_a_gpu(name: str, tmp_path: Path) -> None:
     """The stand-in for EDM's network has nearly its 55.7 M parameters; each GPU has 64 rows."""

@@ -396,6 +396,7 @@ def test_the_vision_aided_loss_trains_a_student_of_latents(
     assert fixed == {n for n in heads if n.endswith("projection")} != set()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", ["tokens", "modulated"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

@@ -41,6 +41,7 @@ TINY = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL_CARD_RECIPES)
 def test_the_forecast_of_a_small_card_is_below_22_gib(name: str, tmp_path: Path) -> None:
@@ -52,6 +53,7 @@ def test_the_forecast_of_a_small_card_is_below_22_gib(name: str, tmp_path: Path)
     assert recipe["ode"].engine == recipe["gan"].engine and recipe["ode"].student == recipe["gan"].student
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "save"), [("sd15-24gb", tiny.save_teacher), ("sdxl-24gb", tiny_teachers.save_sdxl)]

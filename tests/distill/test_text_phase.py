@@ -84,6 +84,7 @@ def test_text_runs_resume_bit_for_bit(first: DistillConfig, tmp_path: Path) -> N
     assert_resumes_exactly(first, replace(first, train=replace(first.train, images=4)), tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_train_as_one(first: DistillConfig, tmp_path: Path) -> None:
     """Under DDP and FSDP2: equal losses, gradient norms and updates, up to rounding."""

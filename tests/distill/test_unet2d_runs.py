@@ -118,6 +118,7 @@ def test_the_gan_stage_resumes_bit_for_bit(
     assert load_student(str(run))(prompts).dtype == torch.uint8
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_train_like_one(
     teachers: dict[str, Path], stores: dict[str, Path], images: Path, tmp_path: Path

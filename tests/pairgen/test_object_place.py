@@ -186,6 +186,7 @@ def test_a_url_of_a_folder_is_the_folder(teacher: Path, prompts: str, tmp_path: 
     assert done.json["complete"] and verify_store(out).ok
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_readers_read_what_the_job_has_written(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
@@ -237,6 +238,7 @@ def test_the_shard_of_a_dead_machine_is_taken_over_after_the_patience(
     assert_complete(server, prefix, expected, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_kills_in_a_row(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
@@ -257,6 +259,7 @@ def test_kills_in_a_row(
     assert_complete(server, prefix, expected, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_job_that_is_asked_to_stop_leaves_its_rows_to_the_next_machine(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path

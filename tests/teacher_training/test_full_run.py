@@ -61,6 +61,7 @@ def files(folder: Path) -> Mapping[Path, int]:
     return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.suffix in kinds}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_teacher_that_is_not_trained_ends_the_run(run: tuple[Path, Ended, Ended]) -> None:
     work, refused, _ = run
@@ -117,6 +118,7 @@ def test_the_same_command_keeps_everything_and_other_minutes_are_refused(
     assert "was planned for another run: minutes (0.05 -> 7.0); give the same to go on" in error
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_given_teacher_is_distilled_and_ctrl_c_says_how_to_go_on(
     run: tuple[Path, Ended, Ended], data: Path, tmp_path: Path
