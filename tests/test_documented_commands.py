@@ -299,8 +299,13 @@ def test_every_page_with_commands_is_run() -> None:
         assert (Path(__file__).parent / file).is_file(), file
 
 
+LONG_PAGES = ("evaluation.md", "gan-students.md", "teachers.md")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PREPARED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long) if n in LONG_PAGES else n for n in PREPARED]
+)
 def test_the_commands_of_a_page_run(
     name: str, teacher: Path, tmp_path: Path, d2g: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,10 +43,12 @@ LATE = [{"d2g/core/transfer.py read: waits for an event": 1}]
     "arguments",
     [
         "ode",
-        "ode optim.name=radam",
+        pytest.param("ode optim.name=radam", marks=pytest.mark.long),
         "ode optim.name=adamw_8bit engine.offload_optimizer=true student.lora_rank=2",
         "gan",
-        "gan gan.penalty=approx engine.gradient_accumulation=2 data.text_cache=4",
+        pytest.param(
+            "gan gan.penalty=approx engine.gradient_accumulation=2 data.text_cache=4", marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_step_never_waits_for_the_device(arguments: str, warm_python: str) -> None:
