@@ -123,13 +123,12 @@ def pairs_generate(options: GenerateOptions, out: StoreOut = "pairs") -> None:
 
 
 def _warn_of_verdict(teacher: str) -> None:
-    """Warn of a teacher that `d2g teacher train` has found not trained, whose pairs nobody can use."""
-    folder = Path(teacher)
-    if not is_rank_0() or not (folder / "training" / "verdict.json").is_file():
+    """Warn if the recorded verdict on the teacher is: not trained. Nothing is measured for that."""
+    if not is_rank_0():
         return
-    from teacher_training.verdict import recorded_verdict
+    from teacher_training.verdict import verdict_on_record
 
-    verdict = recorded_verdict(folder)
+    verdict = verdict_on_record(Path(teacher))
     if verdict is not None and not verdict["trained"]:
         logger.warning("%s: %s", teacher, verdict["verdict"])
 

@@ -141,23 +141,23 @@ def _tap_pairs_by_difference(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the pairs of `_tap_pairs` as they come, so that no features wait, on a CPU.
 
-    From the first layer on that has a Winograd weight, only the target's features are convolved as they are.
+    From the first layer with a Winograd weight on, only the target's features are convolved as they are.
     The difference of both is convolved apart and rounded to its own size: convolutions are linear. Rounding
     then moves both features alike, and a small distance keeps its relative precision.
     """
-    exact = next(k for k, layer in enumerate(layers) if layer.winograd is not None)
+    first_wide = next(k for k, layer in enumerate(layers) if layer.winograd is not None)
     # Both inputs take turns, layer by layer.
-    for layer in layers[:exact]:
+    for layer in layers[:first_wide]:
         (target,), (pred,) = (
             _taps([layer._replace(tap=True)], x, r) for x, r in ((target, None), (pred, records))
         )
         if layer.tap:
             yield pred, target
     # Then features and differences in one batch, so that weights are read once.
-    count, dtype = len(target), layers[exact].weight.dtype
+    count, dtype = len(target), layers[first_wide].weight.dtype
     both = torch.cat([target, pred - target]).to(dtype)
     del pred, target
-    for layer in layers[exact:]:
+    for layer in layers[first_wide:]:
         both, record = _by_difference(layer, both, count)
         if records is not None:
             records.append(record)

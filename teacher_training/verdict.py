@@ -238,16 +238,23 @@ def judge_teacher(folder: Path, images: Tensor, captions: Sequence[str]) -> dict
     return verdict
 
 
+def verdict_on_record(folder: Path) -> Mapping[str, Any] | None:
+    """The verdict in a folder of `d2g teacher train`; None where there is none of the present weights."""
+    file = folder / "training" / "verdict.json"
+    if not file.is_file():
+        return None
+    verdict = read_json_object(file, f"delete {file}, it is measured again")
+    return verdict if verdict.get("weights_sha256") == pretrained.weights_sha256(str(folder)) else None
+
+
 def recorded_verdict(folder: Path) -> Mapping[str, Any] | None:
     """The verdict on a teacher of `d2g teacher train`; None for other teachers.
 
     It is measured again, on the pictures in FOLDER/training, if the weights have changed since.
     """
-    file, pixels = folder / "training" / "verdict.json", folder / "training" / "images.npy"
-    if file.is_file():
-        verdict = read_json_object(file, f"delete {file}, it is measured again")
-        if verdict.get("weights_sha256") == pretrained.weights_sha256(str(folder)):
-            return verdict
+    pixels = folder / "training" / "images.npy"
+    if (verdict := verdict_on_record(folder)) is not None:
+        return verdict
     if not pixels.is_file():
         return None
     captions = read_json(folder / "training" / "captions.json", f"restore {folder}", list[str])

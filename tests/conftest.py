@@ -85,6 +85,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect tests with an opt-in mark that `-m` does not name; pytest reports their number."""
+    unreachable = [
+        i.nodeid for i in items if i.get_closest_marker("long") and not i.get_closest_marker("slow")
+    ]
+    assert not unreachable, f"long without slow, so no command of CI runs them: {unreachable}"
     inactive = [mark for mark in OPT_IN if mark not in config.option.markexpr]
     deselected = [item for item in items if any(item.get_closest_marker(mark) for mark in inactive)]
     if deselected:

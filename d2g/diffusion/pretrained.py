@@ -42,17 +42,18 @@ AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
 """Classes of autoencoders that may have a folder of their own."""
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of diffusers is new to the user: AutoencoderTiny saves an attribute that it does not
-    read again, and diffusers would warn of it at every load."""
+_WUERSTCHEN = ("PaellaVQModel", "WuerstchenPrior", "WuerstchenDiffNeXt")
+"""Classes that diffusers does not have at its top level."""
+
+
+def _passes(record: logging.LogRecord) -> bool:
+    """Drop diffusers' warning at every load of an AutoencoderTiny, which saves an attribute that it does not
+    read again."""
     text = record.getMessage()
     return not ("'block_out_channels'" in text and "passed to AutoencoderTiny" in text)
 
 
-logging.getLogger("diffusers.configuration_utils").addFilter(_is_news)
-
-_WUERSTCHEN = ("PaellaVQModel", "WuerstchenPrior", "WuerstchenDiffNeXt")
-"""Classes that diffusers does not have at its top level."""
+logging.getLogger("diffusers.configuration_utils").addFilter(_passes)
 
 
 def _class(pipeline: Pipeline, component: str) -> Any:

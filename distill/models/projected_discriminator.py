@@ -173,7 +173,8 @@ class ProjectedDiscriminator(nn.Module):
 def open_view(teacher: str, config: DiscriminatorConfig, on_meta: bool = False) -> FrozenView:
     """The teacher's autoencoder and the networks of `gan.feature_networks`, frozen. on_meta: without weights.
 
-    Raises SettingError for a size that they do not take, UserError for weights that are missing.
+    Raises SettingError for a size that they do not take, UserError for weights that are missing, also on
+    meta: a dry run refuses what the run would.
     """
     for name in config.feature_networks:
         check_weights_file(name)

@@ -285,7 +285,8 @@ def quality_stalls(lines: Sequence[Line], limits: Limits) -> Finding | None:
         return None
     text = (
         f"{_at(lines)}: quality stalls: {name} was best at image {nimg:,} with {value:.4g}, and not in the "
-        f"last {limits.validations} validations; stop and take that checkpoint, or try a lower optim.lr"
+        f"last {limits.validations} validations; train.keep_best=true keeps the best checkpoint, and a lower "
+        "optim.lr may help"
     )
     return Finding(kind="quality_stalls", text=text, fatal=False)
 

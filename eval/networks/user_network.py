@@ -56,7 +56,11 @@ def find_user_network(name: str) -> None:
     _import_from_here()
     # Of a module in a package, only the package is looked for: a search would run its code.
     package = module.partition(".")[0]
-    if not package or importlib.util.find_spec(package) is None:
+    try:
+        found = bool(package) and importlib.util.find_spec(package) is not None
+    except ValueError:  # a module without a spec, such as __main__
+        found = False
+    if not found:
         raise UserError(
             f"--features {name}: no module {package!r} can be imported from here; {EXPECTED_FEATURES}"
         )

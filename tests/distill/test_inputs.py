@@ -85,8 +85,10 @@ def test_moved_inputs_are_accepted(
     train(distill_config(teacher, pairs, f"train.images={4 * BATCH}"), run)  # and back to the first paths
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["safetensors", "diffusers", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    ["safetensors", "diffusers", pytest.param("onnx", marks=[pytest.mark.slow, pytest.mark.long])],
+)
 def test_export_accepts_a_moved_teacher(kind: Any, pairs: Path, teacher: Path, tmp_path: Path) -> None:
     first = copy(teacher, tmp_path / "first")
     train(distill_config(first, pairs, f"train.images={BATCH}"), tmp_path / "run")
