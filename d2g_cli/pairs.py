@@ -123,12 +123,13 @@ def pairs_generate(options: GenerateOptions, out: StoreOut = "pairs") -> None:
 
 
 def _warn_of_verdict(teacher: str) -> None:
-    """Warn if the recorded verdict on the teacher is: not trained. Nothing is measured for that."""
+    """Warn if `d2g teacher train` has found the teacher not trained. This reads its verdict and measures
+    nothing."""
     if not is_rank_0():
         return
-    from teacher_training.verdict import verdict_on_record
+    from teacher_training.verdict import recorded_verdict
 
-    verdict = verdict_on_record(Path(teacher))
+    verdict = recorded_verdict(Path(teacher))
     if verdict is not None and not verdict["trained"]:
         logger.warning("%s: %s", teacher, verdict["verdict"])
 

@@ -205,10 +205,10 @@ def teacher_info(
     """Describe a teacher; for one of `d2g teacher train`, say whether it is trained, too."""
     from d2g.diffusion.pipelines import resolve
     from d2g.diffusion.teacher import describe_teacher
-    from teacher_training.verdict import recorded_verdict
+    from teacher_training.verdict import current_verdict
 
     facts = describe_teacher(teacher)
-    verdict = recorded_verdict(resolve(teacher)) or {"verdict": NO_RECORD}
+    verdict = current_verdict(resolve(teacher)) or {"verdict": NO_RECORD}
     emit(facts | {key: verdict.get(key) for key in ("trained", "verdict", "numbers")}, as_json, teacher)
 
 

@@ -74,10 +74,10 @@ class Request:
     images: int | None = None
 
 
-def count_pictures(config: TeacherConfig) -> tuple[int, int]:
+def count_pictures(config: TeacherConfig, stages: Sequence[str]) -> tuple[int, int]:
     """(pictures, pictures with a caption or class) of the data, at most `config.images`, none decoded.
 
-    Raises UserError for data that does not exist.
+    Raises UserError for data that does not exist, and for captions that the training would refuse.
     """
     if is_registered(config.data):
         return config.images, config.images
@@ -86,7 +86,9 @@ def count_pictures(config: TeacherConfig) -> tuple[int, int]:
         has_classes = config.denoiser.classes and class_names(config.data, config.column) is not None
         return count, count if has_classes else 0
     captions = read_captions(config)
-    return len(captions), sum(1 for caption in captions if caption)
+    expect_captions(config.data, captions)
+    check_captions(config, captions, stages)
+    return len(captions), len(captions)
 
 
 def plan_teacher(
@@ -104,11 +106,7 @@ def plan_teacher(
     process_group.init()
     check_start(config)
     kind = network_of(config)
-    pictures, captions = count_pictures(config)
-    if kind.prompts == "text" and not is_registered(config.data):
-        texts = read_captions(config)
-        expect_captions(config.data, texts)
-        check_captions(config, texts, stages)
+    pictures, captions = count_pictures(config, stages)
     speed = process_group.gather_objects(measure_speed(config, stages))[0]
     # All processes share the steps of these two stages.
     for stage in speed.seconds.keys() & {"vae", kind.stage}:

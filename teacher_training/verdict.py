@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -238,23 +238,36 @@ def judge_teacher(folder: Path, images: Tensor, captions: Sequence[str]) -> dict
     return verdict
 
 
-def verdict_on_record(folder: Path) -> Mapping[str, Any] | None:
-    """The verdict in a folder of `d2g teacher train`; None where there is none of the present weights."""
-    file = folder / "training" / "verdict.json"
-    if not file.is_file():
-        return None
-    verdict = read_json_object(file, f"delete {file}, it is measured again")
-    return verdict if verdict.get("weights_sha256") == pretrained.weights_sha256(str(folder)) else None
+class RecordedVerdict(TypedDict):
+    """The content of FOLDER/training/verdict.json."""
+
+    trained: bool
+    verdict: str
+    numbers: dict[str, Any]
+    weights_sha256: str
+    """Digest of the weights that were measured."""
 
 
 def recorded_verdict(folder: Path) -> Mapping[str, Any] | None:
+    """The verdict that `d2g teacher train` wrote into this folder; None without one, and if the weights have
+    changed since. Raises UserError if the file is damaged."""
+    file = folder / "training" / "verdict.json"
+    if not file.is_file():
+        return None
+    verdict = read_json_object(
+        file, f"delete {file}; `d2g teacher info {folder}` measures it again", RecordedVerdict
+    )
+    return verdict if verdict["weights_sha256"] == pretrained.weights_sha256(str(folder)) else None
+
+
+def current_verdict(folder: Path) -> Mapping[str, Any] | None:
     """The verdict on a teacher of `d2g teacher train`; None for other teachers.
 
-    It is measured again, on the pictures in FOLDER/training, if the weights have changed since.
+    It is measured again, on the pictures in FOLDER/training, where `recorded_verdict` has none.
     """
-    pixels = folder / "training" / "images.npy"
-    if (verdict := verdict_on_record(folder)) is not None:
+    if (verdict := recorded_verdict(folder)) is not None:
         return verdict
+    pixels = folder / "training" / "images.npy"
     if not pixels.is_file():
         return None
     captions = read_json(folder / "training" / "captions.json", f"restore {folder}", list[str])

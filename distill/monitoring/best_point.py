@@ -13,10 +13,10 @@ HIGHER_IS_BETTER = ("val/psnr",)
 def best_validation(
     lines: Sequence[Mapping[str, float]], saved: Collection[int]
 ) -> tuple[int, str, float] | None:
-    """Find the best validation among the points `saved`: (images seen, metric name, value).
+    """The best validation among those at the checkpoints `saved`: (images seen, metric name, value).
 
-    lines: validation reports, each with `nimg` and `val/...`. The earliest point wins a tie. Returns None if
-    no saved point was validated.
+    lines: validation reports, each with `nimg` and `val/...`. saved: images seen at each checkpoint. The
+    earliest one wins a tie. Returns None if no checkpoint was validated.
     """
     name, points = validations([line for line in lines if line["nimg"] in saved])
     if not points:
@@ -26,7 +26,7 @@ def best_validation(
 
 
 def validations(lines: Sequence[Mapping[str, float]]) -> tuple[str, list[tuple[int, float]]]:
-    """The selection metric that these reports have, and its finite values as (images seen, value).
+    """The first of SELECTION_METRICS in these reports, and its finite values as (images seen, value).
 
     Returns ("", []) for reports without validations.
     """
@@ -40,6 +40,6 @@ def validations(lines: Sequence[Mapping[str, float]]) -> tuple[str, list[tuple[i
 
 
 def best_of(name: str, points: Sequence[tuple[int, float]]) -> tuple[int, float]:
-    """The best of some points (images seen, value) of a selection metric; the earliest one wins a tie."""
+    """The best of several values (images seen, value) of a selection metric; the earliest one wins a tie."""
     sign = -1 if name in HIGHER_IS_BETTER else 1
     return min(points, key=lambda point: (sign * point[1], point[0]))

@@ -40,7 +40,7 @@ class Limits:
     rise: float = 2.0  # G diverges: regression loss above this multiple of its best earlier value
     contrast: float = 1.25  # images are saturated: contrast above this multiple of the teacher's
     color: float = 0.5  # colors shift: channel means this many standard deviations from the teacher's
-    validations: int = 5  # quality stalls: so many validations without a new best one
+    validations: int = 5  # quality stalls: this many validations without a new best value
     grid: float = 1.5  # steps at the borders of latent cells are this many times the teacher's
 
     def __post_init__(self) -> None:
@@ -273,9 +273,9 @@ def frozen_weights(lines: Sequence[Line], limits: Limits) -> Finding | None:
 
 
 def quality_stalls(lines: Sequence[Line], limits: Limits) -> Finding | None:
-    """The metric that selects the best point has had no new best value in the last validations.
+    """The metric that selects the best checkpoint has had no new best value in the last validations.
 
-    Half of all validations come before them at least, because a new student is bad in an unsteady way.
+    At least as many validations come before them, because early values vary a lot.
     """
     name, points = validations(lines)
     if len(points) < 2 * limits.validations:

@@ -70,12 +70,8 @@ def test_pairs_info_verify_and_repair(d2g: Any, job: Path, tmp_path: Path) -> No
 
 def test_pairs_plan(d2g: Any, job: Path, teacher: Path) -> None:
     options = ["--teacher", teacher, "--prompts", job / "prompts.txt", "--num-pairs", 2**20, "--steps", 4]
-    settings = [
-        "--set",
-        "precision=fp32",
-        "--set",
-        "compile=false",
-    ]  # the choice is tested in test_generate.py
+    # tests/pairgen/test_generate.py tests how precision and compilation are chosen.
+    settings = [part for name in ("precision=fp32", "compile=false") for part in ("--set", name)]
     plan = d2g("pairs", "plan", *options, *settings, "--batch-size", 2, "--json").json
     keys = {"pairs", "gib", "gib_with_noise", "shards", "seconds_per_pair", "gpu_hours", "measured_on"}
     assert keys <= set(plan) and plan["pairs"] == 2**20 and plan["gib"] == 0.125

@@ -38,6 +38,7 @@ from distill.models.style_layers import (
     FourierInput,
     ModulatedConv,
     SecondOrderStyle,
+    Style,
     SynthesisConv,
     initialize,
     upsample,
@@ -238,8 +239,14 @@ def test_text_bypasses_the_mapping_and_spatial_noise_is_local(teachers: Mapping[
 def test_a_generator_without_the_changes_of_section_3_1(teachers: Mapping[str, str]) -> None:
     """Text through the mapping network, affine styles, plain convolutions: each by itself, and together."""
     sizes = {"residual": False, "second_order": False, "text_bypass": False}
-    for off in ({name: False} for name in sizes):
-        assert build(teachers["sd"], "stylegan-t", **off).network is not None
+    width = 8 + build(teachers["sd"], "stylegan-t").network.condition_width  # type: ignore[operator]
+    for off in (None, *sizes):
+        network: Any = build(teachers["sd"], "stylegan-t", **({off: False} if off else {})).network
+        conv = network.blocks[0].convs[0]
+        assert (conv.layer_scale is None) == (conv.norm is None) == (off == "residual")
+        assert isinstance(conv.style, Style if off == "second_order" else SecondOrderStyle)
+        read = {"f": network.mapping.layers[0].weight.shape[1], "style": conv.style.affine.weight.shape[1]}
+        assert read == ({"f": width, "style": 8} if off == "text_bypass" else {"f": 8, "style": width})
     student = build(teachers["sd"], "stylegan-t", **sizes)
     generator: Any = student.network
     z, cond = noise(0, range(2), student.noise_shape), conditioning(teachers["sd"], student)

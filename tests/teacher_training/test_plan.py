@@ -44,15 +44,16 @@ def test_pictures_and_captions_are_counted(tmp_path: Path, data: Path) -> None:
     for write in (class_folders, parquet):
         (tmp_path / write.__name__).mkdir()
         write(tmp_path / write.__name__)
-        assert count_pictures(replace(CONFIG, data=str(tmp_path / write.__name__))) == (40, 40)
-    assert count_pictures(replace(CONFIG, data=str(data), images=7)) == (7, 7)
+        assert count_pictures(replace(CONFIG, data=str(tmp_path / write.__name__)), STAGES) == (40, 40)
+    assert count_pictures(replace(CONFIG, data=str(data), images=7), STAGES) == (7, 7)
     # One caption of three.
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes((data / f"{number:03d}.png").read_bytes())
     (tmp_path / "1.txt").write_text("a disc")
     shutil.rmtree(tmp_path / "class_folders")
     shutil.rmtree(tmp_path / "parquet")
-    assert count_pictures(replace(CONFIG, data=str(tmp_path))) == (3, 1)
+    with pytest.raises(UserError, match="2 of 3 images have no caption"):
+        count_pictures(replace(CONFIG, data=str(tmp_path)), STAGES)
 
 
 @pytest.mark.parametrize(

@@ -58,21 +58,18 @@ def test_a_hundred_steps_are_not_trained(noise_teacher: tuple[Path, Any], d2g: A
 
 
 def test_a_dry_run_measures_no_verdict(noise_teacher: tuple[Path, Any], d2g: Any, tmp_path: Path) -> None:
-    """A verdict on other weights is not repeated, and not measured again by who only plans pairs."""
+    """`pairs generate` does not repeat a verdict on other weights, and does not measure a new one."""
     out, file = shutil.copytree(noise_teacher[0], tmp_path / "teacher"), Path("training/verdict.json")
     changed = json.dumps(json.loads((out / file).read_text()) | {"weights_sha256": "0" * 64})
     (out / file).write_text(changed)
-    words = (
-        "pairs",
-        "generate",
-        "--teacher",
-        out,
-        "--prompts",
-        noise_teacher[0].parent / "data",
-        "--dry-run",
-    )
+    data = noise_teacher[0].parent / "data"
+    words = ("pairs", "generate", "--teacher", out, "--prompts", data, "--dry-run")
     result = d2g(*words)
     assert result.code == 0 and "not trained" not in result.stderr and (out / file).read_text() == changed
+    # A damaged file is named.
+    (out / file).write_text("{}")
+    result = d2g(*words)
+    assert result.code == 1 and "verdict.json is damaged" in result.error and "delete" in result.error
 
 
 def test_the_scored_weights_are_the_saved_weights(noise_teacher: tuple[Path, Any]) -> None:
