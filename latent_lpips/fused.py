@@ -157,8 +157,11 @@ def _tap_pairs_by_difference(
     count, dtype = len(target), layers[first_wide].weight.dtype
     both = torch.cat([target, pred - target]).to(dtype)
     del pred, target
-    for layer in layers[first_wide:]:
-        both, record = _by_difference(layer, both, count)
+    # Winograd's convolutions begin after the first layer of so many channels: early errors cost the gradient
+    # most.
+    widest = [k for k, layer in enumerate(layers) if min(layer.weight.shape[:2]) >= FORWARD_CHANNELS]
+    for k, layer in enumerate(layers[first_wide:], first_wide):
+        both, record = _by_difference(layer, both, count, direct=k not in widest[1:])
         if records is not None:
             records.append(record)
         if layer.tap:
@@ -166,9 +169,10 @@ def _tap_pairs_by_difference(
             yield features + both[count:], features
 
 
-def _by_difference(layer: ConvLayer, both: Tensor, count: int) -> tuple[Tensor, LayerRecord]:
-    """Take `count` features and as many differences through a layer; the record is that of their sum."""
-    both = _convolve(both, layer, count)
+def _by_difference(layer: ConvLayer, both: Tensor, count: int, direct: bool) -> tuple[Tensor, LayerRecord]:
+    """Take `count` features and as many differences through a layer; the record is that of their sum. direct:
+    without Winograd's convolutions."""
+    both = _convolve(both, layer, count, direct)
     features, differences = both[:count], both[count:]
     # relu(z + d) - relu(z), which loses no digits of d: max(d + min(z, 0), -max(z, 0)).
     differences += features.clamp_max(0)
@@ -184,9 +188,9 @@ def _by_difference(layer: ConvLayer, both: Tensor, count: int) -> tuple[Tensor, 
     return both, LayerRecord(total.bool(), size, indices)
 
 
-def _convolve(x: Tensor, layer: ConvLayer, count: int) -> Tensor:
+def _convolve(x: Tensor, layer: ConvLayer, count: int, direct: bool) -> Tensor:
     """Convolve x [B, C, h, w], and add the bias to the first `count` rows: [B, K, h, w]."""
-    if layer.winograd is not None and min(layer.weight.shape[:2]) >= FORWARD_CHANNELS:
+    if layer.winograd is not None and not direct:
         bias = at_least_fp32(layer.bias).expand(count, -1)
         bias = torch.cat([bias, bias.new_zeros(len(x) - count, bias.shape[1])])
         return conv3x3(x, layer.winograd, bias)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 MIN_CHANNELS = 256
 """Fewer channels leave too little work per transformed value."""
 FORWARD_CHANNELS = 512
-"""Forward passes take direct convolutions below it: errors of early layers cost the gradient most."""
+"""Forward passes take direct convolutions below it, and in the first layer that has as many (fused.py)."""
 MAX_TILES = 256
 """Blocks per matrix product: transformed inputs of 512 channels then take 4 MiB, which fit a cache."""
 
