@@ -409,8 +409,8 @@ TEACHER_PRESETS = Presets(
             ),
         ),
         "evening": (
-            "Your own pictures at 64 px in three hours",
-            TeacherConfig(minutes=180.0, precision="auto", unet=_OWN_WORDS),
+            "Your own pictures at 64 px in an hour and a quarter",
+            TeacherConfig(minutes=75.0, precision="auto", unet=_OWN_WORDS),
         ),
         "night": (
             "Your own pictures at 64 px in nine hours, with a larger U-Net",

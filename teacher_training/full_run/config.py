@@ -61,7 +61,7 @@ def _preset(minutes: float, teacher: str, eval_images: int) -> FullRunConfig:
 FULL_RUN_PRESETS = Presets(
     {
         "quick": ("Half an hour at 32 px: whether the pictures work", _preset(30, "quick", 500)),
-        "evening": ("Five hours at 64 px", _preset(300, "evening", 1_000)),
+        "evening": ("Two hours at 64 px", _preset(120, "evening", 1_000)),
         "night": ("Fifteen hours at 64 px, with a larger U-Net", _preset(900, "night", 2_000)),
     }
 )
