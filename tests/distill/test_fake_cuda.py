@@ -121,11 +121,18 @@ def test_the_memory_forecast_of_sd15_agrees_with_the_storages_of_a_step(
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
-@pytest.mark.parametrize(("stage", "settings"), [("ode", ()), ("gan", ("gan.r1_rows=8",))])
-def test_the_memory_forecast_of_sd15_under_fsdp2_agrees_with_the_storages_of_a_step(
-    stage: str, settings: tuple[str, ...], warm_python: str
+@pytest.mark.parametrize(
+    ("preset", "stage", "settings"),
+    [
+        ("sd15-cfg3", "ode", ("train.batch_size=64",)),
+        ("sd15-cfg3", "gan", ("train.batch_size=64", "gan.r1_rows=8")),
+        ("sdxl-cfg7", "gan", ("train.batch_size=32",)),
+    ],
+)
+def test_the_memory_forecast_under_fsdp2_agrees_with_the_storages_of_a_step(
+    preset: str, stage: str, settings: tuple[str, ...], warm_python: str
 ) -> None:
-    """The first of eight ranks with 8 rows each. R1 is in bf16 there."""
-    chosen = ("engine.parallel=fsdp", "train.batch_size=64", *settings)
-    result = fake_cuda(warm_python, "memory-ranks", "8", "sd15-cfg3", stage, *chosen)
+    """The first of eight ranks. R1 is in bf16 there. SDXL has none, and its gradients of D are the peak."""
+    chosen = ("engine.parallel=fsdp", *settings)
+    result = fake_cuda(warm_python, "memory-ranks", "8", preset, stage, *chosen)
     assert result["forecast"] == pytest.approx(result["tracked"], rel=0.05)
