@@ -30,7 +30,7 @@ from d2g.core.captioned_grid import captioned_grid
 from d2g.core.config import override
 from d2g.core.png import save_png
 from distill.config.presets import DISTILL_PRESETS
-from distill.config.run import DistillConfig
+from distill.config.run import FROM_TEACHER, DistillConfig
 from distill.sampling import load_student
 from distill.training.train import train
 from miniature.metrics import real_scenes
@@ -84,6 +84,10 @@ SECOND = {
 }
 """Settings of second stages by the first part of their name; `{clip}` stands for the CLIP that guides. adm:
 adversarial regression on the pairs alone (arXiv 2507.18569)."""
+_ADM = (*SCHEDULE, "gan.optim.decay_images={images}", "regression.losses=[]", "gan.weight=1")
+ADVERSARIAL_FIRST = {"adm": _ADM, "adm, 1e-3": (*_ADM, "optim.lr=1e-3")}
+"""Settings of the adversarial regression as a first stage: from the teacher's weights, on the schedule and
+with the length of the other first stages, to compare with them. The first one has the rate of a GAN stage."""
 
 STYLEGAN_T = (*PROJECTED, "gan.discriminator=projected", "gan.penalty=none")
 FROM_RANDOM = {
@@ -122,6 +126,9 @@ def run(pairs: str, out: Path, arm: str, seed: int, images: tuple[int, int], cou
     if arm in FROM_RANDOM:
         config = DISTILL_PRESETS[f"miniature-{arm.partition(',')[0]}"]["gan"]
         settings = FROM_RANDOM[arm]
+    elif arm in ADVERSARIAL_FIRST:
+        config = replace(DISTILL_PRESETS["miniature"]["gan"], init=FROM_TEACHER)
+        settings = ADVERSARIAL_FIRST[arm]
     elif second:
         run(pairs, out, first, seed, images, count, clip)
         config = replace(second_stage(second), init=str(out / str(seed) / first))
@@ -186,7 +193,8 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "table", "sheet"])
     parser.add_argument("--pairs")
     parser.add_argument("--out", required=True, type=Path)
-    arms = f"any of {', '.join((*FIRST, *FROM_RANDOM))}; or {' or '.join(SECOND)}, from one of the first"
+    first = ", ".join((*FIRST, *FROM_RANDOM, *ADVERSARIAL_FIRST))
+    arms = f"any of {first}; or {' or '.join(SECOND)}, from one of the first"
     parser.add_argument("--arm", nargs="+", default=[], help=arms)
     parser.add_argument("--clip", default="", help="the CLIP that guides, for arms with CLIP")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])

@@ -130,6 +130,7 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
         raise SettingError(f"stage is {config.stage!r}; expected {stage!r} of `d2g distill {stage}`")
     refuse_unused(config, [*(name for name, value in settings.items() if value), *_names(options.sets)])
     _warn_of_scoring_clip(config)
+    _warn_of_ended_rates(config)
     validate = _validation_hook(config, options)
     if options.dry_run:
         inputs = config_inputs(config, ("teacher", "pairs", "lpips", "init"))
@@ -166,6 +167,21 @@ def _warn_of_scoring_clip(config: Any) -> None:
                 "%s is %s, which d2g eval calls %s: its CLIP scores of this student would be inflated; train "
                 "with another CLIP, or score with another",
                 *(setting, model, name),
+            )
+
+
+def _warn_of_ended_rates(config: Any) -> None:
+    """Warn where a learning rate is 0 before the run ends, so that its last images change nothing."""
+    from distill.training.optim import images_at_rate_zero
+
+    optimizers = {"optim": config.optim, **({"gan.optim": config.gan.optim} if config.adversarial else {})}
+    for name, optim in optimizers.items():
+        idle = images_at_rate_zero(optim, config.train.images)
+        if idle and is_rank_0():
+            logger.warning(
+                "%s.decay_images is %d and train.images %d, so the learning rate is 0 for the last %d "
+                "images; set %s.decay_images=-1, the length of the run",
+                *(name, optim.decay_images, config.train.images, idle, name),
             )
 
 

@@ -1,10 +1,14 @@
-"""The documentation's pages: each one is reachable, and the API page has every public name."""
+"""The documentation's pages: each one is reachable, the API page has every public name, and the recipes have
+every preset."""
 
 import re
+from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from distill.config.presets import DISTILL_PRESETS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
@@ -25,3 +29,13 @@ def test_the_api_page_has_every_public_name() -> None:
         for obj in [getattr(import_module(package), name)]
     }
     assert sorted(listed) == sorted(public)
+
+
+def test_the_recipes_say_of_every_preset_what_a_sound_run_looks_like() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    section = text.partition("## Preset by preset\n")[2].partition("\n## ")[0]
+    first_column = " ".join(re.findall(r"^\| (.+?) \|", section, re.MULTILINE))
+    patterns = re.findall(r"`([\w*-]+)`", first_column)
+    missing = [name for name in DISTILL_PRESETS if not any(fnmatch(name, pattern) for pattern in patterns)]
+    unknown = [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in DISTILL_PRESETS)]
+    assert not missing and set(unknown) <= {"ode", "gan", "cd"}

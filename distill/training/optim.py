@@ -66,6 +66,12 @@ def learning_rate(nimg: int, config: OptimConfig, batch_size: int, images: int) 
     return warmup * (config.final_lr + (config.lr - config.final_lr) * decay_factor)
 
 
+def images_at_rate_zero(config: OptimConfig, images: int) -> int:
+    """How many images at the end of a run of `images` have the learning rate 0, because its decay is over."""
+    ended = config.decay_images > 0 and not config.final_lr
+    return max(0, images - config.decay_images) if ended else 0
+
+
 def update(
     optim: torch.optim.Optimizer,
     network: DistributedModule,

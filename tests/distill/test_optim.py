@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from d2g.core.config import override
+from d2g_cli.distill import _warn_of_ended_rates
 from distill.config.optim import OptimConfig
-from distill.training.optim import learning_rate, optimizer, step_and_restore, step_unless
+from distill.config.presets import DISTILL_PRESETS
+from distill.training.optim import (
+    images_at_rate_zero,
+    learning_rate,
+    optimizer,
+    step_and_restore,
+    step_unless,
+)
 
 
 class Net(nn.Module):
@@ -106,3 +115,22 @@ def test_learning_rates_are_functions_of_images() -> None:
     assert rates(step, 0, 99, 100) == pytest.approx([1e-4, 1e-4, 1e-5])
     both = OptimConfig(lr=2.0, warmup_images=8, decay_images=100, final_lr=0.5)
     assert rates(both, 0, 50, 100) == pytest.approx([1.0, 1.25, 0.5])
+
+
+def test_a_rate_that_is_zero_before_the_end_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    config = OptimConfig(lr=2.0, decay_images=100)
+    assert rates(config, 100, 119) == [0.0, 0.0] and images_at_rate_zero(config, 120) == 20
+    falling = {"decay_images": 100, "final_lr": 1.0}
+    for settings in ({}, {"decay_images": 120}, {"decay_images": -1}, falling):
+        assert images_at_rate_zero(OptimConfig(lr=2.0, **settings), 120) == 0
+
+    gan = DISTILL_PRESETS["miniature"]["gan"]
+    _warn_of_ended_rates(gan)
+    _warn_of_ended_rates(override(gan, ["gan.optim.decay_images=12000", "optim.decay_images=13000"]))
+    assert caplog.messages == []
+    _warn_of_ended_rates(override(gan, ["gan.optim.decay_images=9000"]))
+    (message,) = caplog.messages
+    assert message.startswith(
+        "gan.optim.decay_images is 9000 and train.images 12000, so the learning rate is 0"
+    )
+    assert "for the last 3000 images; set gan.optim.decay_images=-1" in message
