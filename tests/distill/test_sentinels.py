@@ -105,5 +105,6 @@ def test_a_grid_in_the_pictures_is_found(root: Path) -> None:
         later = [{"nimg": LENGTH + 4 * number, **line} for number in (1, 2)]
         return [finding.kind for finding in findings([*read_stats(root / "run"), *later], LIMITS)]
 
-    assert found(board) == ["grid_artifacts"]
-    assert found(torch.roll(board, (2, 2), (0, 1))) == found(torch.zeros_like(board)) == []
+    assert found(torch.zeros_like(board)) == []
+    assert "grid_artifacts" in found(board)
+    assert "grid_artifacts" not in found(torch.roll(board, (2, 2), (0, 1))), "the same contrast, elsewhere"
