@@ -1,16 +1,30 @@
 """The battery for a first GPU: what only a GPU can tell, in order of value.
 
-    PYTHONPATH=. python benchmarks/gpu.py [--out gpu_results] [--only NAME ...] [--tiny [--together]] [--list]
+    PYTHONPATH=. python benchmarks/gpu.py [--out gpu_results] [--only NAME ...] [--minutes M]
+                                          [--theirs PYTHON] [--tiny [--together]] [--list] [--plan GIB]
 
-Each item runs in a process of its own for at most 8 minutes, and writes OUT/NAME.json. The same command goes
-on where it stopped: items with a result are left out, failed ones run again. After each item
-OUT/gpu_DATE_CARD.md has all results so far. `--tiny` takes tiny sizes, to try the battery without a GPU; its
-numbers mean nothing. `--together` runs tiny items in one process, which imports everything once. Exit code 1
-if an item failed. The first item needs pytest and hypothesis.
+Each item runs in processes of its own for at most 8 minutes. OUT/results.json has all results, and is all
+that the same command needs to go on where it stopped, on another machine as well: it takes the items without
+a result, and of those that failed or were stopped the rows that are missing. After each item
+OUT/gpu_DATE_CARD.md is the page with all results so far, and OUT/gpu_DATE_CARD.json the same with the goals.
+The page is printed at the end. OUT/NAME.log is an item's output, OUT/models holds teachers with random
+weights (10 GB).
+
+`--plan GIB` computes forecasts and FLOP of the training steps for a GPU with so many GiB, on a CPU: otherwise
+the GPU waits for them. They are in OUT/plan.json and belong to this version of the code.
+
+`--minutes` stops after so many minutes, in the middle of an item if it must. `--theirs` is a Python with
+elatentlpips 0.2 (benchmarks/elatentlpips_golden.py), to measure the authors' package itself. `--tiny` takes
+tiny sizes, to try the battery without a GPU; its numbers mean nothing. `--together` runs tiny items in one
+process, which imports everything once. Exit code 1 if an item failed or is left.
+
+docs/gpu-battery.md says what it needs on a machine without network, and what each item measures.
 """
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,15 +44,17 @@ from d2g.core.atomic_files import write_atomically  # noqa: E402
 
 SECONDS = 8 * 60
 """An item that takes longer is stopped, and counts as failed."""
+SHORTEST = 45
+"""Seconds that must be left to start an item: one that only imports would be stopped."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One measurement. `measure` returns rows (the same keys in each) and notes."""
+    """One measurement. `measure` adds rows to its table as they are measured, and returns notes and goals."""
 
     name: str
     question: str
-    measure: Callable[[gpu_items.Options], dict[str, Any]]
+    measure: Callable[[gpu_items.Options, gpu_items.Rows], gpu_items.Result]
 
 
 ITEMS = (
@@ -46,71 +62,90 @@ ITEMS = (
     Item("matmul", "What does a matrix product reach?", gpu_items.matmul),
     Item("pairs-sd15", "SD 1.5 pairs against diffusers", gpu_items.pairs_sd15),
     Item("pairs-sdxl", "SDXL pairs against diffusers", gpu_items.pairs_sdxl),
-    Item("steps-sd15", "SD 1.5 training steps", gpu_items.steps_sd15),
-    Item("steps-sdxl", "SDXL training steps", gpu_items.steps_sdxl),
-    Item("compile-sd15", "SD 1.5 training steps with inductor", gpu_items.compiled_steps_sd15),
-    Item("compile-sdxl", "SDXL training steps with inductor", gpu_items.compiled_steps_sdxl),
-    Item("metric", "E-LatentLPIPS against decoding and LPIPS", gpu_items.metric),
+    Item("steps-sd15", "SD 1.5 training steps", gpu_items.STEP_ITEMS["steps-sd15"]),
+    Item("steps-sdxl", "SDXL training steps", gpu_items.STEP_ITEMS["steps-sdxl"]),
+    Item(
+        "metric", "E-LatentLPIPS against the authors' form, and against decoding and LPIPS", gpu_items.metric
+    ),
     Item("latency", "One step against 50 steps", gpu_items.latency),
     Item("fid", "Throughput of FID statistics", gpu_items.fid),
+    Item("compile-sd15", "SD 1.5 training steps with inductor", gpu_items.STEP_ITEMS["compile-sd15"]),
     Item("miniature-1", "The miniature's first stage, five minutes", gpu_items.miniature_first_stage),
     Item("miniature-2", "The miniature's second stage, five minutes", gpu_items.miniature_second_stage),
+    Item("compile-sdxl", "SDXL training steps with inductor", gpu_items.STEP_ITEMS["compile-sdxl"]),
 )
+"""In order of value. Compilation comes late, because it can take an item's whole time."""
 
 
-def run_item(item: Item, options: gpu_items.Options) -> dict[str, Any]:
-    """Run an item in a process of its own. The result has `error` if it failed."""
+def run_item(item: Item, options: gpu_items.Options, seconds: float | None) -> dict[str, Any]:
+    """Run an item in a process of its own. The result has `error` if it failed or was stopped."""
     command = [sys.executable, __file__, "--item", item.name, "--out", str(options.out)]
     command += ["--tiny"] if options.tiny else []
-    log = options.out / f"{item.name}.log"
+    command += ["--theirs", options.theirs] if options.theirs else []
+    log, answer = options.out / f"{item.name}.log", options.out / f"{item.name}.new.json"
+    answer.unlink(missing_ok=True)
     started = time.monotonic()
-    limit = None if options.tiny else SECONDS
+    with log.open("w") as stream:
+        # A process group of its own: processes that an item starts must not live on with the GPU's memory.
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, process_group=0)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return {"error": f"stopped after {seconds:.0f} s", "seconds": time.monotonic() - started}
+        finally:
+            _end_group(process)
+    taken = time.monotonic() - started
+    if process.returncode or not answer.is_file():
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+        return {"error": f"{last}; see {log.name}", "seconds": taken}
+    result: dict[str, Any] = json.loads(answer.read_text())
+    answer.unlink()
+    return {**result, "seconds": taken}
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of an item's process and of those that it started."""
     try:
-        with log.open("w") as stream:
-            done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"error": f"stopped after {SECONDS} s; see {log.name}", "seconds": float(SECONDS)}
-    seconds = time.monotonic() - started
-    if done.returncode:
-        last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-        return {"error": f"{last}; see {log.name}", "seconds": seconds}
-    result_file = options.out / f"{item.name}.new.json"
-    result: dict[str, Any] = json.loads(result_file.read_text())
-    result_file.unlink()
-    return {**result, "seconds": seconds}
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # all of them have ended
+        pass
+    process.wait()
 
 
 def run_here(item: Item, options: gpu_items.Options) -> dict[str, Any]:
     """The same in this process."""
     started = time.monotonic()
     try:
-        result = item.measure(options)
+        result: dict[str, Any] = {**item.measure(options, gpu_items.Rows(options.out, item.name))}
     except Exception as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"}
     return {**result, "seconds": time.monotonic() - started}
 
 
-def report(out: Path, tiny: bool) -> Path:
-    """Write the page with all results so far."""
-    lines = ["# First GPU" + (", tiny sizes: these numbers mean nothing" if tiny else ""), ""]
-    lines += environment()
+def report(out: Path, results: dict[str, Any], tiny: bool) -> Path:
+    """Write the page with all results so far, and the same as JSON."""
+    lines = ["# First GPU" + (", tiny sizes: these numbers mean nothing" if tiny else ""), "", *environment()]
+    goals = [goal for item in ITEMS for goal in results.get(item.name, {}).get("goals", [])]
+    if goals:
+        head = ["goal", "aim", "measured", "reached"]
+        lines += ["", "## Goals", "", *table(head, [[goal[name] for name in head] for goal in goals])]
     for item in ITEMS:
         lines += ["", f"## {item.question}", ""]
-        file = out / f"{item.name}.json"
-        if not file.is_file():
+        result = results.get(item.name)
+        if result is None:
             lines.append("Not run yet.")
             continue
-        result = json.loads(file.read_text())
+        if rows := result.get("rows", []):
+            head = list(dict.fromkeys(name for row in rows for name in row))
+            lines += [*table(head, [[row.get(name, "") for name in head] for row in rows]), ""]
         if "error" in result:
             lines.append(f"Failed after {result['seconds']:.0f} s: {result['error']}")
             continue
-        if rows := result["rows"]:
-            head = list(rows[0])
-            lines += [*table(head, [[row[name] for name in head] for row in rows]), ""]
         lines += [*result["notes"], "", f"It took {result['seconds']:.0f} s."]
     path = out / f"gpu_{date.today().isoformat()}_{card()}.md"
     write_atomically(path, "\n".join([*lines, ""]))
+    write_atomically(path.with_suffix(".json"), json.dumps({"goals": goals, "items": results}, indent=1))
     return path
 
 
@@ -120,37 +155,58 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--out", type=Path, default=Path("gpu_results"))
     parser.add_argument("--only", nargs="+", choices=[item.name for item in ITEMS], default=[])
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes")
+    parser.add_argument("--theirs", default="", help="a Python that has elatentlpips 0.2")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--together", action="store_true")
     parser.add_argument("--list", action="store_true", help="print the items and end")
+    parser.add_argument("--plan", type=float, metavar="GIB", help="prepare for a GPU of so many GiB, and end")
     parser.add_argument("--item", help=argparse.SUPPRESS)  # in the process of one item
     args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     if args.together and not args.tiny:
         parser.error("--together needs --tiny: on a GPU each item starts with empty memory")
     if args.list:
         print("\n".join(f"{item.name:14} {item.question}" for item in ITEMS))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    options = gpu_items.Options(out=args.out.resolve(), tiny=args.tiny)
+    options = gpu_items.Options(
+        out=args.out.resolve(), tiny=args.tiny, theirs=args.theirs, memory_gib=args.plan or 0.0
+    )
+    if args.plan:
+        gpu_items.plan(options)
+        return 0
     if args.item:
         item = next(item for item in ITEMS if item.name == args.item)
-        write_atomically(args.out / f"{item.name}.new.json", json.dumps(item.measure(options), indent=1))
+        result = item.measure(options, gpu_items.Rows(options.out, item.name))
+        write_atomically(options.out / f"{item.name}.new.json", json.dumps(result, indent=1))
         return 0
-    failed = []
-    for item in ITEMS:
-        file = args.out / f"{item.name}.json"
+    store = options.out / "results.json"
+    results: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
+    # Items that failed or were stopped come after those that never ran.
+    for item in sorted(ITEMS, key=lambda item: item.name in results):
         if args.only and item.name not in args.only:
             continue
-        if file.is_file() and "error" not in json.loads(file.read_text()):
+        before = results.get(item.name, {"error": ""})
+        if "error" not in before:
             continue
+        left = end - time.monotonic()
+        if left < SHORTEST:
+            break
         print(f"{item.name}: {item.question}", flush=True)
-        result = (run_here if args.together else run_item)(item, options)
-        write_atomically(file, json.dumps(result, indent=1))
+        # Rows of an earlier start stay, those that failed are measured again.
+        rows = gpu_items.Rows(options.out, item.name)
+        rows.restart(before.get("rows", []))
+        limit = min(SECONDS, left) if args.minutes or not args.tiny else None
+        result = run_here(item, options) if args.together else run_item(item, options, limit)
+        results[item.name] = {**result, "rows": rows.read()}
+        write_atomically(store, json.dumps(results, indent=1))
         print(f"  {result.get('error', 'done')}, {result['seconds']:.0f} s", flush=True)
-        failed += [item.name] if "error" in result else []
-        report(args.out, args.tiny)
-    print(report(args.out, args.tiny))
-    return 1 if failed else 0
+        report(options.out, results, args.tiny)
+    path = report(options.out, results, args.tiny)
+    print(path.read_text(), path, path.with_suffix(".json"), sep="\n")
+    wanted = args.only or [item.name for item in ITEMS]
+    return int(any("error" in results.get(name, {"error": ""}) for name in wanted))
 
 
 if __name__ == "__main__":

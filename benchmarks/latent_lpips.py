@@ -53,8 +53,9 @@ def contest(case: Case, contestants: dict[str, dict[str, Any]], repeats: int, fo
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     with ExitStack() as stack:
         workers = {}
-        for name, settings in contestants.items():
+        for name, settings in contestants.items():  # their imports run side by side
             workers[name] = stack.enter_context(Worker(settings["python"], folder))
+        for name, settings in contestants.items():
             workers[name].ask(do="open", channels=CHANNELS, **settings["open"])
         warm_up = int(size * size * batch <= LARGE)
         for turn in range(warm_up + repeats):

@@ -42,6 +42,16 @@ def open_ours(request: Request) -> Any:
     return ELatentLPIPS(metric, request.get("augment", "bgco"))
 
 
+def open_plain(request: Request) -> Any:
+    """Build the same E-LatentLPIPS in the form of the authors' package: batch norms, every layer through
+    autograd, and torch's default arithmetic."""
+    sys.path.insert(0, request["root"])
+    from latent_lpips import ELatentLPIPS, load_lpips
+
+    metric = load_lpips(request["weights"], fold=False, device=DEVICE)
+    return ELatentLPIPS(metric, request.get("augment", "bgco"))
+
+
 def open_decoded(request: Request) -> Any:
     """Build a distance that decodes with a random VAE, of Stable Diffusion's size unless `blocks` says
     otherwise, and applies lpips' VGG.
@@ -76,7 +86,7 @@ def _status(name: str) -> float:
 
 
 BASELINE_MIB = 0.0 if DEVICE == "cuda" else _status("VmRSS")
-OPENERS = {"theirs": open_theirs, "ours": open_ours, "decoded": open_decoded}
+OPENERS = {"theirs": open_theirs, "ours": open_ours, "plain": open_plain, "decoded": open_decoded}
 
 
 def timed(distance: Any, request: Request) -> Request:

@@ -53,10 +53,20 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def matmul_peak(dtype: torch.dtype, size: int = 4096) -> float:
-    """FLOP/s of the best of several square matrix products: what this machine can do at most."""
+    """FLOP/s of the best of several square matrix products: what this machine can do at most.
+
+    On a GPU, where a product takes less than a millisecond, several are timed together: waiting for one costs
+    a tenth of it.
+    """
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    seconds = compare({"mm": lambda: a @ b}, repeats=7, warm_up=2)["mm"]
-    return 2 * size**3 / min(seconds)
+    count = max(1, 20 * 4096**3 // size**3) if DEVICE == "cuda" else 1
+
+    def products() -> None:
+        for _ in range(count):
+            a @ b
+
+    seconds = compare({"mm": products}, repeats=7, warm_up=2)["mm"]
+    return count * 2 * size**3 / min(seconds)
 
 
 def sd15_folder(folder: Path) -> str:
@@ -84,44 +94,61 @@ def sd15_folder(folder: Path) -> str:
     return str(folder)
 
 
-def race(config: PairConfig, batches: list[int], repeats: int, peak_size: int = 4096) -> dict[str, Any]:
-    """Rows/s of both at each batch size, in turns; FLOP of a pair; FLOP/s of a square matrix product.
+class Race:
+    """A pair job and diffusers' pipeline of the same teacher, both loaded.
 
     With `precision=auto`, diffusers has its default, fp32.
     """
-    from diffusers import DDIMScheduler, DiffusionPipeline
 
-    known = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = known[config.precision]
-    job = open_job(choose_speed(config, torch.device(DEVICE)), DEVICE)
-    folder = SHIPPED[config.teacher] / "teacher" if config.teacher in SHIPPED else config.teacher
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(DEVICE)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
-    pipe.set_progress_bar_config(disable=True)
+    def __init__(self, config: PairConfig) -> None:
+        from diffusers import DDIMScheduler, DiffusionPipeline
 
-    def theirs(indices: list[int], noise: torch.Tensor) -> torch.Tensor:
-        texts = job.texts(indices)
-        latents: torch.Tensor = pipe(
-            texts,
-            latents=noise.to(DEVICE, dtype),
-            num_inference_steps=config.steps,
-            guidance_scale=config.guidance,
+        known = {
+            "auto": torch.float32,
+            "fp32": torch.float32,
+            "bf16": torch.bfloat16,
+            "fp16": torch.float16,
+        }
+        self.config, self.dtype = config, known[config.precision]
+        self.job = open_job(choose_speed(config, torch.device(DEVICE)), DEVICE)
+        self.product_dtype = known[self.job.spec.precision]
+        folder = SHIPPED[config.teacher] / "teacher" if config.teacher in SHIPPED else config.teacher
+        self.pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=self.dtype).to(DEVICE)
+        self.pipe.scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config, set_alpha_to_one=True)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def theirs(self, indices: list[int], noise: torch.Tensor) -> torch.Tensor:
+        """The same pairs by diffusers, on the CPU."""
+        latents: torch.Tensor = self.pipe(
+            self.job.texts(indices),
+            latents=noise.to(DEVICE, self.dtype),
+            num_inference_steps=self.config.steps,
+            guidance_scale=self.config.guidance,
             output_type="latent",
         ).images
         return latents.float().cpu()
 
-    rows: list[dict[str, float]] = []
-    for size in batches:
+    def row(self, size: int, repeats: int, compiled: bool = False) -> dict[str, float]:
+        """Rows/s of both at a batch size, in turns, and the largest difference."""
+        job = self.job
+        if compiled:  # as open_job does
+            job = replace(job, teacher=replace(job.teacher, network=torch.compile(job.teacher.network)))
         indices = list(range(size))
         noise, latents, _ = job.rows(indices)
-        difference = float((latents.cpu() - theirs(indices, noise)).abs().max())
-        contestants = {"ours": partial(ours, job, indices), "diffusers": partial(theirs, indices, noise)}
+        difference = float((latents.cpu() - self.theirs(indices, noise)).abs().max())
+        contestants = {"ours": partial(ours, job, indices), "diffusers": partial(self.theirs, indices, noise)}
         taken = compare(contestants, repeats)
         speed = {name: size / median(seconds) for name, seconds in taken.items()}
-        rows.append({"batch": size, **speed, "largest difference": difference})
-    peak = matmul_peak(known[job.spec.precision], peak_size)
-    chosen = {"precision": job.spec.precision, "compiled": job.spec.compiled}
-    return {"rows": rows, "flops": row_flops(job), "peak": peak, **chosen}
+        return {"batch": size, **speed, "largest difference": difference}
+
+
+def race(config: PairConfig, batches: list[int], repeats: int, peak_size: int = 4096) -> dict[str, Any]:
+    """Rows/s of both at each batch size, in turns; FLOP of a pair; FLOP/s of a square matrix product."""
+    both = Race(config)
+    rows = [both.row(size, repeats) for size in batches]
+    chosen = {"precision": both.job.spec.precision, "compiled": both.job.spec.compiled}
+    peak = matmul_peak(both.product_dtype, peak_size)
+    return {"rows": rows, "flops": row_flops(both.job), "peak": peak, **chosen}
 
 
 def against_diffusers(config: PairConfig, batches: list[int], repeats: int) -> list[str]:

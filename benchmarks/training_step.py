@@ -15,6 +15,7 @@ from torch import nn
 from d2g.core.distributed import process_group, sharded_checkpoint
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pipelines import open_pipeline
+from d2g.diffusion.pretrained import load_on_meta
 from distill.config.run import DistillConfig
 from distill.losses.noise_augmentation import build_noise_augmentation
 from distill.losses.regression.base import FrozenNetworks
@@ -37,16 +38,25 @@ Fill = Callable[[nn.Module, torch.device], None]
 
 
 def fill_randomly(network: nn.Module, device: torch.device) -> None:
-    """Give a network on meta random weights on the device: Kaiming's scale, norms of 1, biases of 0."""
+    """Give a network on meta random weights on the device: Kaiming's scale, norms and other vectors of 1,
+    biases of 0. No weight is zero otherwise: products of zeros take a GPU less time."""
     network.to_empty(device=device)
     with torch.no_grad():
         for name, p in network.named_parameters():
             if p.dim() > 1:
                 p.normal_(std=1 / math.sqrt(p[0].numel()))
             else:
-                p.fill_(float(name.endswith("weight")))
+                p.fill_(float(not name.endswith("bias")))
         for buffer in network.buffers():
             buffer.zero_()
+
+
+def text_encoders_gib(config: DistillConfig) -> float:
+    """GiB of the text encoders on a GPU, which the forecast has and RandomStep has not."""
+    components = [c for c in open_pipeline(config.teacher).components if c.startswith("text_encoder")]
+    bytes_per_weight = 2 if config.encodes_text_in_bf16(on_gpu=True) else 4
+    weights = sum(p.numel() for c in components for p in load_on_meta(config.teacher, c).parameters())
+    return float(bytes_per_weight * weights / 2**30)
 
 
 class RandomStep:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 if sys.dont_write_bytecode:
@@ -18,6 +19,13 @@ if sys.dont_write_bytecode:
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # set before torch is imported; two processes of two threads on two cores are slower
 )
+
+# Unless -m names the mark gpu, no test sees a CUDA device: a forked process cannot run a backward pass if one
+# is visible. This comes before the imports, because some packages ask for devices when they are imported.
+if any("gpu" in marks for option, marks in pairwise(sys.argv) if option == "-m"):
+    os.environ["D2G_TESTS_SEE_GPU"] = "1"  # for the processes of xdist, which do not have the command
+if "D2G_TESTS_SEE_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests do not download from a model hub
 os.environ["D2G_CACHE"] = tempfile.mkdtemp(prefix="d2g-cache-")  # tests do not use the user's cache
 
@@ -77,10 +85,8 @@ def _restore_ignored_signals() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide CUDA devices unless `-m gpu`: a forked process cannot run a backward pass if one is visible."""
+    """Give tests of signals the signals that a shell ignores in background jobs."""
     _restore_ignored_signals()
-    if "gpu" not in config.option.markexpr:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

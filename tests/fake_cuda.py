@@ -296,9 +296,7 @@ def pretend_ranks(count: int) -> None:
 
 
 def families(*kinds: str) -> None:
-    import tiny
     import tiny_teachers
-    from d2g.diffusion.teacher import load_teacher
     from pairgen.generate import generate_pairs
     from pairgen.job import open_job
 
@@ -308,11 +306,7 @@ def families(*kinds: str) -> None:
         # Pairs on the CPU, of which the runs read real numbers.
         folder = root / kind
         teacher = tiny_teachers.save_kind(kind, folder / "teacher")
-        loaded = load_teacher(teacher)
-        has_text = loaded.conditioning == "text"
-        prompts = tiny.save_prompts(folder / "prompts.txt") if has_text else ""
-        guidance = 3.0 if has_text else 1.0
-        stores[kind] = tiny.pair_config(teacher, prompts, guidance=guidance, solver=loaded.default_solver)
+        stores[kind] = tiny_teachers.pair_config(teacher, folder)
         generate_pairs(stores[kind], folder / "pairs")
     begin()
     for kind, config in stores.items():
@@ -324,15 +318,8 @@ def families(*kinds: str) -> None:
                 mode.waits.clear()  # the first batch copies constants
                 job.rows(rows, job.encode(rows))
         results[kind] = {"pairs": dict(mode.waits)}
-        settings = ["regression.losses=mse:1"] if kind in tiny_teachers.UNETS and kind != "sd" else []
-        gan = (
-            ["gan.discriminator=transformer", "gan.token_heads=2"]
-            if kind in tiny_teachers.TRANSFORMERS
-            else []
-        )
-        gan += ["gan.mix_fraction=0"] if kind == "ldm" else []
         for stage in ("ode", "gan"):
-            chosen = [*settings, *(gan if stage == "gan" else [])]
+            chosen = tiny_teachers.stage_settings(kind, stage)
             # Stage 2 counts FLOP (for MFU), those of stage 1 among them; E-LatentLPIPS is in stage 1.
             CARDS.append("unknown" if stage == "ode" else CARDS[0])
             chosen += ["regression.losses=mse:1"] if stage == "gan" else []
@@ -448,9 +435,8 @@ def live_bytes() -> Any:
 
 
 def memory(name: str, stage: str, *settings: str, ranks: int = 1) -> None:
-    from benchmarks.training_step import RandomStep
+    from benchmarks.training_step import RandomStep, text_encoders_gib
     from d2g.core.config import override
-    from d2g.diffusion import pretrained
     from distill.config.presets import DISTILL_PRESETS
     from distill.planning.fake_networks import to_fake
     from distill.planning.memory import predict
@@ -460,12 +446,6 @@ def memory(name: str, stage: str, *settings: str, ranks: int = 1) -> None:
     teacher = configs_only(recipe.model, folder / "teacher")
     config = override(replace(recipe[stage], teacher=teacher), settings)
     forecast = predict(config, ranks)
-    components = [part for part in os.listdir(teacher) if part.startswith("text_encoder")]
-    text = sum(
-        p.numel() * (2 if config.encodes_text_in_bf16(True) else 4)
-        for part in components
-        for p in pretrained.load_on_meta(teacher, part).parameters()
-    )
     pretend_cuda()
     if ranks > 1:
         pretend_ranks(ranks)
@@ -481,7 +461,7 @@ def memory(name: str, stage: str, *settings: str, ranks: int = 1) -> None:
         json.dumps(
             {
                 "tracked": live.peak / gib,
-                "forecast": forecast.total - text / gib,
+                "forecast": forecast.total - text_encoders_gib(config),
                 "tracked_before_the_step": before / gib,
                 "forecast_working": forecast.working,
             }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu, gpu_items
 from benchmarks.scaling import LATENT_LPIPS, metric_flops
 from distill.config.presets import TABLE_A1
 from distill.config.regression import RegressionConfig
@@ -25,6 +26,73 @@ def test_each_latent_lpips_of_a_recipe_counts() -> None:
     assert metric_flops(replace(DistillConfig(), regression=losses), 64 * 64) == 3 * one
 
 
+# The battery for a GPU.
+
+
+def test_a_row_that_fails_stops_no_other_row_and_is_measured_again(tmp_path: Path) -> None:
+    rows = gpu_items.Rows(tmp_path, "steps")
+    rows.restart(
+        [{"variant": "earlier", "MFU": 0.5}, {"variant": "broken", "error": "OutOfMemoryError: 1 GiB"}]
+    )
+    rows.measure({"variant": "earlier"}, lambda: pytest.fail("it was measured before"))
+    rows.measure({"variant": "bad"}, lambda: {"MFU": 1 / 0})
+    rows.measure({"variant": "good"}, lambda: {"MFU": 0.4})
+    assert rows.read() == [
+        {"variant": "earlier", "MFU": 0.5},
+        {"variant": "bad", "error": "ZeroDivisionError: division by zero"},
+        {"variant": "good", "MFU": 0.4},
+    ]
+    assert rows.values("MFU") == [0.5, 0.4] and rows.values("MFU", variant="good") == [0.4]
+    with pytest.raises(RuntimeError, match="1 of 3 rows: ZeroDivisionError"):
+        rows.finish(["note"])
+    rows.restart(rows.read())
+    rows.measure({"variant": "bad"}, lambda: {"MFU": 0.1})
+    assert rows.finish(["note"]) == {"notes": ["note"], "goals": []}
+
+
+def test_goals_say_whether_they_are_reached() -> None:
+    assert gpu_items.goal("speed", 1.6, at_least=1.5)["reached"] == "yes"
+    assert gpu_items.goal("R1", 0.2, at_most=0.15) == {
+        "goal": "R1",
+        "aim": "<= 0.15",
+        "measured": 0.2,
+        "reached": "no",
+    }
+    assert gpu_items.goal("speed", float("nan"), at_least=1.5)["reached"] == ""
+
+
+def test_the_share_of_r1_needs_equal_batches(tmp_path: Path) -> None:
+    """16 steps of 1 s, and 4 s of R1 in one of them: 20 s, of which R1 takes a fifth."""
+    rows = gpu_items.Rows(tmp_path, "steps")
+    without, with_r1 = (v.name for v in (gpu_items.WITHOUT_R1, gpu_items.WITH_R1))
+    rows.measure({"variant": without}, lambda: {"s per step": 1.0, "batch": 8})
+    assert gpu_items._share_of_r1(rows) != gpu_items._share_of_r1(rows), "NaN"
+    rows.measure({"variant": with_r1}, lambda: {"s per step": 5.0, "batch": 8})
+    assert gpu_items._share_of_r1(rows) == pytest.approx(0.2)
+    other = gpu_items.Rows(tmp_path, "other")
+    other.restart([{**row, "batch": number} for number, row in enumerate(rows.read())])
+    assert gpu_items._share_of_r1(other) != gpu_items._share_of_r1(other), "NaN"
+
+
+def test_an_item_that_takes_too_long_ends_with_all_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise they would keep the GPU's memory from the items after it."""
+    script = tmp_path / "item.py"
+    script.write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    result = gpu.run_item(gpu.ITEMS[0], gpu_items.Options(out=tmp_path, tiny=True), 2.0)
+    assert result["error"] == "stopped after 2 s"
+    child = int((tmp_path / "child").read_text())
+    status = Path(f"/proc/{child}/status")
+    assert not status.exists() or "zombie" in status.read_text()
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_the_battery_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(
@@ -36,21 +104,25 @@ def test_the_battery_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(
     names = [line.split()[0] for line in listed.stdout.splitlines()]
     assert names[:2] == ["tests", "matmul"] and len(names) == 13
 
-    # An item that failed before runs again, in a process of its own; then the others.
-    (tmp_path / "matmul.json").write_text(json.dumps({"error": "stopped", "seconds": 1.0}))
-    for arguments in (["--only", "matmul"], ["--together"]):
+    # An item that failed before runs again, in a process of its own, for the rows that it lacks; then others.
+    kept = {"type": "bf16", "size": 128, "TFLOP/s": 7.0}
+    failed = {"error": "stopped after 480 s", "seconds": 1.0, "rows": [kept]}
+    (tmp_path / "results.json").write_text(json.dumps({"matmul": failed}))
+    for arguments, code in ((["--only", "matmul"], 0), (["--together"], 0)):
         done = subprocess.run(
             [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert ("matmul" in done.stdout) == ("--only" in arguments)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert ("matmul: " in done.stdout) == ("--only" in arguments)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["matmul"]["rows"][0] == kept and len(results["matmul"]["rows"]) == 8
     for name in names:
-        result = json.loads((tmp_path / f"{name}.json").read_text())
-        assert "error" not in result and (result["rows"] or result["notes"])
+        assert "error" not in results[name] and (results[name]["rows"] or results[name]["notes"])
     (page,) = tmp_path.glob("gpu_*_cpu.md")
     text = page.read_text()
     assert "Not run yet" not in text and "Failed" not in text and "tiny sizes" in text
+    assert len(json.loads(page.with_suffix(".json").read_text())["goals"]) == 16
 
     # A second start has nothing left to do.
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.splitlines() == [str(page)]
+    assert again.returncode == 0 and str(page) in again.stdout and "tests: " not in again.stdout

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tiny
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pretrained import SD_BETAS, new_tokenizer, new_unet, new_vae
-from tiny import CAPTIONS, save_lpips, save_teacher
+from d2g.diffusion.teacher import load_teacher
+from pairgen.config import PairConfig
+from tiny import CAPTIONS, save_lpips, save_prompts, save_teacher
 
 LATENT = (4, 4, 4)
 DDIM = dict(SD_BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
@@ -590,9 +593,34 @@ UNETS: dict[str, Callable[[Path], str]] = {
 
 
 def save_kind(kind: str, folder: Path) -> str:
-    """A teacher of one of UNETS, STAGES or TRANSFORMERS."""
+    """A teacher of one of UNETS, STAGES or TRANSFORMERS, or of SDXL."""
+    if kind == "sdxl":
+        save_lpips(folder / "latent_lpips")
+        return save_sdxl(folder)
     others = {**UNETS, **STAGES}
     return others[kind](folder) if kind in others else save_transformer(kind, folder)
+
+
+def pair_config(teacher: str, folder: Path) -> PairConfig:
+    """The config of a small job with a saved teacher of any kind; `folder` takes its prompts."""
+    loaded = load_teacher(teacher)
+    has_text = loaded.conditioning == "text"
+    prompts = save_prompts(folder / "prompts.txt") if has_text else ""
+    guidance = 3.0 if has_text else 1.0
+    return tiny.pair_config(teacher, prompts, guidance=guidance, solver=loaded.default_solver)
+
+
+def stage_settings(kind: str, stage: str) -> list[str]:
+    """Settings that a stage needs for the tiny teacher of one of UNETS or TRANSFORMERS; for SDXL, those of
+    its recipe."""
+    settings = ["regression.losses=mse:1"] if kind in UNETS and kind != "sd" else []
+    if stage == "gan" and kind in TRANSFORMERS:
+        settings += ["gan.discriminator=transformer", "gan.token_heads=2"]
+    if stage == "gan" and kind == "sdxl":
+        settings += ["gan.penalty=none", "gan.noise_augment=uniform"]
+    if stage == "gan" and kind == "ldm":
+        settings += ["gan.mix_fraction=0"]
+    return settings
 
 
 def random_inputs(

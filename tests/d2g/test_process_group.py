@@ -170,6 +170,10 @@ def test_the_gpu_is_chosen_before_the_group_is_joined() -> None:
         assert process_group.init() == torch.device("cuda", 0) and calls == ["set_device 0"]
 
 
+def test_tests_without_the_mark_gpu_see_no_gpu() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
 def test_work_of_one_process_joins_no_group_and_is_exact() -> None:
     with on_two_gpus({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}) as calls:
         torch.backends.cudnn.allow_tf32 = True
