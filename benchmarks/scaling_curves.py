@@ -23,7 +23,8 @@ from d2g.core.config import override
 from distill.config.presets import DISTILL_PRESETS
 from distill.training.train import train
 
-PAIRS, IMAGES = (1024, 4096, 16_384, 49_152), (25_600, 102_400)
+PAIRS, IMAGES = (1024, 4096, 16_384, 49_152), (25_600, 51_200, 204_800)
+"""The grid of docs/recipes.md."""
 FEATURE_NETWORKS = {"oracle": "oracle", "clip": "CLIP x 1000", "vae": "VAE latents"}
 """Columns with Frechet distances, and their titles."""
 
