@@ -13,9 +13,9 @@ until the host has waited for an event behind it. Attention takes a GPU's kernel
 2.15.0, without a driver. Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits
 of each step by function of the project; `report`, those of the report at the end; `late`, what the host read
 of each step before; `all_reduces`, gradients that DDP averaged in each step, the first one included; images/s
-and MFU of an H100. `families` samples pairs and trains both stages of tiny
-teachers (the kinds of tests/tiny_teachers.py), and prints such an object by kind and stage; `pairs`: waits
-of a second batch.
+and MFU of an H100. `families` samples pairs and trains both stages of tiny teachers (the kinds of
+tests/tiny_teachers.py; a cascade's prior before its decoder), and prints such an object by kind and stage;
+`pairs`: waits of a second batch.
 `memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak:
 `tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
 `ranks` and `memory-ranks` do so as the first of COUNT ranks, in a group whose collectives send nothing. DDP
@@ -306,7 +306,8 @@ def families(*kinds: str) -> None:
         # Pairs on the CPU, of which the runs read real numbers.
         folder = root / kind
         teacher = tiny_teachers.save_kind(kind, folder / "teacher")
-        stores[kind] = tiny_teachers.pair_config(teacher, folder)
+        before = root / kind.replace("_decoder", "_prior") / "pairs" if kind.endswith("_decoder") else None
+        stores[kind] = tiny_teachers.pair_config(teacher, folder, before)
         generate_pairs(stores[kind], folder / "pairs")
     begin()
     for kind, config in stores.items():

@@ -601,8 +601,11 @@ def save_kind(kind: str, folder: Path) -> str:
     return others[kind](folder) if kind in others else save_transformer(kind, folder)
 
 
-def pair_config(teacher: str, folder: Path) -> PairConfig:
-    """The config of a small job with a saved teacher of any kind; `folder` takes its prompts."""
+def pair_config(teacher: str, folder: Path, condition: Path | None = None) -> PairConfig:
+    """The config of a small job with a saved teacher of any kind; `folder` takes its prompts. condition: the
+    store of the stage before, for the later stage of a cascade."""
+    if condition is not None:
+        return tiny.pair_config(teacher, "", condition=str(condition), seed=1, num_pairs=0)
     loaded = load_teacher(teacher)
     has_text = loaded.conditioning == "text"
     prompts = save_prompts(folder / "prompts.txt") if has_text else ""
@@ -611,11 +614,13 @@ def pair_config(teacher: str, folder: Path) -> PairConfig:
 
 
 def stage_settings(kind: str, stage: str) -> list[str]:
-    """Settings that a stage needs for the tiny teacher of one of UNETS or TRANSFORMERS; for SDXL, those of
-    its recipe."""
+    """Settings that a stage needs for the tiny teacher of one of UNETS, STAGES or TRANSFORMERS; for SDXL,
+    those of its recipe."""
     settings = ["regression.losses=mse:1"] if kind in UNETS and kind != "sd" else []
     if stage == "gan" and kind in TRANSFORMERS:
         settings += ["gan.discriminator=transformer", "gan.token_heads=2"]
+    if stage == "gan" and kind in STAGES:
+        settings += ["gan.discriminator=cascade"]
     if stage == "gan" and kind == "sdxl":
         settings += ["gan.penalty=none", "gan.noise_augment=uniform"]
     if stage == "gan" and kind == "ldm":

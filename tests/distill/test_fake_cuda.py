@@ -84,7 +84,8 @@ def test_a_step_over_eight_ranks_never_waits_for_the_device(
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
     """Pairs and both stages of every kind but Stable Diffusion's, which the tests above have."""
-    kinds = ["sdxl", *tiny_teachers.TRANSFORMERS, *(kind for kind in tiny_teachers.UNETS if kind != "sd")]
+    kinds = ["sdxl", *tiny_teachers.STAGES, *tiny_teachers.TRANSFORMERS]
+    kinds += [kind for kind in tiny_teachers.UNETS if kind != "sd"]
     results = fake_cuda(warm_python, "families", *kinds)
     assert list(results) == kinds
     for kind, result in results.items():
