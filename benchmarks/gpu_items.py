@@ -333,8 +333,9 @@ def _pairs(kind: str, options: Options, rows: Rows, steps: int, batches: list[in
 
 @dataclass(frozen=True)
 class Variant:
-    """A step to time. `like`: the variant that it is compared with, whose batch it takes; otherwise it takes
-    the largest one that fits by the forecast of its own settings, or of `sized_by`."""
+    """A step to time. `like`: the variant that it is compared with, whose batch it takes if that was
+    measured. Otherwise it takes the largest one that fits by the forecast of `sized_by`, or of its own
+    settings."""
 
     name: str
     stage: str
@@ -347,10 +348,16 @@ class Variant:
         base = replace(TABLE_A1[preset][self.stage], teacher=teacher)
         return override(base, [*common, *self.settings])
 
-    def sizing_config(self, preset: str, teacher: str, common: tuple[str, ...]) -> DistillConfig:
-        """The config whose forecast decides the batch."""
-        settings = self.settings if self.sized_by is None else self.sized_by
-        return replace(self, settings=settings).config(preset, teacher, common)
+    def largest_batch(
+        self, preset: str, teacher: str, common: tuple[str, ...], options: "Options"
+    ) -> tuple[int, float]:
+        """Rows, and GiB by the forecast; 0 rows if not even two fit."""
+        for settings in [*([] if self.sized_by is None else [self.sized_by]), self.settings]:
+            sized = replace(self, settings=settings)
+            rows, gib = largest_batch(sized.config(preset, teacher, common), options)
+            if rows:
+                break
+        return rows, gib
 
 
 R1_ON = ("gan.penalty=single", "gan.r1_gamma=1", "gan.r1_rows=1", "gan.r1_interval=1")
@@ -368,6 +375,10 @@ COMPILED = (
     Variant("stage 1, inductor, block by block", "ode", BLOCKS),
     Variant("stage 2, R1 of one row, inductor, block by block", "gan", (*BLOCKS, *R1_ON)),
     Variant("stage 1, inductor", "ode", ("engine.compile=inductor",)),
+)
+COMPILED_SDXL = (
+    COMPILED[0],
+    Variant("stage 2, no R1, inductor, block by block", "gan", (*BLOCKS, "gan.penalty=none")),
 )
 SDXL_ENGINE = ("engine.activation_checkpointing=true", "engine.parallel=ddp")
 """SDXL does not fit without recomputation."""
@@ -393,11 +404,11 @@ class StepItem:
 
 STEP_ITEMS = {
     "steps-sd15": StepItem("sd15-cfg3", STEPS, STEPS, SD15_ENGINE, "sd15"),
-    # SDXL's recipe has no R1; here it is measured all the same.
+    # SDXL's recipe has no R1; here it is measured all the same, where it fits.
     "steps-sdxl": StepItem("sdxl-cfg7", STEPS[:3], STEPS[:2], SDXL_ENGINE, "sdxl"),
     # At tiny sizes compilation takes all the time, so each item compiles one stage.
     "compile-sd15": StepItem("sd15-cfg3", COMPILED, COMPILED[1:2], SD15_ENGINE, "sd15 compiled"),
-    "compile-sdxl": StepItem("sdxl-cfg7", COMPILED[:2], COMPILED[2:], SDXL_ENGINE, "sdxl compiled"),
+    "compile-sdxl": StepItem("sdxl-cfg7", COMPILED_SDXL, COMPILED[2:], SDXL_ENGINE, "sdxl compiled"),
 }
 
 
@@ -408,7 +419,10 @@ def plan(options: Options) -> None:
         for name, item in STEP_ITEMS.items():
             teacher = _step_teacher(item, Path(folder) / name, options)
             for variant in item.tiny if options.tiny else item.variants:
-                count = largest_batch(variant.sizing_config(item.preset, teacher, item.common), options)
+                count, gib = variant.largest_batch(item.preset, teacher, item.common, options)
+                if not count:
+                    print(f"{name}, {variant.name}: needs {gib:.1f} GiB for 2 rows, left out", flush=True)
+                    continue
                 config = variant.config(item.preset, teacher, item.common)
                 config = override(config, [f"train.batch_size={count}"])
                 gib, flops = _forecast(config, options), _flops(config, options)
@@ -428,9 +442,14 @@ def _steps(item: StepItem, options: Options, rows: Rows) -> Result:
 
             def timed() -> Row:
                 config = variant.config(item.preset, teacher, item.common)  # noqa: B023
-                sizing = variant.sizing_config(item.preset, teacher, item.common)  # noqa: B023
                 same = rows.values("batch", variant=variant.like)  # noqa: B023
-                count = int(same[0]) if same else largest_batch(sizing, options)
+                if same:
+                    count = int(same[0])
+                else:
+                    sizes = (item.preset, teacher, item.common, options)
+                    count, gib = variant.largest_batch(*sizes)  # noqa: B023
+                    if not count:
+                        return {"note": f"needs {gib:.1f} GiB for 2 rows, left out"}
                 if options.tiny:
                     backend = {"inductor": "eager"}.get(config.engine.compile, "")
                     config = override(config, [f"engine.compile={backend}"])
@@ -522,20 +541,23 @@ def _time_steps_of(config: DistillConfig, folder: Path, options: Options) -> Row
     }
 
 
-def largest_batch(config: DistillConfig, options: Options) -> int:
-    """The largest batch of 4 to 64 rows whose forecast takes 80 % of the memory at most, else 2; tiny: 2."""
-    if options.tiny:
-        return 2
-
-    memory = options.memory_gib or _memory_gib()
+def largest_batch(config: DistillConfig, options: Options) -> tuple[int, float]:
+    """The largest batch of up to 32 rows whose forecast takes 80 % of the memory at most, and its GiB; 0 if
+    two rows need more. Tiny: 2 rows."""
+    limit = 0.8 * (options.memory_gib or _memory_gib())
 
     def gib(rows: int) -> float:
         return _forecast(override(config, [f"train.batch_size={rows}"]), options) + CONTEXT_GIB
 
-    # The forecast grows linearly once activations are the peak.
-    per_row = (gib(64) - gib(32)) / 32
-    fitting = [n for n in (4, 8, 16, 24, 32, 48, 64) if gib(64) - (64 - n) * per_row <= 0.8 * memory]
-    return max(fitting, default=2)
+    if options.tiny:
+        return 2, gib(2)
+    if gib(2) > limit:
+        return 0, gib(2)
+    # The forecast grows linearly once activations are the peak; before, something else is.
+    per_row = (gib(32) - gib(16)) / 16
+    likely = [n for n in (32, 24, 16, 8, 4, 2) if gib(32) - (32 - n) * per_row <= limit]
+    fitting = next((n for n in likely if gib(n) <= limit), 2)
+    return fitting, gib(fitting)
 
 
 def _forecast(config: DistillConfig, options: Options) -> float:

@@ -75,6 +75,20 @@ def test_the_share_of_r1_needs_equal_batches(tmp_path: Path) -> None:
     assert gpu_items._share_of_r1(other) != gpu_items._share_of_r1(other), "NaN"
 
 
+def test_the_batch_of_a_step_fits_by_its_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forecast is a constant peak, such as R1's, up to some batch, and grows with the rows from there."""
+    peaks = {"first": (10.0, 1.0), "R1": (30.0, 2.0), "large": (90.0, 2.0)}
+
+    def forecast(config: DistillConfig, options: gpu_items.Options) -> float:
+        alone, row = peaks[config.teacher]
+        return max(alone, 5 + row * config.train.batch_size)
+
+    monkeypatch.setattr(gpu_items, "_forecast", forecast)
+    options = gpu_items.Options(out=tmp_path, tiny=False, memory_gib=50)  # 40 are for the step
+    sizes = {name: gpu_items.largest_batch(DistillConfig(teacher=name), options) for name in peaks}
+    assert sizes == {"first": (32, 37.5), "R1": (16, 37.5), "large": (0, 90.5)}
+
+
 def test_an_item_that_takes_too_long_ends_with_all_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
