@@ -55,8 +55,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def matmul_peak(dtype: torch.dtype, size: int = 4096) -> float:
     """FLOP/s of the best of several square matrix products: what this machine can do at most.
 
-    On a GPU, where a product takes less than a millisecond, several are timed together: waiting for one costs
-    a tenth of it.
+    On a GPU, where a product takes a fraction of a millisecond, several are timed together, so that waiting
+    for the device hardly counts.
     """
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     count = max(1, 20 * 4096**3 // size**3) if DEVICE == "cuda" else 1
