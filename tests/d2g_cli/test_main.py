@@ -33,7 +33,7 @@ COMMANDS_WITH_SETTINGS = [
     "pairs generate",
     "pairs plan",
     "distill ode",
-    "distill gan",
+    "distill gan --preset miniature",
     "sample",
     "eval run",
     f"eval stats --images {ROOT / 'docs'} --out x.safetensors",
@@ -264,7 +264,7 @@ def test_overrides_take_precedence_over_options_and_options_over_presets(d2g: An
     assert (plan["steps"], plan["evaluations"], plan["config"]["train"]["images"]) == (2, 2064, 512)
 
 
-@pytest.mark.parametrize("stage", ["ode", pytest.param("gan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["ode", pytest.param("gan", marks=(pytest.mark.slow, pytest.mark.long))])
 def test_the_default_preset_of_a_dry_run(stage: str, d2g: Any) -> None:
     default_plan = d2g("distill", stage, "--dry-run", "--json").json
     preset_plan = d2g("distill", stage, "--preset", "sd15-cfg8", "--dry-run", "--json").json

@@ -50,11 +50,11 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     [
         ("sd15-cfg3", "ode", 8),  # as in the README's commands
         ("sd15-cfg3", "gan", 8),
-        pytest.param("sd15-cfg3", "gan", 16, marks=pytest.mark.slow),
+        pytest.param("sd15-cfg3", "gan", 16, marks=(pytest.mark.slow, pytest.mark.long)),
         pytest.param("sd15-cfg8", "ode", 64, marks=pytest.mark.slow),
-        ("sd15-cfg8", "gan", 64),
-        pytest.param("sdxl-cfg7", "ode", 128, marks=pytest.mark.slow),
-        pytest.param("sdxl-cfg7", "gan", 128, marks=pytest.mark.slow),
+        pytest.param("sd15-cfg8", "gan", 64, marks=pytest.mark.slow),
+        pytest.param("sdxl-cfg7", "ode", 128, marks=(pytest.mark.slow, pytest.mark.long)),
+        pytest.param("sdxl-cfg7", "gan", 128, marks=(pytest.mark.slow, pytest.mark.long)),
     ],
 )
 def test_preset_fits_its_gpus(name: str, stage: str, gpus: int, teachers: Mapping[str, str]) -> None:
