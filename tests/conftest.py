@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = (
 
 # Unless -m names the mark gpu, no test sees a CUDA device: a forked process cannot run a backward pass if one
 # is visible. This comes before the imports, because some packages ask for devices when they are imported.
-if any("gpu" in marks for option, marks in pairwise(sys.argv) if option == "-m"):
+if any("gpu" in marks.replace("not gpu", "") for option, marks in pairwise(sys.argv) if option == "-m"):
     os.environ["D2G_TESTS_SEE_GPU"] = "1"  # for the processes of xdist, which do not have the command
 if "D2G_TESTS_SEE_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
