@@ -4,8 +4,9 @@
                                           [--theirs PYTHON] [--tiny [--together]] [--list] [--plan GIB]
 
 Each item runs in processes of its own for at most 8 minutes. OUT/results.json has all results, and is all
-that the same command needs to go on where it stopped, on another machine as well: it takes the items without
-a result, and of those that failed or were stopped the rows that are missing. After each item
+that the same command needs to go on where it stopped, in a new OUT as well (but miniature-2 needs
+OUT/miniature): it takes the items without a result, and of those that failed or were stopped the rows that
+are missing. Results of another card or of tiny sizes are refused. After each item
 OUT/gpu_DATE_CARD.md is the page with all results so far, and OUT/gpu_DATE_CARD.json the same with the goals.
 The page is printed at the end. OUT/NAME.log is an item's output, OUT/models holds teachers with random
 weights (10 GB).
@@ -149,6 +150,52 @@ def report(out: Path, results: dict[str, Any], tiny: bool) -> Path:
     return path
 
 
+def earlier_results(store: Path, machine: str) -> dict[str, Any]:
+    """The results so far. Ends the program if they are of another machine: one page must not mix them."""
+    results: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
+    if others := {result.get("machine", "unknown") for result in results.values()} - {machine}:
+        sys.exit(f"{store} has results of {', '.join(sorted(others))}, this is {machine}; give another --out")
+    return results
+
+
+def run_items(args: argparse.Namespace, options: gpu_items.Options) -> dict[str, Any]:
+    """Run the items that have no result yet; returns all results."""
+    end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
+    machine = card() + (", tiny sizes" if args.tiny else "")
+    store = options.out / "results.json"
+    results = earlier_results(store, machine)
+    # Some processes start in other folders.
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths if path)
+
+    def keep(item: Item, result: dict[str, Any]) -> None:
+        results[item.name] = {**result, "rows": rows.read(), "machine": machine}
+        write_atomically(store, json.dumps(results, indent=1))
+
+    # Items that failed or were stopped come after those that never ran.
+    for item in sorted(ITEMS, key=lambda item: item.name in results):
+        if args.only and item.name not in args.only:
+            continue
+        before = results.get(item.name, {"error": ""})
+        if "error" not in before:
+            continue
+        left = end - time.monotonic()
+        if left < SHORTEST:
+            break
+        print(f"{item.name}: {item.question}", flush=True)
+        # Rows of an earlier start stay, those that failed are measured again. The file has more of them than
+        # the result where the battery itself was stopped.
+        rows = gpu_items.Rows(options.out, item.name)
+        rows.restart((rows.read() if item.name in results else []) or before.get("rows", []))
+        keep(item, {"error": "the battery ended while it ran", "seconds": 0.0})
+        limit = min(SECONDS, left) if args.minutes or not args.tiny else None
+        result = run_here(item, options) if args.together else run_item(item, options, limit)
+        keep(item, result)
+        print(f"  {result.get('error', 'done')}, {result['seconds']:.0f} s", flush=True)
+        report(options.out, results, args.tiny)
+    return results
+
+
 def main() -> int:
     """Run the items that have no result yet."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -163,15 +210,15 @@ def main() -> int:
     parser.add_argument("--plan", type=float, metavar="GIB", help="prepare for a GPU of so many GiB, and end")
     parser.add_argument("--item", help=argparse.SUPPRESS)  # in the process of one item
     args = parser.parse_args()
-    end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     if args.together and not args.tiny:
         parser.error("--together needs --tiny: on a GPU each item starts with empty memory")
     if args.list:
         print("\n".join(f"{item.name:14} {item.question}" for item in ITEMS))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
+    theirs = str(Path(args.theirs).absolute()) if args.theirs else ""
     options = gpu_items.Options(
-        out=args.out.resolve(), tiny=args.tiny, theirs=args.theirs, memory_gib=args.plan or 0.0
+        out=args.out.resolve(), tiny=args.tiny, theirs=theirs, memory_gib=args.plan or 0.0
     )
     if args.plan:
         gpu_items.plan(options)
@@ -181,28 +228,7 @@ def main() -> int:
         result = item.measure(options, gpu_items.Rows(options.out, item.name))
         write_atomically(options.out / f"{item.name}.new.json", json.dumps(result, indent=1))
         return 0
-    store = options.out / "results.json"
-    results: dict[str, Any] = json.loads(store.read_text()) if store.is_file() else {}
-    # Items that failed or were stopped come after those that never ran.
-    for item in sorted(ITEMS, key=lambda item: item.name in results):
-        if args.only and item.name not in args.only:
-            continue
-        before = results.get(item.name, {"error": ""})
-        if "error" not in before:
-            continue
-        left = end - time.monotonic()
-        if left < SHORTEST:
-            break
-        print(f"{item.name}: {item.question}", flush=True)
-        # Rows of an earlier start stay, those that failed are measured again.
-        rows = gpu_items.Rows(options.out, item.name)
-        rows.restart(before.get("rows", []))
-        limit = min(SECONDS, left) if args.minutes or not args.tiny else None
-        result = run_here(item, options) if args.together else run_item(item, options, limit)
-        results[item.name] = {**result, "rows": rows.read()}
-        write_atomically(store, json.dumps(results, indent=1))
-        print(f"  {result.get('error', 'done')}, {result['seconds']:.0f} s", flush=True)
-        report(options.out, results, args.tiny)
+    results = run_items(args, options)
     path = report(options.out, results, args.tiny)
     print(path.read_text(), path, path.with_suffix(".json"), sep="\n")
     wanted = args.only or [item.name for item in ITEMS]

@@ -44,8 +44,10 @@ def test_a_row_that_fails_stops_no_other_row_and_is_measured_again(tmp_path: Pat
         {"variant": "good", "MFU": 0.4},
     ]
     assert rows.values("MFU") == [0.5, 0.4] and rows.values("MFU", variant="good") == [0.4]
-    with pytest.raises(RuntimeError, match="1 of 3 rows: ZeroDivisionError"):
-        rows.finish(["note"])
+    goals = [gpu_items.goal("MFU", 0.5, at_least=0.45), gpu_items.goal("MFU", 0.4, at_least=0.45)]
+    failed = rows.finish(["note"], goals)
+    assert failed["error"] == "1 of 3 rows: ZeroDivisionError: division by zero"
+    assert [goal["reached"] for goal in failed["goals"]] == ["so far", "no"]
     rows.restart(rows.read())
     rows.measure({"variant": "bad"}, lambda: {"MFU": 0.1})
     assert rows.finish(["note"]) == {"notes": ["note"], "goals": []}
@@ -111,6 +113,34 @@ def test_an_item_that_takes_too_long_ends_with_all_its_processes(
     assert not runs(child)
 
 
+def test_a_battery_that_was_stopped_keeps_the_rows_of_its_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(options: gpu_items.Options, rows: gpu_items.Rows) -> gpu_items.Result:
+        rows.measure({"size": 1}, lambda: {"speed": 2.0 + len(starts)})
+        starts.append(1)
+        if len(starts) == 1:
+            raise KeyboardInterrupt
+        rows.measure({"size": 2}, lambda: {"speed": 4.0})
+        return rows.finish([], [])
+
+    starts: list[int] = []
+    monkeypatch.setattr(gpu, "ITEMS", (gpu.Item("speed", "How fast?", measure),))
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--tiny", "--together", "--out", str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", f"site{os.pathsep}.")
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    assert os.environ["PYTHONPATH"] == f"{Path('site').absolute()}{os.pathsep}{Path.cwd()}"
+    assert gpu.main() == 0
+    (result,) = json.loads((tmp_path / "results.json").read_text()).values()
+    assert result["rows"] == [{"size": 1, "speed": 2.0}, {"size": 2, "speed": 4.0}]
+
+    # The same folder does not take results of full sizes.
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="has results of cpu, tiny sizes, this is cpu; give another --out"):
+        gpu.main()
+
+
 def runs(stat: Path) -> bool:
     """Whether a process is alive, by its /proc/PID/stat: neither gone nor a zombie."""
     try:
@@ -132,7 +162,7 @@ def test_the_battery_runs_to_its_end_on_a_cpu_and_goes_on_where_it_stopped(
 
     # An item that failed before runs again, in a process of its own, for the rows that it lacks; then others.
     kept = {"type": "bf16", "size": 128, "TFLOP/s": 7.0}
-    failed = {"error": "stopped after 480 s", "seconds": 1.0, "rows": [kept]}
+    failed = {"error": "stopped", "seconds": 1.0, "rows": [kept], "machine": "cpu, tiny sizes"}
     (tmp_path / "results.json").write_text(json.dumps({"matmul": failed}))
     for arguments, code in ((["--only", "matmul"], 0), (["--together"], 0)):
         done = subprocess.run(
