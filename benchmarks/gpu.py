@@ -113,6 +113,11 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def exit_on_sigterm() -> None:
+    """Let SIGTERM, which `timeout` sends, raise SystemExit: then the processes of an item end, too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def run_here(item: Item, options: gpu_items.Options) -> dict[str, Any]:
     """The same in this process."""
     started = time.monotonic()
@@ -236,4 +241,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())

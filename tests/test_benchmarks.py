@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -91,10 +93,11 @@ def test_the_batch_of_a_step_fits_by_its_forecast(tmp_path: Path, monkeypatch: p
     assert sizes == {"first": (32, 37.5), "R1": (16, 37.5), "large": (0, 90.5)}
 
 
-def test_an_item_that_takes_too_long_ends_with_all_its_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ended_by", ["its time", "SIGTERM"])
+def test_a_stopped_item_ends_with_all_its_processes(
+    ended_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise they would keep the GPU's memory from the items after it."""
+    """Otherwise they would keep the GPU's memory from what runs after it."""
     script = tmp_path / "item.py"
     script.write_text(
         "import subprocess, sys, time\n"
@@ -103,8 +106,16 @@ def test_an_item_that_takes_too_long_ends_with_all_its_processes(
         "time.sleep(60)\n"
     )
     monkeypatch.setattr(gpu, "__file__", str(script))
-    result = gpu.run_item(gpu.ITEMS[0], gpu_items.Options(out=tmp_path, tiny=True), 2.0)
-    assert result["error"] == "stopped after 2 s"
+    options = gpu_items.Options(out=tmp_path, tiny=True)
+    if ended_by == "its time":
+        assert gpu.run_item(gpu.ITEMS[0], options, 2.0)["error"] == "stopped after 2 s"
+    else:
+        before = signal.getsignal(signal.SIGTERM)
+        gpu.exit_on_sigterm()
+        Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(SystemExit, match="143"):
+            gpu.run_item(gpu.ITEMS[0], options, 60.0)
+        signal.signal(signal.SIGTERM, before)
     # A killed process ends when a busy machine gets to it.
     child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
     deadline = time.monotonic() + 30
