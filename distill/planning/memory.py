@@ -261,9 +261,10 @@ def _discriminator_bytes(
     parts = 3 if config.gan.active_penalty == "approx" else 2
     recomputed = graph.recomputed.of(rows)
     activations = graph.saved.of(parts * rows) + recomputed
-    # A weight's gradient waits, unreduced, until the backward pass has been through all parts.
-    unreduced = _bytes(_trained(discriminator)) * (0.5 if config.train.bf16 else 1.0)
-    activations = max(activations, unreduced + graph.saved.of(rows) + recomputed)
+    # Autograd adds a weight's gradients of all parts before it hands over the sum. Until the last part they
+    # wait whole: as FSDP2 gathered the weights, or as autocast cast them.
+    waiting = _bytes(_trained(discriminator)) * (0.5 if config.train.bf16 else 1.0)
+    activations = max(activations, waiting + graph.saved.of(rows) + recomputed)
     gradients = _bytes(_trained(discriminator)) / shards
     update = _update_bytes(discriminator, config.gan.optim, config.engine, shards, buckets)
     update = max(update, recomputed + (0.0 if buckets else gradients))
