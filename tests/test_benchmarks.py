@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from threading import Timer
 
 import pytest
 
-from benchmarks import gpu, gpu_items
+from benchmarks import gpu, gpu_steps
+from benchmarks.gpu_rows import Options, Result, Rows, goal
 from benchmarks.scaling import LATENT_LPIPS, metric_flops
 from distill.config.presets import TABLE_A1
 from distill.config.regression import RegressionConfig
@@ -33,7 +35,7 @@ def test_each_latent_lpips_of_a_recipe_counts() -> None:
 
 
 def test_a_row_that_fails_stops_no_other_row_and_is_measured_again(tmp_path: Path) -> None:
-    rows = gpu_items.Rows(tmp_path, "steps")
+    rows = Rows(tmp_path, "steps")
     rows.restart(
         [{"variant": "earlier", "MFU": 0.5}, {"variant": "broken", "error": "OutOfMemoryError: 1 GiB"}]
     )
@@ -46,7 +48,7 @@ def test_a_row_that_fails_stops_no_other_row_and_is_measured_again(tmp_path: Pat
         {"variant": "good", "MFU": 0.4},
     ]
     assert rows.values("MFU") == [0.5, 0.4] and rows.values("MFU", variant="good") == [0.4]
-    goals = [gpu_items.goal("MFU", 0.5, at_least=0.45), gpu_items.goal("MFU", 0.4, at_least=0.45)]
+    goals = [goal("MFU", 0.5, at_least=0.45), goal("MFU", 0.4, at_least=0.45)]
     failed = rows.finish(["note"], goals)
     assert failed["error"] == "1 of 3 rows: ZeroDivisionError: division by zero"
     assert [goal["reached"] for goal in failed["goals"]] == ["so far", "no"]
@@ -56,47 +58,37 @@ def test_a_row_that_fails_stops_no_other_row_and_is_measured_again(tmp_path: Pat
 
 
 def test_goals_say_whether_they_are_reached() -> None:
-    assert gpu_items.goal("speed", 1.6, at_least=1.5)["reached"] == "yes"
-    assert gpu_items.goal("R1", 0.2, at_most=0.15) == {
+    assert goal("speed", 1.6, at_least=1.5)["reached"] == "yes"
+    assert goal("R1", 0.2, at_most=0.15) == {
         "goal": "R1",
         "aim": "<= 0.15",
         "measured": 0.2,
         "reached": "no",
     }
-    assert gpu_items.goal("speed", float("nan"), at_least=1.5)["reached"] == ""
+    assert goal("speed", float("nan"), at_least=1.5)["reached"] == ""
 
 
 def test_the_share_of_r1_needs_equal_batches(tmp_path: Path) -> None:
     """16 steps of 1 s, and 4 s of R1 in one of them: 20 s, of which R1 takes a fifth."""
-    rows = gpu_items.Rows(tmp_path, "steps")
-    without, with_r1 = (v.name for v in (gpu_items.WITHOUT_R1, gpu_items.WITH_R1))
+    rows = Rows(tmp_path, "steps")
+    without, with_r1 = (v.name for v in (gpu_steps.WITHOUT_R1, gpu_steps.WITH_R1))
     rows.measure({"variant": without}, lambda: {"s per step": 1.0, "batch": 8})
-    assert gpu_items._share_of_r1(rows) != gpu_items._share_of_r1(rows), "NaN"
+    assert gpu_steps._share_of_r1(rows) != gpu_steps._share_of_r1(rows), "NaN"
     rows.measure({"variant": with_r1}, lambda: {"s per step": 5.0, "batch": 8})
-    assert gpu_items._share_of_r1(rows) == pytest.approx(0.2)
-    other = gpu_items.Rows(tmp_path, "other")
+    assert gpu_steps._share_of_r1(rows) == pytest.approx(0.2)
+    other = Rows(tmp_path, "other")
     other.restart([{**row, "batch": number} for number, row in enumerate(rows.read())])
-    assert gpu_items._share_of_r1(other) != gpu_items._share_of_r1(other), "NaN"
+    assert gpu_steps._share_of_r1(other) != gpu_steps._share_of_r1(other), "NaN"
 
 
-def test_the_batch_of_a_step_fits_by_its_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("alone", "row", "rows"), [(10.0, 1.0, 32), (30.0, 2.0, 16), (90.0, 2.0, 0)])
+def test_the_batch_of_a_step_fits_by_its_forecast(alone: float, row: float, rows: int) -> None:
     """The forecast is a constant peak, such as R1's, up to some batch, and grows with the rows from there."""
-    peaks = {"first": (10.0, 1.0), "R1": (30.0, 2.0), "large": (90.0, 2.0)}
-
-    def forecast(config: DistillConfig, options: gpu_items.Options) -> float:
-        alone, row = peaks[config.teacher]
-        return max(alone, 5 + row * config.train.batch_size)
-
-    monkeypatch.setattr(gpu_items, "_forecast", forecast)
-    options = gpu_items.Options(out=tmp_path, tiny=False, memory_gib=50)  # 40 are for the step
-    sizes = {name: gpu_items.largest_batch(DistillConfig(teacher=name), options) for name in peaks}
-    assert sizes == {"first": (32, 37.5), "R1": (16, 37.5), "large": (0, 90.5)}
+    assert gpu_steps.largest_rows(lambda n: max(alone, 5 + row * n), limit=40.0) == rows
 
 
 @pytest.mark.parametrize("ended_by", ["its time", "SIGTERM"])
-def test_a_stopped_item_ends_with_all_its_processes(
-    ended_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_item_ends_with_all_its_processes(ended_by: str, tmp_path: Path) -> None:
     """Otherwise they would keep the GPU's memory from what runs after it."""
     script = tmp_path / "item.py"
     script.write_text(
@@ -105,17 +97,18 @@ def test_a_stopped_item_ends_with_all_its_processes(
         f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr(gpu, "__file__", str(script))
-    options = gpu_items.Options(out=tmp_path, tiny=True)
+    command, log = [sys.executable, str(script)], tmp_path / "log"
     if ended_by == "its time":
-        assert gpu.run_item(gpu.ITEMS[0], options, 2.0)["error"] == "stopped after 2 s"
+        assert gpu.run_process_group(command, log, 2.0) is None
     else:
         before = signal.getsignal(signal.SIGTERM)
         gpu.exit_on_sigterm()
         Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        with pytest.raises(SystemExit, match="143"):
-            gpu.run_item(gpu.ITEMS[0], options, 60.0)
-        signal.signal(signal.SIGTERM, before)
+        try:
+            with pytest.raises(SystemExit, match="143"):
+                gpu.run_process_group(command, log, 60.0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     # A killed process ends when a busy machine gets to it.
     child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
     deadline = time.monotonic() + 30
@@ -127,7 +120,7 @@ def test_a_stopped_item_ends_with_all_its_processes(
 def test_a_battery_that_was_stopped_keeps_the_rows_of_its_item(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(options: gpu_items.Options, rows: gpu_items.Rows) -> gpu_items.Result:
+    def measure(options: Options, rows: Rows) -> Result:
         rows.measure({"size": 1}, lambda: {"speed": 2.0 + len(starts)})
         starts.append(1)
         if len(starts) == 1:
@@ -136,20 +129,19 @@ def test_a_battery_that_was_stopped_keeps_the_rows_of_its_item(
         return rows.finish([], [])
 
     starts: list[int] = []
-    monkeypatch.setattr(gpu, "ITEMS", (gpu.Item("speed", "How fast?", measure),))
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--tiny", "--together", "--out", str(tmp_path)])
+    items = (gpu.Item("speed", "How fast?", measure),)
+    arguments = ["--tiny", "--together", "--out", str(tmp_path)]
     monkeypatch.setenv("PYTHONPATH", f"site{os.pathsep}.")
     with pytest.raises(KeyboardInterrupt):
-        gpu.main()
+        gpu.main(arguments, items)
     assert os.environ["PYTHONPATH"] == f"{Path('site').absolute()}{os.pathsep}{Path.cwd()}"
-    assert gpu.main() == 0
+    assert gpu.main(arguments, items) == 0
     (result,) = json.loads((tmp_path / "results.json").read_text()).values()
     assert result["rows"] == [{"size": 1, "speed": 2.0}, {"size": 2, "speed": 4.0}]
 
     # The same folder does not take results of full sizes.
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="has results of cpu, tiny sizes, this is cpu; give another --out"):
-        gpu.main()
+        gpu.main(["--out", str(tmp_path)], items)
 
 
 def runs(stat: Path) -> bool:
