@@ -17,7 +17,8 @@ and MFU of an H100. `families` samples pairs and trains both stages of tiny teac
 tests/tiny_teachers.py; a cascade's prior before its decoder), and prints such an object by kind and stage;
 `pairs`: waits of a second batch.
 `memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak:
-`tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders.
+`tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders,
+and `operators_per_step`, views among them.
 `ranks` and `memory-ranks` do so as the first of COUNT ranks, in a group whose collectives send nothing. DDP
 then has torch's reducer in Python (docs/scaling.md), which has no buckets: its memory is not that of DDP.
 """
@@ -151,14 +152,15 @@ GARBAGE = 99
 
 
 class FakeCuda(TorchDispatchMode):
-    """CPU operations run, operations on CUDA are faked. `waits` counts where the host waits for CUDA."""
+    """CPU operations run, operations on CUDA are faked. `waits` counts where the host waits for CUDA,
+    `operators` the operations of both."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits: Counter[str] = Counter()
         self.late: Counter[str] = Counter()
-        self.all_reduces = 0
+        self.all_reduces = self.operators = 0
         self.pinned = set[int]()
         self.queued_copies: list[tuple[Tensor, float]] = []
         self.step = 0
@@ -174,6 +176,7 @@ class FakeCuda(TorchDispatchMode):
             self.all_reduces += 1
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
+        self.operators += 1
         if func is aten._pin_memory.default:
             pinned = args[0].clone()
             self.pinned.add(pinned.data_ptr())
@@ -451,11 +454,12 @@ def memory(name: str, stage: str, *settings: str, ranks: int = 1) -> None:
     if ranks > 1:
         pretend_ranks(ranks)
     live = live_bytes()
-    with torch.autograd.set_multithreading_enabled(False), FakeCuda(), live, GpuAttention():
+    with torch.autograd.set_multithreading_enabled(False), FakeCuda() as mode, live, GpuAttention():
         step = RandomStep(config, torch.device("cuda", 0), folder, lambda net, _: to_fake(net, "cuda"))
         before = live.peak = live.live  # not that of building the networks
         for _ in range(2):
             step.state.steps = 0  # R1 comes in both steps, and in the second one beside optimizer states
+            mode.operators = 0
             step()
     gib = 2.0**30
     print(
@@ -465,6 +469,7 @@ def memory(name: str, stage: str, *settings: str, ranks: int = 1) -> None:
                 "forecast": forecast.total - text_encoders_gib(config),
                 "tracked_before_the_step": before / gib,
                 "forecast_working": forecast.working,
+                "operators_per_step": mode.operators,
             }
         )
     )

@@ -275,7 +275,7 @@ def frozen_weights(lines: Sequence[Line], limits: Limits) -> Finding | None:
 def quality_stalls(lines: Sequence[Line], limits: Limits) -> Finding | None:
     """The metric that selects the best checkpoint has had no new best value in the last validations.
 
-    At least as many validations come before them, because early values vary a lot.
+    There must be twice as many validations, because early values vary a lot.
     """
     name, points = validations(lines)
     if len(points) < 2 * limits.validations:
