@@ -85,7 +85,7 @@ def teacher_train(
                 logger.info(line)
             if options.dry_run:
                 finish_dry_run(config, options.as_json, {"plan": asdict(plan)})
-            save_request(out, config, request)
+            save_request(out, config, request, names)
             progress = WholeProgress(plan, reporter)
             finishing = stages if network_of(config).stage in names else None
             summary = train_teacher(config, out, names, progress, _command(options, finishing, out))

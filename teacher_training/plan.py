@@ -9,7 +9,7 @@ import torch
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import with_values
-from d2g.core.distributed import checkpoint, process_group
+from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.core.json_files import read_json_object
 from d2g.core.logs import logger
@@ -21,7 +21,7 @@ from teacher_training.data import class_names, expect_captions, is_registered, r
 from teacher_training.networks.registry import network_of
 from teacher_training.speed import TIMED_STEPS, Speed, measure_speed
 from teacher_training.start import check_start
-from teacher_training.train import check_captions, read_scores, stage_length
+from teacher_training.train import check_captions, images_done, is_finished, stage_batch, stage_length
 
 HELPER_SHARES = {"vae": 0.2, "lpips": 0.15, "clip": 0.1}
 NETWORK_SHARE = 0.55
@@ -113,29 +113,24 @@ def plan_teacher(
         speed.seconds[stage] /= process_group.world_size()
     # Finished stages but the network's, and a given autoencoder, take no time and keep their length.
     work, trained = out / TRAINING, kind.stages[1:]
-    done = {stage: images_done(out, stage) for stage in trained}
+    done = {stage: images_done(work / stage) for stage in trained}
     fixed = [s for s in trained if s != kind.stage and (work / s / "scores.json").is_file()]
     fixed += ["vae"] if config.pretrained_vae or config.init else []
     open_stages = [stage for stage in trained if stage in stages and stage not in fixed]
     config = _with_lengths(config, out, open_stages, request, speed, done)
-    images = {stage: stage_length(config, stage) - done[stage] for stage in open_stages}
+    unfinished = [stage for stage in open_stages if not is_finished(work / stage, stage, config)]
+    images = {stage: stage_length(config, stage) - done[stage] for stage in unfinished}
     images = {stage: count for stage, count in images.items() if count > 0}
     minutes = {stage: count * speed.seconds[stage] / 60 for stage, count in images.items()}
     if "lpips" in minutes:
         minutes["lpips"] += min(pictures, config.lpips.triplets) * speed.judgment_seconds / 60
     if "clip" in minutes and config.clip.minutes:
         minutes["clip"] = min(minutes["clip"], config.clip.minutes)
-    batch = {
-        "vae": config.vae.fit.batch_size,
-        kind.stage: config.denoiser.fit.batch_size,
-        "lpips": config.lpips.trunk.batch,
-        "clip": config.clip.batch_size,
-    }
     plan = TeacherPlan(
         pictures=pictures,
         captions=captions,
         images=images,
-        steps={stage: -(-count // batch[stage]) for stage, count in images.items()},
+        steps={stage: -(-count // stage_batch(config, stage)) for stage, count in images.items()},
         stage_minutes=minutes,
         minutes=sum(minutes.values()) + pictures * speed.encode_seconds / 60,
         gib=(speed.picture_bytes * pictures + speed.fixed_bytes) / 2**30,
@@ -145,23 +140,24 @@ def plan_teacher(
     return config, plan
 
 
-def save_request(out: Path, config: TeacherConfig, request: Request) -> None:
-    """Note the request and the lengths that were chosen for it, and keep them when it is repeated."""
+def save_request(out: Path, config: TeacherConfig, request: Request, stages: Sequence[str]) -> None:
+    """Note the request and the lengths that were chosen for these stages, and keep them when it is
+    repeated."""
     if process_group.rank() == 0 and request != Request():
-        stages = network_of(config).stages[1:]
-        lengths = {length_setting(stage): stage_length(config, stage) for stage in stages}
-        lengths["lpips.triplets"] = config.lpips.triplets
+        lengths = _chosen_lengths(out, request)
+        chosen = [stage for stage in network_of(config).stages[1:] if stage in stages]
+        lengths |= {length_setting(stage): stage_length(config, stage) for stage in chosen}
+        if "lpips" in stages:
+            lengths["lpips.triplets"] = config.lpips.triplets
         content = {"request": asdict(request), "lengths": lengths}
         write_atomically(out / TRAINING / "plan.json", json.dumps(content, indent=1))
 
 
-def images_done(out: Path, stage: str) -> int:
-    """Training images of a stage so far, at its last checkpoint."""
-    folder = out / TRAINING / stage
-    if (folder / "scores.json").is_file():
-        return int(read_scores(folder / "scores.json").get("length", 0))
-    points = checkpoint.complete_points(folder / "checkpoints")
-    return points[-1] if points else 0
+def _chosen_lengths(out: Path, request: Request) -> dict[str, int]:
+    """Lengths by setting that were chosen for the same request before, for the stages of that start."""
+    file = out / TRAINING / "plan.json"
+    known = read_json_object(file, f"delete {file} to choose the lengths again") if file.is_file() else {}
+    return dict(known["lengths"]) if known.get("request") == asdict(request) else {}
 
 
 def _with_lengths(
@@ -175,18 +171,17 @@ def _with_lengths(
     """The config with the lengths that the request asks for."""
     if request == Request():
         return config
-    # The same request again: the same lengths.
-    file = out / TRAINING / "plan.json"
-    if file.is_file():
-        known = read_json_object(file, f"delete {file} to choose the lengths again")
-        if known["request"] == asdict(request):
-            return with_values(config, {**known["lengths"], "clip.minutes": 0.0})
     finished = [stage for stage in done if stage not in open_stages and done[stage]]
     lengths = {length_setting(stage): done[stage] for stage in finished}
-    if finished:
+    # The same request again: the same lengths.
+    known = _chosen_lengths(out, request)
+    if finished and not known:
         logger.info("finished stages keep their length: %s", ", ".join(finished))
+    lengths |= known
     shares = {stage: HELPER_SHARES.get(stage, NETWORK_SHARE) for stage in open_stages}
     for stage in open_stages:
+        if length_setting(stage) in known:
+            continue
         if request.images is not None:
             count = round(stage_length(config, stage) * request.images / config.denoiser.fit.images)
         else:

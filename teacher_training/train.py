@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import pick, to_json
-from d2g.core.distributed import process_group
+from d2g.core.distributed import checkpoint, process_group
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.progress import Progress, quiet
@@ -138,7 +138,7 @@ def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> T
     trained_any = False
     for stage in [s for s in job.kind.stages[1:] if s in stages]:
         scores_file = job.work / stage / "scores.json"
-        finished = is_finished(scores_file, stage, config)
+        finished = is_finished(scores_file.parent, stage, config)
         settings = _stage_settings(config, stage)
         defaults = _OLDER_DEFAULTS.get("network" if stage == job.kind.stage else stage, {})
         log = RunLog(job.work / stage, settings, notes=("images",), defaults=defaults)
@@ -220,6 +220,17 @@ def stage_length(config: TeacherConfig, stage: str) -> int:
     return lengths[stage]
 
 
+def stage_batch(config: TeacherConfig, stage: str) -> int:
+    """Training images per step of a stage."""
+    batches = {
+        "vae": config.vae.fit.batch_size,
+        network_of(config).stage: config.denoiser.fit.batch_size,
+        "lpips": config.lpips.trunk.batch,
+        "clip": config.clip.batch_size,
+    }
+    return batches[stage]
+
+
 def _stage_settings(config: TeacherConfig, stage: str) -> dict[str, Any]:
     """The settings of a stage, with the length apart: a resumed training may have another one."""
     settings = to_json(getattr(config, stage))
@@ -235,21 +246,36 @@ def read_scores(file: Path) -> dict[str, Any]:
     return read_json_object(file, f"delete {file.parent} and run again")
 
 
-def is_finished(scores_file: Path, stage: str, config: TeacherConfig) -> bool:
-    """Whether a stage is trained to the length of the config. A longer training of the network goes on
-    from its end.
+def images_done(folder: Path) -> int:
+    """Training images of a stage, OUT/training/STAGE, so far: at its end, or at its last checkpoint."""
+    if (folder / "scores.json").is_file():
+        return int(read_scores(folder / "scores.json").get("length", 0))
+    points = checkpoint.complete_points(folder / "checkpoints")
+    return points[-1] if points else 0
 
-    Raises UserError for another length of any other stage, on whose results later stages depend.
+
+def is_finished(folder: Path, stage: str, config: TeacherConfig) -> bool:
+    """Whether a stage, OUT/training/STAGE, is trained to the length of the config. A longer training of the
+    network goes on from its end.
+
+    Raises UserError for another length of any other stage, on whose results later stages depend, and for a
+    checkpoint of more images than the config asks for.
     """
-    if not scores_file.is_file():
+    done, length = images_done(folder), stage_length(config, stage)
+    if not (folder / "scores.json").is_file():
+        # The last step may go beyond the length.
+        if done >= length + stage_batch(config, stage):
+            raise UserError(
+                f"stage {stage} in {folder} has trained on {done:,} images, the settings ask for {length:,}; "
+                f"give {done:,} or more, or another --out"
+            )
         return False
-    done, length = int(read_scores(scores_file).get("length", 0)), stage_length(config, stage)
     if done == length or (stage == "vae" and (config.pretrained_vae or config.init)):
         return True
     if stage == network_of(config).stage and length > done:
         return False
     raise UserError(
-        f"stage {stage} in {scores_file.parent} is finished with {done:,} images, the settings ask for "
+        f"stage {stage} in {folder} is finished with {done:,} images, the settings ask for "
         f"{length:,}; give {done:,}, or another --out"
     )
 

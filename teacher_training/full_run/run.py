@@ -27,6 +27,7 @@ from teacher_training.full_run.pictures import reference_pictures, save_pictures
 from teacher_training.full_run.plan import PARTS, FullRunPlan, save_plan
 from teacher_training.full_run.report import SAMPLER_TITLES, write_run_report
 from teacher_training.full_run.stages import distill_teacher
+from teacher_training.networks.registry import network_of
 from teacher_training.plan import WholeProgress, save_request
 from teacher_training.times import PartTimes
 from teacher_training.train import train_teacher
@@ -122,7 +123,8 @@ def _train_teacher(
     Raises UserError for a teacher that is not trained, unless `config.stop_untrained` is off.
     """
     assert plan.teacher is not None and plan.teacher_request is not None
-    save_request(out / "teacher", config.teacher, plan.teacher_request)
+    stages = network_of(config.teacher).stages
+    save_request(out / "teacher", config.teacher, plan.teacher_request, stages)
     total_progress = WholeProgress(plan.teacher, progress)
     summary = train_teacher(config.teacher, out / "teacher", None, total_progress, command)
     trained, verdict = process_group.gather_objects((summary.trained, summary.verdict))[0]

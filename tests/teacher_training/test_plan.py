@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from d2g.core.distributed import checkpoint
 from d2g.core.errors import UserError
 from jobs import Running, d2g_ranks
 from own_pictures import CONFIG, class_folders, image_folder, parquet, train_arguments
@@ -109,13 +111,36 @@ def test_minutes_become_lengths_that_fit_and_the_same_request_keeps_them(data: P
     assert plan.minutes == pytest.approx(2.0, abs=0.1)
     assert plan.stage_minutes["unet"] == pytest.approx(1.1, abs=0.05)
     # The speed differs the next time; the lengths of the same request do not.
-    save_request(tmp_path, planned, request)
+    save_request(tmp_path, planned, request, STAGES)
     again, _ = plan_teacher(config, tmp_path, STAGES, request)
     assert lengths(again) == lengths(planned)
     longer, _ = plan_teacher(config, tmp_path, STAGES, Request(minutes=20.0))
     assert stage_length(longer, "unet") > 4 * stage_length(planned, "unet")
     # Without a request the settings' own lengths hold.
     assert lengths(plan_teacher(config, tmp_path, ("unet",), Request())[0]) == lengths(config)
+
+
+def test_stages_that_were_left_out_get_their_lengths_when_they_are_added(data: Path, tmp_path: Path) -> None:
+    """By the same request, as in the command that finishes a teacher."""
+    config = replace(CONFIG, data=str(data))
+    request, first = Request(images=256), ("data", "vae")
+    planned, _ = plan_teacher(config, tmp_path, first, request)
+    save_request(tmp_path, planned, request, first)
+    every, _ = plan_teacher(config, tmp_path, STAGES, request)
+    assert lengths(every) == {stage: 4 * count for stage, count in lengths(config).items()}
+    save_request(tmp_path, every, request, STAGES)
+    assert lengths(plan_teacher(config, tmp_path, STAGES, request)[0]) == lengths(every)
+
+
+def test_a_length_below_that_of_a_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, data=str(data))
+    checkpoint.save(tmp_path / "training/unet/checkpoints", 320, {"unet": {"w": torch.ones(1)}}, {}, {})
+    message = "stage unet in .* has trained on 320 images, the settings ask for 64; give 320 or more"
+    with pytest.raises(UserError, match=message):
+        plan_teacher(config, tmp_path, STAGES, Request(images=64))
+    # The last step may go beyond the length by less than a batch.
+    for images in (310, 320, 640):
+        plan_teacher(config, tmp_path, STAGES, Request(images=images))
 
 
 def test_one_time_left_for_all_stages() -> None:
