@@ -124,6 +124,8 @@ def generate_pairs(
                 # Encode prompts in large chunks, sample in batches, and write in the background.
                 todo = writer.open()
                 for chunk in batched(todo, max(config.text_cache, batch_size)):
+                    if stop or claims.lost(shard):  # encoding the rest takes longer than a grace period
+                        break
                     encoded = job.encode(chunk, offload)
                     for indices in batched(chunk, batch_size):
                         if stop or claims.lost(shard):

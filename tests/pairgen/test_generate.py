@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 import tiny
 from d2g.core import seeds
@@ -160,6 +161,26 @@ def test_ctrl_c_keeps_every_finished_row(config: PairConfig, pairs: Path, tmp_pa
     assert not list(out.glob("partial/*")) and verify_store(out).ok
     assert_equal_stores(out, pairs)
     assert generate_pairs(config, out).new_pairs == 0
+
+
+def test_ctrl_c_encodes_no_more_prompts(config: PairConfig, tmp_path: Path) -> None:
+    """With large text encoders, the rest of a shard takes longer than the grace period of a kill."""
+    stopped, encoded = False, 0
+
+    def interrupt(label: str, done: int, total: int) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.raise_signal(signal.SIGINT)
+
+    def count(module: torch.nn.Module, args: object, output: object) -> None:
+        nonlocal encoded
+        encoded += stopped and type(module).__name__ == "CLIPTextModel"
+
+    hook = register_module_forward_hook(count)
+    with pytest.raises(Interrupted, match="stopped; 2 of 12 pairs are safe"):
+        generate_pairs(replace(config, shard_size=12, batch_size=2), tmp_path / "pairs", interrupt)
+    hook.remove()
+    assert encoded == 0
 
 
 def test_an_error_keeps_every_finished_row(config: PairConfig, tmp_path: Path) -> None:
