@@ -116,8 +116,9 @@ def open_reference(
 ) -> Reference:
     """Open a reference: a file of `d2g eval stats`, or images, which are measured once and then cached.
 
-    The cache key is a digest of the files' names, sizes and times, the networks, and how the protocol
-    preprocesses images and chooses prompts. Raises UserError as `build_reference` and `Reference.check` do.
+    The cache key is a digest of the files' names, sizes and times, the networks, how the protocol
+    preprocesses images and chooses prompts, and the number of rows that it samples. Raises UserError as
+    `build_reference` and `Reference.check` do.
     """
     # Statistics are read as they are; images are measured, unless the cache has them.
     if path.suffix == ".safetensors":
@@ -126,7 +127,8 @@ def open_reference(
         files, prompts = reference_files(path, protocol)
         source = image_source(files)
         networks = {name: [net.name, net.sha256] for name, net in sets.items()}
-        settings = {name: protocol.settings()[name] for name in ("prompts", "reference", "images", "seed")}
+        decisive = ("prompts", "reference", "images", "seed", "pr_images")
+        settings = {name: protocol.settings()[name] for name in decisive}
         # The name of the cached file says what it was made of.
         key = digest([VERSION, dict(source.facts), networks, settings, protocol.preprocessing, allow_fewer])
         file = cache_folder() / "reference" / f"{key}.safetensors"

@@ -105,10 +105,11 @@ def test_statistics_are_cached_by_network_and_protocol(
         (COCO, {"features": dataclasses.replace(NET, sha256="0b" * 32, function=counting)}),
         (dataclasses.replace(COCO, resize="lanczos"), sets),
         (dataclasses.replace(COCO, seed=1), sets),
+        (dataclasses.replace(COCO, pr_images=9), sets),
     )
     for number, (protocol, networks) in enumerate(others, 2):
         open_reference(coco, protocol, networks)
-        assert sum(calls) == 10 * number, "another network, resize or choice of prompts is another entry"
+        assert sum(calls) == 10 * number, "another network, resize, choice of prompts or number of rows"
     assert cache_folder() == tmp_path
     monkeypatch.delenv("D2G_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
