@@ -152,7 +152,9 @@ def eval_export(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps of the teacher (50).")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance of the teacher (3).")] = None,
-    seed: Annotated[int, typer.Option(help="Image i has the noise of (seed, i).")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Image i has the noise of (seed, i); pairs have that of seed 0 by default.")
+    ] = 1_000,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 32,
     dry_run: DryRun = False,
     as_json: Json = False,

@@ -16,8 +16,10 @@ from d2g.core.errors import SettingError, UserError
 from d2g_cli.eval import eval_app
 from eval.benchmarks.layouts import BUNDLED_PROMPTS, LAYOUTS
 from eval.measure.source import ImageSource
+from eval.protocols.protocol import Protocol
 from eval.runner.benchmark_export import export_benchmark, plan_benchmark
 from eval.runner.samplers import SamplingRequest, sampler_source
+from pairgen.config import PairConfig
 
 SIDE = 4
 
@@ -160,6 +162,11 @@ def test_a_second_call_draws_what_is_missing(name: str, tmp_path: Path, lines: P
         UserError, match="holds images of another benchmark, sampler, seed or list of prompts"
     ):
         export(name, file, out)
+
+
+def test_images_have_the_noise_of_an_evaluation_and_not_that_of_training_pairs() -> None:
+    (seed,) = (o.default for o in get_command(eval_app).commands["export"].params if o.name == "seed")  # type: ignore[attr-defined]
+    assert seed == Protocol(name="any").seed != PairConfig().seed
 
 
 def test_prompts_that_are_missing(tmp_path: Path) -> None:
