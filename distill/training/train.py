@@ -168,6 +168,8 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     options, folder = config.train, out / "checkpoints"
     set_training_arithmetic(device, options.bf16)
     check_supported(config)
+    if validate is not None:
+        validate.open()  # an error now costs less than one at the first validation
     encode, kind, reader = open_rows(config, device)
     # Load the losses with their frozen networks, and what makes real rows and previews.
     gan, shape = config.gan if config.adversarial else None, shape_of(reader)

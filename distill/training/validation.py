@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,16 @@ SampleLatents = Callable[[int, Sequence[str]], Tensor]
 """(seed, N prompts) -> latents [N, C, h, w] of the EMA student, fp32, on the CPU, identical on every rank.
 Prompt i uses the noise of (seed, i). Every rank must call it."""
 
-Validate = Callable[[SampleLatents, int], dict[str, float]]
-"""Additional validation, injected by the command: (sampling function, images seen) -> values `val/...`."""
+
+class Validate(Protocol):
+    """Additional validation, injected by the command. Every rank must call both."""
+
+    def open(self) -> None:
+        """Load what it needs, before the run begins. Raises UserError for what is missing."""
+
+    def __call__(self, sample: SampleLatents, nimg: int) -> dict[str, float]:
+        """(sampling function, images seen) -> values `val/...`."""
+        ...
 
 
 def held_out(pairs: int, count: int) -> range:

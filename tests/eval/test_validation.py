@@ -58,6 +58,24 @@ def test_a_run_reports_validation_and_keeps_the_best_checkpoint(
     assert (tmp_path / "run" / "checkpoints" / f"{int(best):09d}").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        ("prompts", "--validate folder has no prompts of its own; give --validate-prompts FILE"),
+        ("reference", "--validate folder measures fid, which needs real images; give --validate-reference"),
+    ],
+)
+def test_what_a_validation_lacks_is_an_error_before_the_first_step(
+    job: Path, teacher: Path, tmp_path: Path, lacking: str, message: str
+) -> None:
+    run = replace(config(job), metrics=("fid",), **{lacking: None})  # type: ignore[arg-type]
+    settings = ("train.images=8", "train.validate_images=8", "train.validate_pairs=3")
+    distillation = distill_config(teacher, make_pairs(teacher, tmp_path), *settings)
+    with pytest.raises(SettingError, match=message):
+        train(distillation, tmp_path / "run", validate=validation_hook(run, str(teacher)))
+    assert not (tmp_path / "run" / "stats.jsonl").exists()
+
+
 def test_paired_metrics_are_refused_in_validation() -> None:
     with pytest.raises(SettingError, match="'psnr' compares images pair by pair"):
         validation_hook(EvalRun(protocol=PROTOCOLS["folder"], metrics=("psnr", "fid")), "miniature")
