@@ -139,8 +139,13 @@ def _check_request(
     if paired and other is None:
         raise SettingError(f"metric {paired[0]!r} needs images to compare with; give --against")
     check_networks(protocol, networks)
-    # Some metrics need a least number of images.
+    # Every image needs its partner, and some metrics a least number of images.
     number = image_count(source, protocol, count, allow_fewer)
+    if paired and other is not None and other.count is not None and other.count < number:
+        raise UserError(
+            f"{source.name} gives {number} images, but {other.name} holds {other.count} to compare with; "
+            "give as many, or a smaller --num"
+        )
     features = networks.sets.get("features")
     for name in metrics:
         check_count = all_metrics()[name].check_count

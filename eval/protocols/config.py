@@ -70,7 +70,9 @@ class EvalRun:
         PIPELINE_STEPS, "Solver steps of a teacher or pipeline; a pipeline with fewer takes its own"
     )
     guidance: float | None = setting(
-        None, "Guidance scale; null: 3 for a teacher, its own default for a pipeline"
+        None,
+        "Guidance scale of a teacher (null: 3) or pipeline (null: its own default), and to imitate, for a "
+        "student that takes it (null: as in `d2g sample`)",
     )
     prior_steps: int | None = setting(None, "Solver steps of the teacher of stage C in a cascade; null: 60")
     prior_guidance: float | None = setting(

@@ -167,7 +167,8 @@ def _check(config: CurveRun) -> None:
     sampler = not student and run.images is None
     fits = {
         **dict.fromkeys(("noise_scale", "psi", "checkpoints"), student),
-        **dict.fromkeys(("guidance", "steps"), sampler),
+        "guidance": student or sampler,  # of students, only some take it
+        "steps": sampler,
     }
     if not fits[setting]:
         kind = "a student" if student else "a teacher or pipeline" if sampler else "images"

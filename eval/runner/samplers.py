@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def one_step_source(
         return {
             **stage_before,
             "text": lambda: one.conditioner.encode(texts),
-            "network": torch.no_grad()(lambda: one.student(inputs, cond)),
+            "network": lambda: one.latents_of(inputs, cond),
             "decoder": torch.no_grad()(lambda: to_uint8(decode(one.vae, latents.to(request.device)))),
         }
 
@@ -129,11 +129,13 @@ def student_source(
     noise_scale: float = 1.0,
     psi: float = 1.0,
     prior: str | None = None,
+    guidance: float | None = None,
 ) -> ImageSource:
     """A source of a student: a run, one of its checkpoints (`folder`), an export, or a shipped name.
 
-    psi: truncation of its styles, 1 for none. prior: the student of the stage before, in a cascade. Raises
-    SettingError for a psi below 1 of a student without styles.
+    psi: truncation of its styles, 1 for none. prior: the student of the stage before, in a cascade. guidance:
+    the scale to imitate, for a student that takes it as an input; others ignore it. Raises SettingError for a
+    psi below 1 of a student without styles.
     """
     weights, named_teacher, timestep = student_folder(name)
     base = teacher or named_teacher
@@ -143,6 +145,7 @@ def student_source(
         one = load_checkpoint(name, folder, base, request.device)
         title = f"{name}, {int(folder.name)} images"
     one = with_psi(with_prior(one, name, prior), name, None if psi == 1 else psi)
+    one = one if guidance is None else replace(one, guidance=guidance)
     torch.nn.Module.to(
         one.student.network, PRECISIONS[request.precision]
     )  # diffusers' own `to` warns without need
@@ -153,6 +156,8 @@ def student_source(
     }
     if psi != 1:
         facts["psi"] = psi
+    if one.student.guided:
+        facts["guidance"] = one.guidance
     if prior is not None:
         facts["prior_sha256"] = _sha256(student_folder(prior)[0] / "ema.safetensors")
         title = f"{title} after {prior}"

@@ -247,21 +247,35 @@ class EvalSession:
             files = open_images(config.images, None if config.prompts else config.column)
             return image_source(files, self.prompts if config.prompts else ())
         if config.student is not None:
-            assert self.teacher is not None, "a student has one"
-            return student_source(
-                config.student,
-                self.sampling_request(self.prompts or pretrained.default_prompts(self.teacher)),
-                teacher=config.teacher,
-                folder=checkpoint,
-                noise_scale=config.noise_scale,
-                psi=config.psi,
-                prior=config.prior,
-            )
+            return self._student_source(config.student, config, checkpoint)
         if config.pipeline is not None:
             request = self.sampling_request(self.prompts)
             return pipeline_source(config.pipeline, request, steps=config.steps, guidance=config.guidance)
         assert config.teacher is not None
         return self.teacher_source(config.teacher, config)
+
+    def _student_source(self, name: str, config: EvalRun, checkpoint: Path | None) -> ImageSource:
+        """A student as a source. Raises SettingError for a guidance scale that has no effect, because the
+        student does not take it and nothing is drawn beside it.
+        """
+        assert self.teacher is not None, "a student has one"
+        source = student_source(
+            name,
+            self.sampling_request(self.prompts or pretrained.default_prompts(self.teacher)),
+            teacher=config.teacher,
+            folder=checkpoint,
+            noise_scale=config.noise_scale,
+            psi=config.psi,
+            prior=config.prior,
+            guidance=_without_zero(config.guidance),
+        )
+        alone = self.other is None and not config.latency
+        if config.guidance is not None and "guidance" not in source.facts and alone:
+            raise SettingError(
+                f"guidance is {config.guidance:g}, but student {name} has its guidance in its weights; leave "
+                "it out"
+            )
+        return source
 
     def teacher_source(self, name: str, config: EvalRun) -> ImageSource:
         """A teacher as a source. Without prompts, a class-conditional one cycles through all classes, and an
@@ -281,14 +295,13 @@ class EvalSession:
         if prior is not None and config.student is not None:
             reads_prior = family_of(name).prior_family is not None
             prior = student_folder(prior)[1] if reads_prior else None
-        # A guidance of 0 means none, as 1 does.
         return SolverSettings(
             steps=config.steps,
-            guidance=1.0 if config.guidance == 0 else config.guidance,
+            guidance=_without_zero(config.guidance),
             solver=config.solver,
             prior=prior,
             prior_steps=config.prior_steps or PRIOR_STEPS,
-            prior_guidance=1.0 if config.prior_guidance == 0 else config.prior_guidance,
+            prior_guidance=_without_zero(config.prior_guidance),
         )
 
     @cached_property
@@ -400,6 +413,11 @@ class EvalSession:
             }
             open_work(folder, facts)
         return MeasureOptions(batch_size=config.batch_size, folder=folder, keep=keep, part=config.part)
+
+
+def _without_zero(guidance: float | None) -> float | None:
+    """A guidance of 0 means none, as 1 does."""
+    return 1.0 if guidance == 0 else guidance
 
 
 def read_list(path: Path, column: str | None = None) -> list[str]:

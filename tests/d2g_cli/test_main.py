@@ -164,7 +164,7 @@ def test_version_in_a_new_process() -> None:
         ("eval run --images x --metrics fad", "did you mean 'fid'?"),
         ("eval stats --images x --out x.npz", "expected a name ending in .safetensors"),
         ("eval curve --student x --out x --over guidence=1", "curve over 'guidence'"),
-        ("eval curve --student x --out x --over guidance=1", "--over guidance has no effect on a student"),
+        ("eval curve --student x --out x --over steps=1", "--over steps has no effect on a student"),
         ("eval curve --teacher x --out x --over steps=a", "expected for example guidance=1,2,4"),
         ("eval curve --teacher x --out x --over guidance=1,nan", "guidance is nan; expected 0 or more"),
         ("eval curve --teacher x --out x --over steps=4,0", "steps is 0; expected 1 or more"),

@@ -17,6 +17,7 @@ import tiny
 from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
 from d2g.vision.transformers_vision import clip_sha256
+from distill.config.student import StudentConfig
 from distill.export.export import export_student
 from distill.student_files import guiding_clip
 from eval.measure.reference import Reference
@@ -26,8 +27,10 @@ from eval.protocols.protocol import PROTOCOLS
 from eval.result import EvalResult
 from eval.runner.curves import run_curve, run_every
 from eval.runner.run import compare_results, run_evaluation, save_statistics
+from eval.runner.samplers import SamplingRequest, student_source
 from eval.runner.session import EvalSession, read_list
 from eval_jobs import config
+from exported import save_run
 from jobs import Running, d2g, d2g_ranks
 
 
@@ -164,6 +167,9 @@ def test_paired_distances_of_student_and_teacher(job: Path, teacher: Path, tmp_p
     assert '<th scope="col">beside</th>' in (tmp_path / "itself" / "report.html").read_text()
     with pytest.raises(SettingError, match="there is nothing to compare image by image; give --against"):
         run_evaluation(config(job, teacher=str(teacher), metrics=("psnr",), reference=None))
+    (tmp_path / "kept" / "00000011.png").unlink()
+    with pytest.raises(UserError, match=r"gives 12 images, but .* holds 11 to compare with; give as many"):
+        run_evaluation(replace(run, against=str(tmp_path / "kept")))
 
 
 def test_latency_of_student_and_teacher(job: Path) -> None:
@@ -207,6 +213,23 @@ def test_a_curve_over_a_setting(job: Path, teacher: Path, tmp_path: Path) -> Non
     assert run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0))) == curve, (
         "from the saved parts"
     )
+
+
+def test_a_student_imitates_the_guidance_scale_that_is_given(
+    job: Path, teacher: Path, tmp_path: Path
+) -> None:
+    guided = save_run(tmp_path / "guided", str(teacher), StudentConfig(guidance_conditioning=True))
+    at_8, explicit, at_2 = (
+        run_evaluation(config(job, student=guided, metrics=("fid",), guidance=scale))
+        for scale in (None, 8.0, 2.0)
+    )
+    assert at_8["fid"] == explicit["fid"] != at_2["fid"]
+    assert [result["source"]["guidance"] for result in (at_8, at_2)] == [8.0, 2.0]
+    parts = student_source(guided, SamplingRequest(prompts=["a"])).parts
+    assert parts is not None and parts(2)["network"]() is not None, "for --latency"
+    # A student without such an input draws the same at any scale.
+    with pytest.raises(SettingError, match=r"guidance is 2, but student .* has its guidance in its weights"):
+        run_evaluation(config(job, student=str(job / "run"), metrics=("fid",), guidance=2.0))
 
 
 def test_a_curve_of_truncation(job: Path, tmp_path: Path) -> None:
