@@ -70,6 +70,7 @@ class Tally:
         self.bad += len(writer.quarantined) - before
         if self.written >= CHECK_BAD_AFTER and self.bad > self.max_bad * self.written:
             last = list(writer.quarantined.values())[-1]
+            writer.flush()  # after an error, no further call of the thread that writes runs
             raise FloatingPointError(
                 f"{self.bad} of {self.written} latents are not finite, the last that of pair {last['index']} "
                 f"({last['prompt']!r}); max_bad is {self.max_bad}: try another precision, or raise max_bad"

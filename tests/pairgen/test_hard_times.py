@@ -215,6 +215,7 @@ def test_a_teacher_with_mostly_nan_latents_stops_the_job(nan_teacher: Path, tmp_
     ended = d2g(command(nan_teacher, prompts, tmp_path / "pairs", *sets), tmp_path / "log")
     assert ended.code == 1 and "latents are not finite" in ended.error and "max_bad" in ended.error
     assert len(list((tmp_path / "pairs").glob("shards/*"))) < 40, "it stopped early"
+    assert list((tmp_path / "pairs").glob("partial/*.rows-*.h5")), "the finished rows of the last shard"
 
 
 def test_changed_prompts_are_refused(teacher: Path, tmp_path: Path) -> None:
