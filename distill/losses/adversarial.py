@@ -11,11 +11,11 @@ from distill.config.discriminator import GanLoss
 from distill.config.regression import Reduction
 
 Logits = Mapping[str, Tensor]
-"""Discriminator logits by head name."""
+"""Discriminator logits [B, 1, h_s, w_s] by head name. Heads of a second discriminator are PREFIX.HEAD."""
 
 
 Weights = Mapping[str, float]
-"""Weights of the losses of two discriminators, by the prefix of their heads; a missing one is 1."""
+"""Weight of each discriminator's loss, by the prefix of its heads ("" for the first); 1 if it is missing."""
 
 
 def discriminator_loss(
@@ -25,9 +25,10 @@ def discriminator_loss(
     reduction: Reduction = "mean",
     weights: Weights | None = None,
 ) -> Tensor:
-    """Compute the discriminator loss: the mean over rows and positions, then `reduction` over heads, in fp32.
+    """Compute the discriminator loss: the mean over rows and positions, then `reduction` over heads.
 
-    Two discriminators have a loss each, over their own heads; `weights` is for their sum.
+    Returns a scalar in fp32. Of two discriminators, each has a loss over its own heads, and the losses are
+    added with `weights`.
 
     `kind` selects the loss:
 
@@ -55,21 +56,26 @@ def generator_loss(
     real: Logits | None = None,
     weights: Weights | None = None,
 ) -> Tensor:
-    """Compute the generator loss, reduced like the discriminator loss, in fp32.
+    """Compute the generator loss, reduced like the discriminator loss: a scalar in fp32.
 
     ns: softplus(-D(fake)); hinge: -D(fake); rpgan: softplus(D(real) - D(fake)). Only rpgan needs `real`: the
     logits of the targets of the same rows, computed with the same discriminator weights.
     """
     if kind == "rpgan":
         assert real is not None, "the relativistic loss needs D's logits of the real rows"
-        relative = {h: F.softplus(real[h].float() - v.float()).mean() for h, v in fake.items()}
-        return weighted_sum(relative, reduction, weights)
-    terms = {h: (-v.float() if kind == "hinge" else F.softplus(-v.float())).mean() for h, v in fake.items()}
+        terms = {h: F.softplus(real[h].float() - v.float()).mean() for h, v in fake.items()}
+    elif kind == "hinge":
+        terms = {h: (-v.float()).mean() for h, v in fake.items()}
+    else:
+        terms = {h: F.softplus(-v.float()).mean() for h, v in fake.items()}
     return weighted_sum(terms, reduction, weights)
 
 
 def by_discriminator(terms: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-    """Values by head -> values by discriminator: the part of the head's name before a dot, or ""."""
+    """Group values by head name into lists by discriminator.
+
+    A discriminator is named by the prefix of its heads, the part before a dot, or "".
+    """
     groups: dict[str, list[Tensor]] = {}
     for head, value in terms.items():
         groups.setdefault(head.partition(".")[0] if "." in head else "", []).append(value)
@@ -77,10 +83,10 @@ def by_discriminator(terms: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
 
 
 def weighted_sum(terms: Mapping[str, Tensor], reduction: Reduction, weights: Weights | None = None) -> Tensor:
-    """Reduce the scalar loss terms of the heads of each discriminator, and add them up with `weights`."""
+    """Reduce the scalar terms over the heads of each discriminator, then sum with `weights`: a scalar."""
     weights = weights or {}
-    parts = [weights.get(n, 1.0) * reduce_heads(v, reduction) for n, v in by_discriminator(terms).items()]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+    losses = [weights.get(n, 1.0) * reduce_heads(v, reduction) for n, v in by_discriminator(terms).items()]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
 
 def reduce_heads(terms: Sequence[Tensor], reduction: Reduction) -> Tensor:
@@ -97,17 +103,18 @@ def sample_mismatches(
 ) -> tuple[Tensor, Tensor]:
     """Choose the mix-and-match swap of each fake row (method.md "Mix-and-match augmentation").
 
-    Returns (mode [B], partner [B]), int64. Mode 0 leaves the row unchanged; modes 1, 2 and 3 take the latents
-    x, the conditioning c or the noise z from row `partner`. `uniform_samples` [B] lies in [0, 1): a
-    `fraction` of the rows is swapped, split over the three modes in proportion to `shares`.
+    Returns (mode [B], partner [B]), int64, on the CPU. Mode 0 leaves the row unchanged; modes 1, 2 and 3 take
+    the latents x, the conditioning c or the noise z from row `partner`. `uniform_samples` [B] lies in [0, 1).
+    A `fraction` of the rows is swapped, split over the three modes in proportion to `shares` (x, c, z).
 
     Rows 2i and 2i + 1 are partners. Rows are already in random order, and this pairing does not depend on how
     the batch is split over ranks. If both partners have the same prompt, both stay unchanged. B must be even
     unless `fraction` is 0.
     """
     # Split [0, fraction) into three intervals, one per swap.
-    first, second = shares[0] / sum(shares), (shares[0] + shares[1]) / sum(shares)
-    swap = 1 + (uniform_samples >= fraction * first).long() + (uniform_samples >= fraction * second).long()
+    share_x, share_xc = shares[0] / sum(shares), (shares[0] + shares[1]) / sum(shares)
+    not_x, not_xc = uniform_samples >= fraction * share_x, uniform_samples >= fraction * share_xc
+    swap = 1 + not_x.long() + not_xc.long()
     mode = torch.where(uniform_samples < fraction, swap, 0)
     # Pair neighboring rows and undo the swap where both have the same prompt.
     partner = torch.arange(len(prompts))

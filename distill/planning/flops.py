@@ -19,7 +19,7 @@ from d2g.core.peak_flops import A100_BF16, peak_flops
 from d2g.diffusion.pipelines import open_pipeline
 from distill.config.run import DistillConfig
 from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
-from distill.losses.gradient_penalty import DiscriminatorInput, penalty
+from distill.losses.gradient_penalty import DiscriminatorInput, exact_penalty
 from distill.models.student import Student
 from distill.planning.cost import PASSES
 from distill.planning.fake_networks import (
@@ -29,9 +29,9 @@ from distill.planning.fake_networks import (
     discriminator_input,
     fake_batch,
     fake_forward,
-    frozen_views,
     known_teacher,
     latent_metric,
+    pixel_features_of,
     to_fake,
 )
 from latent_lpips.distance import LatentLPIPS
@@ -82,7 +82,7 @@ def flop_per_image(config: DistillConfig) -> float:
     with FakeTensorMode():
         networks: list[nn.Module | None] = [student, metric, guide, *distances]
         if discriminator is not None:
-            networks += [discriminator, *frozen_views(discriminator)]
+            networks += [discriminator, *pixel_features_of(discriminator)]
         for network in networks:
             if network is not None:
                 to_fake(network)
@@ -158,7 +158,7 @@ def _discriminator(config: DistillConfig, student: Student, discriminator: nn.Mo
     total = passes * own_pass + (student_pass + real_logits) / gan.d_steps_per_g_step
     if gan.active_penalty in ("none", "approx"):
         return total
-    row = count(lambda: penalty(gan, discriminator, inputs, inputs)[0].backward())
+    row = count(lambda: exact_penalty(gan, discriminator, inputs, inputs)[0].backward())
     share = gan.r1_rows / config.train.batch_size if gan.active_penalty == "single" else 1.0
     return total + share * row / gan.penalty_interval
 

@@ -1,6 +1,7 @@
 """One training step of either stage: the method of Diffusion2GAN.
 
-The random numbers and the rows of a step are prepared in distill/training/microbatch.py, so that nothing here
+Symbols: G is the student, D the discriminator. A row is one pair: noise, conditioning and the teacher's
+latents. The rows and random numbers of a step are prepared in distill/training/microbatch.py, so nothing here
 depends on the number of processes, micro-batches or restarts.
 """
 
@@ -16,7 +17,7 @@ from distill.config.discriminator import DiscriminatorConfig
 from distill.config.optim import OptimConfig
 from distill.losses.adversarial import discriminator_loss, generator_loss, mix_and_match
 from distill.losses.clip_guidance import ClipGuidance
-from distill.losses.gradient_penalty import DiscriminatorInput, approximation, penalty
+from distill.losses.gradient_penalty import DiscriminatorInput, approximate_penalty, exact_penalty
 from distill.losses.noise_augmentation import NoiseAugmentation
 from distill.losses.regression.regression import Regression
 from distill.models.consistency import ConsistencyTarget
@@ -30,7 +31,10 @@ from distill.training.state import State
 
 
 class LossTerms(Mapping[str, Tensor]):
-    """Unweighted loss terms of a step by name, as means over its micro-batches, and gradient norms."""
+    """Unweighted loss terms and gradient norms of one step, by the names of stats.jsonl.
+
+    Each value is a scalar tensor on the device. Loss terms are means over the step's micro-batches.
+    """
 
     def __init__(self, microbatches: int) -> None:
         self.microbatches = microbatches
@@ -46,7 +50,10 @@ class LossTerms(Mapping[str, Tensor]):
         return len(self._values)
 
     def add(self, terms: Mapping[str, Tensor], weight: float | None = None) -> None:
-        """Add terms of one pass. `weight`: of the pass in the mean, 1 / microbatches unless given."""
+        """Add the loss terms of one forward pass, which are means over its rows.
+
+        `weight`: weight of this pass in the step's mean; the default is 1 / microbatches.
+        """
         for name, value in terms.items():
             share = value.detach().float()
             share = share / self.microbatches if weight is None else weight * share
@@ -61,9 +68,11 @@ class LossTerms(Mapping[str, Tensor]):
 class StepContext:
     """The objects and settings that a step needs.
 
-    images: the length of the run. own_generator_passes: whether the student is evaluated once for each
-    update. stop_updates(name, gradient_norm, terms): 1 on the device where an update must not happen.
-    waiting: counts time that is spent on waiting for data.
+    gan: settings of the discriminator and its losses. batch_size: rows of a step, over all ranks. images:
+    training images of the whole run, which the learning rate schedule needs. own_generator_passes: evaluate
+    the student separately for each update, instead of once for both. autocast: the context of forward passes.
+    waiting: a context that measures the time spent waiting for data. stop_updates: (name of the gradient, its
+    norm, loss terms) -> 1 if the optimizer must skip the update, else 0, as an fp32 scalar on the device.
     """
 
     state: State
@@ -87,25 +96,28 @@ class StepContext:
 def train_step(
     context: StepContext, microbatches: Sequence[MicroBatch], randomness: StepRandomness
 ) -> LossTerms:
-    """Update D (second stage) and the student on the rows of one batch; returns the loss terms.
+    """Update D (in the GAN stage), then the student, on the rows of one batch. Returns the loss terms.
 
-    The student is updated in every step, or in every `gan.d_steps_per_g_step`-th one.
+    D is updated in every step, the student in every `gan.d_steps_per_g_step`-th. Call it on every rank.
     """
     state, gan = context.state, context.gan
     terms = LossTerms(len(microbatches))
     update_generator = state.discriminator is None or (state.steps + 1) % gan.d_steps_per_g_step == 0
     student: Student = state.student.module  # type: ignore[assignment]
     student.begin_step()
-    # One forward pass serves both updates, unless gradients are accumulated or each is to have its own.
+
+    # Both updates share one forward pass of the student, unless own_generator_passes is set. Gradient
+    # accumulation also rules it out: the graphs of all micro-batches would be in memory during D's update.
     reuse_student_pass = len(microbatches) == 1 and update_generator
     reuse_student_pass &= state.discriminator is None or not context.own_generator_passes
 
-    # Generate from noise and conditioning in one step.
+    # Generate latents from noise and conditioning in one step.
     if state.discriminator is not None or reuse_student_pass:
         for microbatch in microbatches:
             with torch.set_grad_enabled(reuse_student_pass):
                 microbatch.generated = generate(context, microbatch)
 
+    # Update D on these latents, then the student against the updated D.
     if state.discriminator is not None:
         discriminator_step(context, microbatches, randomness, terms)
     if update_generator:
@@ -114,7 +126,7 @@ def train_step(
 
 
 def generate(context: StepContext, microbatch: MicroBatch) -> Tensor:
-    """The student's latents [b, C, h, w] for the noise and the conditioning of a micro-batch."""
+    """Evaluate the student once: noise and conditioning of a micro-batch -> scaled latents [b, C, h, w]."""
     student = context.state.student
     if microbatch.dropout_keys is not None:
         set_dropout_keys(student.module, microbatch.dropout_keys)
@@ -129,18 +141,21 @@ def discriminator_step(
     randomness: StepRandomness,
     terms: LossTerms,
 ) -> None:
-    """Update D to tell the teacher's latents from the student's, given noise and text (method.md "GAN
-    losses")."""
+    """Update D to distinguish the teacher's latents from the student's, given noise and text.
+
+    Source: method.md "GAN losses". Sets `d_real` and `d_fake` of the micro-batches.
+    """
     state, gan, discriminator = context.state, context.gan, context.state.discriminator
     assert discriminator is not None and state.optim_d is not None
     discriminator.module.requires_grad_(True)
     for microbatch in microbatches:
         set_discriminator_inputs(context, microbatch)
 
+    # R1 is lazy: it is computed in every `penalty_interval`-th step only, and weighted by the interval.
     if gan.active_penalty not in ("none", "approx") and state.steps % gan.penalty_interval == 0:
         penalize_gradients(context, microbatches, randomness, terms)
 
-    # The adversarial loss, and the approximated penalty, which needs no second derivative.
+    # The adversarial loss. The approximate penalty needs no second derivative, so it shares this pass.
     for number, microbatch in enumerate(microbatches):
         with discriminator.no_sync(number < len(microbatches) - 1):
             with context.autocast():
@@ -152,13 +167,14 @@ def discriminator_step(
                 terms.add({"loss/d": loss})
                 context.logit_stats.add(number, real=logits_real, fake=logits_fake)
                 if microbatch.r1_noise is not None:
-                    approximate, values = approximation(
+                    weighted_penalty, values = approximate_penalty(
                         gan, discriminator, real, logits_real, microbatch.r1_noise
                     )
-                    loss = loss + approximate
+                    loss = loss + weighted_penalty
                     terms.add(values)
             (loss / len(microbatches)).backward(one_or_nan(loss))
 
+    # One optimizer step. D stays frozen until the next D step, also while G's loss goes through it.
     update_network(context, "grad/d", terms)
     discriminator.module.requires_grad_(False)
 
@@ -166,21 +182,29 @@ def discriminator_step(
 def penalize_gradients(
     context: StepContext, microbatches: Sequence[MicroBatch], randomness: StepRandomness, terms: LossTerms
 ) -> None:
-    """Backward pass of the exact gradient penalty. It has forward passes of its own, which are differentiated
-    twice (method.md "Single-sample R1")."""
+    """Add the gradient of the exact penalty (R1, or R1 + R2) to D's gradients (method.md "Single-sample R1").
+
+    The penalty needs second derivatives, so it has forward passes of its own, in fp32 and on the bare module:
+    DDP averages one backward pass per step, and FSDP2 frees weights that the second derivative needs.
+    """
     gan, discriminator = context.gan, context.state.discriminator
     assert discriminator is not None
     with discriminator.bare_module() as bare_discriminator, exact_fp32(microbatches[0].noise.device):
         for real, fake, weight in penalty_batches(microbatches, randomness, gan.active_penalty):
-            loss, values = penalty(gan, bare_discriminator, real, fake)
+            loss, values = exact_penalty(gan, bare_discriminator, real, fake)
             loss = weight * loss
             loss.backward(one_or_nan(loss))
             terms.add(values, weight)
 
 
 def set_discriminator_inputs(context: StepContext, microbatch: MicroBatch) -> None:
-    """What D sees of a micro-batch: real rows, some of them photographs if configured, and generated rows,
-    some of them replaced by mismatched real ones (method.md "Mix-and-match augmentation")."""
+    """Set the inputs `d_real` and `d_fake` of D for a micro-batch.
+
+    Real rows are the teacher's latents; `gan.real` replaces some of them by photographs. Fake rows are the
+    student's latents; mix-and-match replaces some of them by real latents with mismatched conditions
+    (method.md "Mix-and-match augmentation").
+    """
+    # Replace some fake rows by mismatched real ones.
     latents, noise, cond = mix_and_match(
         microbatch.generated.detach(),
         microbatch.target,
@@ -189,10 +213,12 @@ def set_discriminator_inputs(context: StepContext, microbatch: MicroBatch) -> No
         microbatch.mix_mode,
         microbatch.mix_partner,
     )
+    # Replace some real rows by photographs.
     draws_real, draws_fake, _ = microbatch.draws
     real = DiscriminatorInput(microbatch.target, microbatch.noise, microbatch.cond, microbatch.t, draws_real)
     with context.waiting():
         real = context.mix_in_real_images(real, microbatch.rows)
+    # Add noise to both, if gan.noise_augment is set.
     noise_real, noise_fake = microbatch.augment_noise
     augment = context.noise_augment
     microbatch.d_real = replace(real, latents=augment(real.latents, microbatch.t, noise_real))
@@ -203,14 +229,18 @@ def set_discriminator_inputs(context: StepContext, microbatch: MicroBatch) -> No
 def generator_step(
     context: StepContext, microbatches: Sequence[MicroBatch], terms: LossTerms, reuse_student_pass: bool
 ) -> None:
-    """Update the student: regression to the teacher's latents, plus the adversarial loss of D on the same
-    latents (method.md "GAN losses"), and guidance by CLIP if it has a weight."""
+    """Update the student and its moving average on a weighted sum of losses of its latents.
+
+    The losses: regression to the teacher's latents, in the GAN stage the adversarial loss of the frozen D
+    (method.md "GAN losses"), and CLIP guidance if it has a weight.
+    """
     state, gan, discriminator = context.state, context.gan, context.state.discriminator
     for number, microbatch in enumerate(microbatches):
         with state.student.no_sync(number < len(microbatches) - 1):
             if not reuse_student_pass:
                 microbatch.generated = generate(context, microbatch)
-            # Losses of the latents: regression, the adversarial loss, guidance by CLIP.
+
+            # Losses of the latents. Detached latents end their graphs here, before the student.
             latents = microbatch.generated.detach().requires_grad_()
             loss, values = context.regression(latents, microbatch.target, microbatch.transforms)
             if discriminator is not None:
@@ -223,16 +253,22 @@ def generator_step(
                     )
                 loss = loss + context.clip_weight * values["loss/clip"]
             terms.add({**values, "loss/g": loss})
+
             # Backward in two parts: D's graph is freed before the student's backward pass begins.
             (grad_latents,) = torch.autograd.grad(loss, latents, one_or_nan(loss))
             microbatch.generated.backward(grad_latents / len(microbatches))
+
+    # Optimizer step, then the moving average.
     update_network(context, "grad/g", terms)
     state.student.module.after_update(state.steps)  # type: ignore[operator]
     state.ema.update(state.student.module, state.nimg + context.batch_size)
 
 
 def adversarial_loss(context: StepContext, number: int, microbatch: MicroBatch, latents: Tensor) -> Tensor:
-    """The student's adversarial loss on its latents [b, C, h, w], by a frozen D."""
+    """Compute the student's adversarial loss on its latents [b, C, h, w] with a frozen D: a scalar in fp32.
+
+    `number`: position of the micro-batch in the step, for the logit statistics.
+    """
     gan, discriminator = context.gan, context.state.discriminator
     assert discriminator is not None
     with context.autocast():
@@ -242,7 +278,7 @@ def adversarial_loss(context: StepContext, number: int, microbatch: MicroBatch, 
         )
         logits_fake = discriminator.forward_frozen(*inputs.args)
         logits_real = None
-        if gan.loss == "rpgan":  # compares with the real rows
+        if gan.loss == "rpgan":  # a relativistic loss compares with the logits of the real rows
             with torch.no_grad():
                 logits_real = discriminator.forward_frozen(*microbatch.d_real.args)
     context.logit_stats.add(number, student=logits_fake)
@@ -250,17 +286,20 @@ def adversarial_loss(context: StepContext, number: int, microbatch: MicroBatch, 
 
 
 def one_or_nan(loss: Tensor) -> Tensor:
-    """The gradient of a loss with respect to itself: 1, or NaN if the loss is not finite.
+    """Return the initial gradient of a backward pass: 1, or NaN if the loss is not finite.
 
-    A loss can overflow where its gradient does not. NaN reaches the gradient norm, which is the same on every
-    rank, so that all ranks stop without an exchange of their losses.
+    A loss can overflow while its gradient stays finite. The NaN reaches the gradient norm, which is equal on
+    all ranks, so all ranks stop without exchanging their losses.
     """
     return loss.detach() * 0 + 1
 
 
 def update_network(context: StepContext, name: str, terms: LossTerms) -> None:
-    """One optimizer step of D ("grad/d") or of the student ("grad/g"), unless a loss or gradient since the
-    start of the run was not finite."""
+    """Take one optimizer step of D (`name` "grad/d") or of the student ("grad/g").
+
+    The step is skipped if a loss or gradient of this step, or of an earlier one, was not finite. `terms`
+    receives the gradient norm under `name`.
+    """
     state = context.state
     if name == "grad/d":
         assert state.optim_d is not None and state.discriminator is not None

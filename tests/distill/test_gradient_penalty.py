@@ -14,9 +14,9 @@ from d2g.diffusion.conditioning import Conditioning
 from distill.config.discriminator import DiscriminatorConfig
 from distill.losses.gradient_penalty import (
     DiscriminatorInput,
+    approximate_penalty,
     approximate_r1,
-    approximation,
-    penalty,
+    exact_penalty,
     r1_penalty,
     sample_penalty_rows,
 )
@@ -184,7 +184,7 @@ def r1(discriminator: nn.Module, s: DiscriminatorInput, **settings: Any) -> floa
 
 def penalty_terms(kind: str, discriminator: nn.Module, **settings: Any) -> tuple[float, dict[str, float]]:
     config = DiscriminatorConfig(r1_gamma=0.5, r1_interval=4, **settings)
-    value, parts = penalty(
+    value, parts = exact_penalty(
         config, discriminator, discriminator_input(3, 0, kind), discriminator_input(3, 9, kind)
     )
     return value.item(), {k: v.item() for k, v in parts.items()}
@@ -238,7 +238,7 @@ def test_approximate_r1_converges_to_the_squared_gradient() -> None:
     s, rng = discriminator_input(1), torch.Generator().manual_seed(0)
     clean = linear(s.latents, s.noise, s.cond, None)
     eps = torch.randn(4_000, *s.latents.shape, generator=rng)
-    values = [approximation(config, linear, s, clean, each) for each in eps]
+    values = [approximate_penalty(config, linear, s, clean, each) for each in eps]
     slopes = 64 * (3 / 64) ** 2
     mean = sum(parts["loss/r1_approx"].item() for _, parts in values) / len(values)
     assert mean == pytest.approx(0.1**2 * slopes, rel=0.1)
