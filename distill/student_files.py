@@ -169,7 +169,7 @@ def load_student_weights(
         )
     if "unet.time_embedding.cond_proj.weight" in tensors and not student.guided:
         add_guidance_embedding(student.network)
-    tensors = student.grown(tensors)
+    tensors = student.grow_weights(tensors)
     try:
         student.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=True)
         if own_text and conditioner is not None:

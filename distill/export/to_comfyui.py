@@ -88,7 +88,7 @@ def export_comfyui(
         text = model_card(
             student=student,
             teacher=source,
-            timestep=one.student.where,
+            timestep=one.student.evaluation_point,
             parity=check_parity(parity, saved_dtype),
             options=options,
             scores=scores,

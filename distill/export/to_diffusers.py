@@ -83,7 +83,7 @@ def export_pipeline(
         text = model_card(
             student=student,
             teacher=source,
-            timestep=one.student.where,
+            timestep=one.student.evaluation_point,
             parity=check_parity(parity, saved_dtype),
             options=options,
             scores=scores,
@@ -218,7 +218,7 @@ def export_lora(
         text = model_card(
             student=student,
             teacher=source,
-            timestep=one.student.where,
+            timestep=one.student.evaluation_point,
             parity=parity,
             options=options,
             scores=scores,

@@ -61,7 +61,7 @@ def export_onnx(
         text = model_card(
             student=student,
             teacher=source,
-            timestep=one.student.where,
+            timestep=one.student.evaluation_point,
             parity=check_parity(parity, torch.float32),
             options=options,
             scores=scores,

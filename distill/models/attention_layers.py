@@ -1,5 +1,6 @@
-"""Attention of GigaGAN's generator (arXiv 2303.05511, section 3.2): self-attention whose logits are
-distances, cross-attention to the tokens of the text, and layers over these tokens.
+"""Attention layers of GigaGAN's generator (arXiv 2303.05511, section 3.2).
+
+Self-attention with L2 distances as logits, cross-attention to the text tokens, and layers on these tokens.
 """
 
 import math
@@ -10,15 +11,15 @@ from torch import Tensor, nn
 from distill.models.style_layers import EqualizedLinear, group_norm
 
 RESIDUAL_GAIN = 0.3
-"""Gain of a layer's contribution: GigaGAN reduces it; the number is ours."""
+"""Gain of each residual branch. GigaGAN uses a gain below 1; the number is ours."""
 HEAD_WIDTH = 64
 """Largest width of a head."""
 MLP_WIDTH = 4
-"""Width of the hidden layer of an MLP, in widths of its input."""
+"""Width of the hidden layer of an MLP, relative to its input."""
 
 
 def head_count(width: int) -> int:
-    """Heads of up to HEAD_WIDTH that divide a width."""
+    """Number of attention heads: about width / HEAD_WIDTH, reduced to a divisor of `width`."""
     heads = max(1, width // HEAD_WIDTH)
     while width % heads:
         heads -= 1
@@ -37,12 +38,12 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def key_mask(mask: Tensor | None) -> Tensor | None:
-    """The mask [B, M] of keys, 0 for padding, as scaled_dot_product_attention takes it: [B, 1, 1, M]."""
+    """Convert a mask [B, M] of keys, 0 for padding, for scaled_dot_product_attention: bool [B, 1, 1, M]."""
     return None if mask is None else mask.bool()[:, None, None, :]
 
 
 def distance_logits(q: Tensor) -> Tensor:
-    """-|q_i - q_j|^2 / sqrt(8 d) of queries [..., L, d], which are the keys, too: [..., L, L].
+    """Compute -|q_i - q_j|^2 / sqrt(8 d) of queries [..., L, d], which are also the keys: [..., L, L].
 
     For independent q ~ N(0, 1) the squared distance has standard deviation sqrt(8 d), so that the logits have
     about unit variance, as GigaGAN asks for. Lipschitz-continuous (Kim et al. 2021).
@@ -53,7 +54,7 @@ def distance_logits(q: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention of tokens [B, L, D] to each other by L2 distance, with one matrix for queries and keys."""
+    """Self-attention of tokens [B, L, D] by L2 distance, with one matrix for queries and keys."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class SelfAttention(nn.Module):
         self.out = EqualizedLinear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized tokens [B, L, D] -> the contribution [B, L, D]."""
+        """Normalized tokens [B, L, D] -> residual [B, L, D]."""
         q, v = (split_heads(layer(x), self.heads) for layer in (self.query_key, self.value))
         weights = distance_logits(q.float()).softmax(-1).to(v.dtype)
         y: Tensor = self.out(join_heads(weights @ v))
@@ -70,7 +71,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens [B, L, D] to the text's tokens [B, M, D'], with logits q . k / sqrt(d)."""
+    """Cross-attention of tokens [B, L, D] to text tokens [B, M, D'], with logits q . k / sqrt(d)."""
 
     def __init__(self, width: int, text_width: int) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class CrossAttention(nn.Module):
         self.out = EqualizedLinear(width, width)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalized tokens, text and its mask [B, M] -> the contribution [B, L, D]."""
+        """Normalized tokens [B, L, D], text [B, M, D'] and its mask [B, M] -> residual [B, L, D]."""
         q, k, v = (
             split_heads(layer(t), self.heads)
             for layer, t in ((self.query, x), (self.key, text), (self.value, text))
@@ -98,14 +99,16 @@ class MLP(nn.Module):
         self.second = EqualizedLinear(MLP_WIDTH * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized tokens -> the contribution."""
+        """Normalized tokens [B, L, D] -> residual [B, L, D]."""
         y: Tensor = self.second(F.gelu(self.first(x)))
         return y
 
 
 class AttentionBlock(nn.Module):
-    """On feature maps: self-attention, cross-attention where there is text, MLP; each on normalized features,
-    added with RESIDUAL_GAIN."""
+    """Self-attention, cross-attention to the text if there is one, and an MLP, on feature maps.
+
+    Each is a residual branch on normalized features, with RESIDUAL_GAIN.
+    """
 
     def __init__(self, channels: int, text_width: int) -> None:
         super().__init__()
@@ -125,7 +128,7 @@ class AttentionBlock(nn.Module):
 
 
 class TextLayers(nn.Module):
-    """T: learned layers over the frozen encoder's tokens, [B, L, D] -> [B, L, D] (GigaGAN, eq. 3)."""
+    """T: learned transformer layers on the tokens of the frozen text encoder (GigaGAN, eq. 3)."""
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
@@ -134,7 +137,7 @@ class TextLayers(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * layers))
 
     def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Tokens of B texts and their mask [B, L] -> their features."""
+        """Text tokens [B, L, D] with their mask [B, L] -> features [B, L, D]."""
         for number, (attend, mlp) in enumerate(zip(self.attention, self.mlps, strict=True)):
             normalized = self.norms[2 * number](tokens)
             tokens = tokens + RESIDUAL_GAIN * attend(normalized, normalized, mask)

@@ -1,4 +1,4 @@
-"""The discriminator of a stage of a cascade: its network with a noise input, and a head after every level.
+"""The discriminator of a cascade's stage: the teacher's network with a noise input and a head per level.
 
 The forward pass is the family's `features`, written out over the blocks (pytorch.md "Features without
 hooks"). Time, text and the latents of the stage before enter as in the teacher. Layout: method.md "Cascades".
@@ -18,14 +18,14 @@ from distill.config.discriminator import DiscriminatorConfig
 from distill.models.discriminator_kind import TIME_SETTINGS, DiscriminatorKind
 
 TINY = 1e-24
-"""Added below the root of `ResponseNorm`: no number in fp32 changes unless the sum is below 1e-16."""
+"""Added under the square root in `ResponseNorm`. It changes no fp32 value unless the sum is below 1e-16."""
 
 
 class ResponseNorm(nn.Module):
-    """diffusers' GlobalResponseNorm, with a second derivative for channels that are zero everywhere.
+    """diffusers' GlobalResponseNorm, with a second derivative also for channels that are zero everywhere.
 
-    GELU makes such channels, and the derivative of the norm's derivative at zero is NaN there, also where it
-    is multiplied by zero: exact R1 would be lost.
+    GELU produces such channels. The second derivative of sqrt(sum x^2) is NaN there, also after a
+    multiplication by zero, and would make exact R1 NaN.
     """
 
     def __init__(self, gamma: nn.Parameter, beta: nn.Parameter) -> None:
@@ -33,14 +33,14 @@ class ResponseNorm(nn.Module):
         self.gamma, self.beta = gamma, beta
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, h, w, D] -> the same, each channel scaled by its norm over all places (ConvNeXt V2)."""
+        """x [B, h, w, D] -> [B, h, w, D]: each channel scaled by its norm over positions (ConvNeXt V2)."""
         norm = (x.float().square().sum(dim=(1, 2), keepdim=True) + TINY).sqrt()
         response = (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
         return self.gamma * (x * response) + self.beta + x
 
 
 def replace_response_norms(network: nn.Module) -> None:
-    """Put `ResponseNorm` in the place of every GlobalResponseNorm, with its parameters, in place."""
+    """Replace every GlobalResponseNorm of a network by a `ResponseNorm` with its parameters, in place."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if type(child).__name__ == "GlobalResponseNorm":
@@ -48,11 +48,11 @@ def replace_response_norms(network: nn.Module) -> None:
 
 
 class CascadeDiscriminator(nn.Module):
-    """D(x, z, c): patch logits of every head, from the network of a stage that it takes over and trains.
+    """D(x, z, c): patch logits of every head, from a stage's network that is modified in place and trained.
 
-    The noise enters as the latents do, through patches and a 1x1 convolution that is zero at the start, so
-    the trunk starts as the teacher. A 1x1 head reads each map of the family's `features`. Heads are not zero,
-    or no gradient would flow.
+    The noise enters as the latents do, through patches and a 1x1 convolution. This convolution starts at
+    zero, so the trunk starts as the teacher. Each map of the family's `features` has a 1x1 head. Heads do not
+    start at zero, or no gradient would reach the trunk.
     """
 
     def __init__(self, network: Any, family: CascadeFamily, config: DiscriminatorConfig) -> None:
@@ -61,7 +61,8 @@ class CascadeDiscriminator(nn.Module):
         self.unet: Any = network
         self.family, self.timestep = family, config.timestep
         settings = network.config
-        # The noise input, and a readout at each depth.
+
+        # The noise input, and a head at each depth.
         widths, patch = family.feature_widths(settings), family.patch(settings)
         self.conv_z = None
         if config.z_conditioning:
@@ -70,7 +71,8 @@ class CascadeDiscriminator(nn.Module):
             nn.init.zeros_(projection.weight)
             self.conv_z = nn.Sequential(nn.PixelUnshuffle(patch), projection)
         self.heads = nn.ModuleDict({name: nn.Conv2d(width, 1, 1) for name, width in widths.items()})
-        # What comes after the last block trains nothing.
+
+        # Layers after the last block get no gradient.
         self._frozen = ("",) if config.freeze_backbone else tuple(f"{n}." for n in family.output_layers)
         self.requires_grad_(True)
 
@@ -87,7 +89,7 @@ class CascadeDiscriminator(nn.Module):
     ) -> dict[str, Tensor]:
         """x and noise [B, C, h, w] and the conditioning of B rows -> logits [B, 1, h_s, w_s] per head.
 
-        t [B]: the time input, such as the noise level of x; None: the config's constant.
+        t [B]: the time input, such as the noise level of x; None is the constant `gan.timestep`.
         """
         extra = None if self.conv_z is None else self.conv_z(noise)
         features = self.family.features(self.unet, x, self.timestep if t is None else t, cond, extra)
@@ -103,7 +105,7 @@ def _family(teacher: str) -> CascadeFamily:
 def discriminator_from_stage(
     teacher: str, config: DiscriminatorConfig, generator: torch.Generator
 ) -> CascadeDiscriminator:
-    """A discriminator with the teacher's weights; `generator` initializes the heads."""
+    """Build the discriminator with the teacher's weights. `generator` initializes the heads."""
     family = _family(teacher)
     discriminator = CascadeDiscriminator(pretrained.load_model(teacher, family.network), family, config)
     for head in discriminator.heads.values():
@@ -115,7 +117,7 @@ def discriminator_from_stage(
 
 
 def _on_meta(teacher: str, config: DiscriminatorConfig) -> CascadeDiscriminator:
-    """The same network without weights."""
+    """Build the same network on torch's meta device, without weights."""
     family = _family(teacher)
     with torch.device("meta"):
         return CascadeDiscriminator(pretrained.load_on_meta(teacher, family.network), family, config)

@@ -1,4 +1,4 @@
-"""The condition of a row as one vector or class number, for heads and generators that take no tokens."""
+"""The condition of a row as one vector or class label, for heads and generators that take no tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,10 @@ from d2g.diffusion.pipelines import family_of, open_pipeline
 
 
 def condition_vector(cond: Conditioning) -> Tensor | None:
-    """Class numbers [B]; the pooled text [B, P], else the mean of the text's tokens [B, D], without padding
-    where there is a mask; None without a condition.
+    """Reduce a conditioning of B rows to one vector or label per row.
+
+    Returns the class labels [B], int64; or the pooled text [B, P]; or the mean of the text tokens [B, D],
+    without padding where there is a mask; or None for an unconditional teacher.
     """
     tensors = cond.tensors
     if "class_labels" in tensors:
@@ -31,7 +33,7 @@ def condition_vector(cond: Conditioning) -> Tensor | None:
 
 @dataclass(frozen=True)
 class ConditionShape:
-    """What a teacher's condition is: all 0 for an unconditional one."""
+    """Sizes of a teacher's condition. All are 0 for an unconditional teacher."""
 
     classes: int = 0
     """Number of classes."""
@@ -42,7 +44,7 @@ class ConditionShape:
 
 
 def condition_shape(teacher: str) -> ConditionShape:
-    """The condition of a teacher, from its configs alone."""
+    """Return the sizes of a teacher's condition, from its config files alone."""
     family, pipeline = family_of(teacher), open_pipeline(teacher)
     with torch.device("cpu"):
         if not family.reads_text:

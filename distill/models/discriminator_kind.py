@@ -1,4 +1,4 @@
-"""What one kind of discriminator consists of."""
+"""`DiscriminatorKind`: how one discriminator is built, sharded and configured."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ TIME_SETTINGS = (
     *("timestep", "timestep_mode", "timestep_shift"),
     *("noise_augment", "noise_max_timestep"),
 )
-"""Settings of the time input and of noise before the discriminator, for networks that have a time input."""
+"""Settings of the time input and of noise augmentation, for networks with a time input."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,13 +32,16 @@ class DiscriminatorKind:
     shard_units: Callable[[str, nn.Module], Iterable[nn.Module]]
     """(teacher, network) -> the blocks that FSDP2 gathers and activation checkpointing recomputes."""
     networks: tuple[str, ...] = ()
-    """The teacher's components that it can be built from, such as unet; empty: it takes any teacher."""
+    """Components of the teacher from which it can be built, such as unet; empty for any teacher."""
     settings: tuple[str, ...] = ()
-    """Fields of DiscriminatorConfig that not every kind reads."""
+    """Fields of DiscriminatorConfig that this kind uses and others may not."""
     draws: int = 0
-    """Random integers below 2^24 per row that the network takes as its last argument, [B, draws]."""
+    """Number of random integers in [0, 2^24) per row, which the network takes as last argument [B, draws]."""
     check: Callable[[str], object] | None = None
-    """Raises SettingError for a teacher, by name, that it cannot be built for."""
-    open_view: Callable[[str, DiscriminatorConfig, bool], nn.Module] | None = None
-    """(teacher, settings, without weights) -> frozen networks that every process loads and passes to the
-    network's `attach`: they are not trained, saved or sharded."""
+    """(teacher) -> nothing; raises SettingError for a teacher for which it cannot be built."""
+    open_pixel_features: Callable[[str, DiscriminatorConfig, bool], nn.Module] | None = None
+    """(teacher, settings, whether without weights) -> frozen networks through which the discriminator reads.
+
+    Every process loads them and passes them to the network's `attach`. They are not trained, saved or
+    sharded.
+    """

@@ -12,13 +12,13 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import open_pipeline
 from distill.config.discriminator import DiscriminatorConfig, DiscriminatorName
 from distill.models.discriminator_kind import DiscriminatorKind
-from distill.models.two_discriminators import both
+from distill.models.two_discriminators import combine_kinds
 
 
 def _load(name: str) -> DiscriminatorKind:
-    """The one `DiscriminatorKind` at the top level of a discriminator's module, or two of them at once."""
+    """Return the `DiscriminatorKind` of the module `name`_discriminator, or that of two joined by "+"."""
     if "+" in name:
-        return both(*map(_load, name.split("+")))
+        return combine_kinds(*map(_load, name.split("+")))
     module = import_module(f"distill.models.{name}_discriminator")
     (kind,) = (value for value in vars(module).values() if isinstance(value, DiscriminatorKind))
     assert kind.name == name, f"{name}_discriminator.py defines the discriminator {kind.name}"
@@ -30,22 +30,24 @@ DISCRIMINATORS: dict[str, DiscriminatorKind] = {name: _load(name) for name in ge
 
 
 def check_discriminator(teacher: str, config: DiscriminatorConfig) -> None:
-    """Raise SettingError for a discriminator that is not built from the teacher's kind of network, for sizes
-    that its feature networks do not take, and for mix-and-match where no row has a condition that could be
-    wrong; UserError for feature networks that are missing.
+    """Check that a run's discriminator fits its teacher.
+
+    Raises SettingError if the discriminator needs another kind of network, if the feature networks do not
+    support the image size, and for mix-and-match with an unconditional teacher. Raises UserError if weights
+    of feature networks are missing.
     """
     name, pipeline = config.discriminator, open_pipeline(teacher)
     kind, network = DISCRIMINATORS[name], pipeline.family.network
     if kind.networks and network not in kind.networks:
-        fitting = [other for other, each in DISCRIMINATORS.items() if network in each.networks]
+        fitting = [other for other, candidate in DISCRIMINATORS.items() if network in candidate.networks]
         raise SettingError(
             f"gan.discriminator is {name!r}, but the network of {teacher}, a {pipeline.kind}, is a "
             f"{network}; set gan.discriminator={' or '.join(fitting)}"
         )
     if kind.check is not None:
         kind.check(teacher)
-    if kind.open_view is not None:  # raises for what the feature networks do not take
-        kind.open_view(teacher, config, True)
+    if kind.open_pixel_features is not None:  # raises for sizes and files that do not fit
+        kind.open_pixel_features(teacher, config, True)
     if config.mix_fraction and pretrained.is_unconditional(teacher):
         raise SettingError(
             f"gan.mix_fraction is {config.mix_fraction:g}, but {teacher} is unconditional: its rows have no "

@@ -16,8 +16,8 @@ from d2g.core.distributed.engine import local_shard, shard_like
 class EMA:
     """fp32 EMA of a module's parameters and buffers; a plain copy until `start_nimg` images.
 
-    Frozen parameters are their own average, and share its memory. If the module is sharded (FSDP2), each rank
-    averages its own shard.
+    `tensors` holds the averages by name. For frozen parameters it holds the parameters themselves. If the
+    module is sharded (FSDP2), each rank averages its own shard.
     """
 
     def __init__(self, module: nn.Module, beta: float, start_nimg: int = 0) -> None:
@@ -32,7 +32,8 @@ class EMA:
     def update(self, module: nn.Module, nimg: int, beta: float | None = None) -> None:
         """Set avg to beta * avg + (1 - beta) * weights, or to the weights before `start_nimg` images.
 
-        `beta` replaces the average's own decay in this update. Integer buffers are copied.
+        nimg: images seen, this step included. beta: decay of this update; the default is `self.beta`. Integer
+        buffers are copied.
         """
         beta = self.beta if beta is None else beta
         beta = beta if nimg >= self.start_nimg else 0.0
@@ -78,7 +79,7 @@ class EMA:
 
 
 def warmed_up_beta(beta: float, updates: int) -> float:
-    """The decay after `updates` updates: min(beta, (1 + n) / (10 + n)), so that the first weights fade soon.
+    """Return the decay after n = `updates` updates, min(beta, (1 + n) / (10 + n)): initial weights fade fast.
 
     Without it, beta 0.9993 leaves 59 % of the initial weights in the average after 750 updates.
     """

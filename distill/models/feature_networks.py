@@ -22,11 +22,10 @@ LITE0, SQUEEZENET, VGG16_BN = "efficientnet-lite0", "squeezenet:", "vgg16_bn:"
 
 
 class FeatureNetwork(nn.Module, ABC):
-    """A frozen network that is read at some depths.
+    """A frozen network whose features are taken after some of its blocks.
 
-    `depths`: numbers of blocks, counted from 1, after which it is read. `widths`: channels there.
-    `size_unit`: the side of its images is a multiple of it. `statistics`: mean and deviation of RGB in
-    [0, 1].
+    depths: numbers of these blocks, counted from 1. widths: channels after each. size_unit: image sides must
+    be multiples of it. statistics: mean and standard deviation of RGB in [0, 1], for normalization.
     """
 
     def __init__(
@@ -42,10 +41,10 @@ class FeatureNetwork(nn.Module, ABC):
 
     @abstractmethod
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """Normalized pixels [B, 3, S, S] -> a map [B, C_d, h_d, w_d] for each of `depths`."""
+        """Normalized pixels [B, 3, S, S] -> a feature map [B, C_d, h_d, w_d] for each of `depths`."""
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Pixels [B, 3, S, S] in [-1, 1] -> a map [B, C_d, h_d, w_d] for each of `depths`."""
+        """Pixels [B, 3, S, S] in [-1, 1] -> a feature map [B, C_d, h_d, w_d] for each of `depths`."""
         mean, deviation = (
             torch.tensor(values, device=pixels.device, dtype=pixels.dtype).view(3, 1, 1)
             for values in self.statistics
@@ -64,16 +63,16 @@ class VisionTransformer(FeatureNetwork):
             depths, [config.hidden_size] * len(depths), config.patch_size, OPENAI if clip else IMAGENET
         )
         self.model = model
-        # DINOv2 and DINOv3 take any size; the others resize their table of positions if they are asked to.
-        resizes = config.model_type.startswith("dino")
-        self.options = {} if resizes else {"interpolate_pos_encoding": True}
+        # DINOv2 and DINOv3 take any image size; others interpolate their position embeddings on request.
+        any_size = config.model_type.startswith("dino")
+        self.options = {} if any_size else {"interpolate_pos_encoding": True}
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """The patch tokens [B, width, S / patch, S / patch] after each of `depths`."""
         states = self.model(pixel_values=pixels, output_hidden_states=True, **self.options).hidden_states
         height, width = (side // self.size_unit for side in pixels.shape[2:])
         tokens = (states[depth][:, -height * width :] for depth in self.depths)
-        return [each.transpose(1, 2).unflatten(2, (height, width)) for each in tokens]
+        return [patches.transpose(1, 2).unflatten(2, (height, width)) for patches in tokens]
 
 
 class ConvolutionalNetwork(FeatureNetwork):
@@ -93,7 +92,7 @@ class ConvolutionalNetwork(FeatureNetwork):
         self.stem, self.blocks = stem, nn.ModuleList(blocks[: depths[-1]])
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
-        """The output of the blocks at `depths`."""
+        """Normalized pixels [B, 3, S, S] -> the output [B, C_d, h_d, w_d] of each block in `depths`."""
         features, maps = self.stem(pixels), []
         for depth, block in enumerate(self.blocks, 1):
             features = block(features)
@@ -118,7 +117,10 @@ def check_weights_file(name: str) -> None:
 
 
 def equally_spaced(blocks: int, heads: int, name: str) -> list[int]:
-    """Numbers of blocks, counted from 1, after which heads read: equally spaced up to the last."""
+    """Numbers of the blocks, counted from 1, after which heads read: equally spaced, up to the last block.
+
+    `name`: the network, for the error. Raises SettingError for more heads than blocks.
+    """
     if heads > blocks:
         raise SettingError(
             f"gan.token_heads is {heads}, but {name} has {blocks} blocks; expected 1 to {blocks}"
@@ -127,9 +129,10 @@ def equally_spaced(blocks: int, heads: int, name: str) -> list[int]:
 
 
 def open_feature_network(name: str, heads: int, on_meta: bool = False) -> FeatureNetwork:
-    """A network of `gan.feature_networks`: eval mode, frozen. on_meta: without weights, from its config.
+    """Open a network of `gan.feature_networks` by name, in eval mode and frozen.
 
-    Raises UserError where weights or config are missing, SettingError for more heads than blocks.
+    heads: number of feature maps. on_meta: build it without weights, from its config. Raises UserError where
+    weights or config are missing, SettingError for more heads than blocks.
     """
     with naming("gan.feature_networks"):
         if name == LITE0:
@@ -150,10 +153,11 @@ def _lite0(heads: int, on_meta: bool) -> FeatureNetwork:
             net = new_lite0()
     else:
         net, _ = open_lite0()
-    # The first stage ends with another convolution than the others.
-    last = [stage[-1] for stage in net.blocks]
+    # In the first stage the last convolution is conv_pw, in the others conv_pwl.
+    last_blocks = [stage[-1] for stage in net.blocks]
     widths = [
-        (block.conv_pwl if hasattr(block, "conv_pwl") else block.conv_pw).out_channels for block in last
+        (block.conv_pwl if hasattr(block, "conv_pwl") else block.conv_pw).out_channels
+        for block in last_blocks
     ]
     stem = nn.Sequential(net.conv_stem, net.bn1)
     return ConvolutionalNetwork(stem, list(net.blocks), widths, heads, LITE0, HALF)
@@ -170,12 +174,12 @@ def _squeezenet(file: str, heads: int, on_meta: bool) -> FeatureNetwork:
         fill_parameters(net, read_state(file, what), file, what)
     # Pooling belongs to the fire module that follows it.
     blocks: list[nn.Module] = []
-    before: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for layer in net.features[2:]:
-        before.append(layer)
+        layers.append(layer)
         if type(layer).__name__ == "Fire":
-            blocks.append(nn.Sequential(*before))
-            before = []
+            blocks.append(nn.Sequential(*layers))
+            layers = []
     widths = [2 * block[-1].expand1x1.out_channels for block in blocks]  # type: ignore[index]
     return ConvolutionalNetwork(net.features[:2], blocks, widths, heads, "squeezenet", IMAGENET)
 
@@ -189,6 +193,8 @@ def _vgg16_bn(file: str, heads: int, on_meta: bool) -> FeatureNetwork:
     if not on_meta:
         what = "torchvision's weights of vgg16_bn"
         fill_parameters(net, read_state(file, what), file, what)
+
+    # A block ends before each pooling, which belongs to the next block.
     blocks: list[nn.Module] = []
     layers: list[nn.Module] = []
     for layer in net.features:

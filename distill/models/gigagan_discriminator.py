@@ -1,6 +1,6 @@
 """The multi-scale discriminator of GigaGAN (arXiv 2303.05511, section 3.3 and figure 5) on latents.
 
-Written from memory of the paper. What differs and what it leaves open: method.md "Discriminators of GigaGAN".
+Written from memory of the paper. Differences and unspecified choices: method.md "Discriminators of GigaGAN".
 """
 
 from itertools import pairwise
@@ -21,11 +21,11 @@ from distill.models.style_generator import SMALLEST_BLOCK, block_sizes, channels
 from distill.models.style_layers import DownBlock, EqualizedConv, initialize
 
 ATTENTION_SIZES = (8, 16, 32)
-"""Larger sides of the levels whose features have self-attention (ours)."""
+"""Sizes, as the larger side, of the levels with self-attention (ours)."""
 
 
 class Level(nn.Module):
-    """One step down: self-attention at some sizes, then a block that halves the features. A shard unit."""
+    """Self-attention at some sizes, then a residual block that halves height and width. A shard unit."""
 
     def __init__(self, inputs: int, outputs: int, attention: bool) -> None:
         super().__init__()
@@ -39,10 +39,11 @@ class Level(nn.Module):
 
 
 class GigaGANDiscriminator(nn.Module):
-    """D_ij(x, c): logits at every smaller scale j of every image i of a pyramid. The noise is not read.
+    """D_ij(x, c): logits for every image i of a pyramid, at every smaller scale j. D does not use the noise.
 
-    sizes: of the pyramid, from the latents' own down; the last one has predictions only. The latents of level
-    i enter there, and pass through the same levels as larger ones; a readout per scale serves all of them.
+    sizes: the sizes (h, w) of the pyramid, from the latents' own down; the last has logits only. Image i
+    enters at level i through its own 1x1 convolution and then passes through the levels that larger images
+    use too. All images share the readout of a scale.
     """
 
     def __init__(
@@ -72,24 +73,28 @@ class GigaGANDiscriminator(nn.Module):
     ) -> dict[str, Tensor]:
         """x [B, C, h, w] and the conditioning of B rows -> logits [B, 1, h_j, w_j] per head.
 
-        Head i_j reads image i of the pyramid at scale j. noise, t and draws are not read.
+        Head image{i}_scale{j} reads image i of the pyramid at scale j. noise, t and draws are not used.
         """
         condition, logits = condition_vector(cond), {}
         dtype = next(self.parameters()).dtype
         if condition is not None and condition.is_floating_point():
             condition = condition.to(dtype)
-        for first, enter in enumerate(self.enter):
-            # An image of the pyramid: means over cells of the latents.
-            image = x if first == 0 else F.avg_pool2d(x, 2**first)
+        for number, enter in enumerate(self.enter):
+            # An image of the pyramid: the latents, averaged over squares of 2^number positions.
+            image = x if number == 0 else F.avg_pool2d(x, 2**number)
+            # Its features at every lower level, each with logits.
             features = enter(image.to(dtype))
-            for scale in range(first, len(self.levels)):
+            for scale in range(number, len(self.levels)):
                 features = self.levels[scale](features)
-                logits[f"image{first}_scale{scale + 1}"] = self.readouts[scale](features, condition)
+                logits[f"image{number}_scale{scale + 1}"] = self.readouts[scale](features, condition)
         return logits
 
 
 def _sizes(teacher: str) -> list[tuple[int, int]]:
-    """Sizes of the pyramid of a teacher's latents. Raises SettingError for latents that cannot be halved."""
+    """Sizes (h, w) of the pyramid of a teacher's latents, largest first.
+
+    Raises SettingError for latents that cannot be halved.
+    """
     _, height, width = pretrained.latent_shape(teacher)
     sizes = block_sizes((height, width))[::-1]
     if len(sizes) < 2:
@@ -100,22 +105,22 @@ def _sizes(teacher: str) -> list[tuple[int, int]]:
     return sizes
 
 
-def _new(teacher: str, config: DiscriminatorConfig) -> GigaGANDiscriminator:
+def _construct(teacher: str, config: DiscriminatorConfig) -> GigaGANDiscriminator:
     channels = pretrained.latent_shape(teacher)[0]
     return GigaGANDiscriminator(channels, _sizes(teacher), config, condition_shape(teacher))
 
 
 def _build(teacher: str, config: DiscriminatorConfig, rng: torch.Generator) -> GigaGANDiscriminator:
-    """The network with random weights."""
-    discriminator = _new(teacher, config)
+    """Build the network with random weights."""
+    discriminator = _construct(teacher, config)
     initialize(discriminator, rng)
     return discriminator
 
 
 def _on_meta(teacher: str, config: DiscriminatorConfig) -> GigaGANDiscriminator:
-    """The network without weights."""
+    """Build the network on torch's meta device, without weights."""
     with torch.device("meta"):
-        return _new(teacher, config)
+        return _construct(teacher, config)
 
 
 MULTI_SCALE = DiscriminatorKind(

@@ -1,7 +1,7 @@
-"""The generator of GigaGAN (arXiv 2303.05511, section 3 and figure 4) as a student: kernels selected by w,
-and attention between the convolutions, in the blocks of StyleGAN-T.
+"""The generator of GigaGAN (arXiv 2303.05511, section 3 and figure 4) as a student.
 
-Written from memory of the paper. What differs and what it leaves open: method.md "GANs with styles as
+Its blocks are those of StyleGAN-T, with kernels that w selects and attention between the convolutions.
+Written from memory of the paper. Differences and unspecified choices: method.md "GANs with styles as
 students".
 """
 
@@ -31,7 +31,7 @@ GIGAGAN_SETTINGS = (
 
 
 class AdaptiveGenerator(StyleGenerator):
-    """Base: learned layers on the text's tokens, styles w = M(z, t_global), blocks with attention."""
+    """Base of GigaGAN's generators: learned layers on text tokens, styles w = M(z, t_global), attention."""
 
     def __init__(self, config: GeneratorConfig, shape: ConditionShape) -> None:
         super().__init__(config.z_dim, shape)
@@ -42,7 +42,7 @@ class AdaptiveGenerator(StyleGenerator):
         inputs = config.z_dim + self.condition_width
         self.mapping = MappingNetwork(inputs, config.w_dim, config.mapping_layers)
 
-    def block(
+    def build_block(
         self,
         config: GeneratorConfig,
         inputs: int,
@@ -51,7 +51,7 @@ class AdaptiveGenerator(StyleGenerator):
         size: tuple[int, int],
         up: bool,
     ) -> SynthesisBlock:
-        """A block at a size."""
+        """Build the block whose output has this size (h, w); it has attention at `attention_sizes`."""
         attention = max(size) in config.attention_sizes
         return SynthesisBlock(
             inputs,
@@ -65,18 +65,21 @@ class AdaptiveGenerator(StyleGenerator):
             attention=AttentionBlock(outputs, self.token_width) if attention else None,
         )
 
-    def read_text(
+    def map_text(
         self, z: Tensor, condition: Tensor | None, tokens: Tensor | None, mask: Tensor | None, psi: float
     ) -> tuple[Tensor, Tensor | None]:
-        """The styles w [B, D] = M(z, t_global), and the text's local tokens [B, L, D'] (GigaGAN, eqs. 3, 4).
-        t_global is the mean of the tokens after T, or a class."""
+        """Compute w [B, D] = M(z, t_global) and the local text tokens [B, L, D'] (GigaGAN, eqs. 3 and 4).
+
+        t_global is the mean of the tokens after the text layers T. With classes it is the class embedding,
+        and there are no local tokens.
+        """
         if self.text is None:
-            return self.mapped(torch.cat([z, self.embed(condition, z)], dim=1), psi), None
+            return self.map_truncated(torch.cat([z, self.embed(condition, z)], dim=1), psi), None
         assert tokens is not None
         local: Tensor = self.text(tokens, mask)
         weights = torch.ones_like(local[:, :, :1]) if mask is None else mask.to(local.dtype)[:, :, None]
         pooled = (local * weights).sum(1) / weights.sum(1).clamp(min=1)
-        return self.mapped(torch.cat([z, self.embed(pooled, z)], dim=1), psi), local
+        return self.map_truncated(torch.cat([z, self.embed(pooled, z)], dim=1), psi), local
 
     def styles(
         self,
@@ -86,10 +89,12 @@ class AdaptiveGenerator(StyleGenerator):
         mask: Tensor | None,
         psi: float,
     ) -> list[BlockStyle]:
-        """w and the text's tokens for every block, from noise [B, N] and tokens [B, L, D] with their mask (or
-        classes [B], or neither)."""
+        """Compute the style of each block: the same w and text tokens, and its own part of noise [B, N].
+
+        condition: class labels [B] or None. tokens: [B, L, D'] with their mask [B, L], or None.
+        """
         z, spatial = self.split(noise)
-        w, local = self.read_text(z, condition, tokens, mask, psi)
+        w, local = self.map_text(z, condition, tokens, mask, psi)
         return [BlockStyle(w, part, local, mask) for part in spatial]
 
 
@@ -106,12 +111,12 @@ class GigaGAN(AdaptiveGenerator):
         self.first_size = sizes[0]
         self.input = FourierInput(widths[0], sizes[0])
         self.blocks = nn.ModuleList(
-            self.block(config, widths[max(0, n - 1)], widths[n], image_channels, sizes[n], n > 0)
+            self.build_block(config, widths[max(0, n - 1)], widths[n], image_channels, sizes[n], n > 0)
             for n in range(len(sizes))
         )
 
     def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
-        """Styles of the blocks -> image [B, c, h, w]. The prior is not read."""
+        """Generate an image [B, c, h, w] from the style of each block. `prior` is not used."""
         return synthesize(self.blocks, self.input(len(styles[0].w)), styles)
 
 

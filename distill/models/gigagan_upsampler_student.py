@@ -2,7 +2,7 @@
 
 Written from the paper: "an asymmetric U-Net architecture, where the 64 px input goes through 3 downsampling
 residual blocks and then 6 upsampling residual blocks with attention layers to produce the 512 px image".
-What it leaves open: method.md "GANs with styles as students".
+Unspecified choices: method.md "GANs with styles as students".
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from distill.models.gigagan_student import GIGAGAN_SETTINGS, AdaptiveGenerator
 from distill.models.style_generator import BlockStyle, channels_at
 from distill.models.style_layers import DownBlock, EqualizedConv
 
-DOWNS = 3
-"""Blocks that halve the input (GigaGAN, section 3.4); fewer for small inputs."""
-BOTTOM = 2
+MAX_DOWN_BLOCKS = 3
+"""Number of blocks that halve the input (GigaGAN, section 3.4); fewer for small inputs."""
+SMALLEST_SIZE = 2
 """Smallest height and width inside the network (ours)."""
 
 
 class GigaGANUpsampler(AdaptiveGenerator):
-    """Small latents -> large ones: down to a bottleneck, then up with styles, adaptive kernels and attention.
+    """A U-Net from small to large latents: down to a bottleneck, then up with styles and attention.
 
-    The image is the bilinear enlargement of the small one plus the contributions of the blocks.
+    The result is the bilinear enlargement of the small latents plus the contributions of the blocks.
     """
 
     def __init__(
@@ -37,30 +37,32 @@ class GigaGANUpsampler(AdaptiveGenerator):
         super().__init__(config, shape)
         image_channels, *size = image_shape
         factor = config.factor
-        if (
-            factor < 2
-            or factor & (factor - 1)
-            or any(side % factor or side // factor < BOTTOM for side in size)
-        ):
+        too_small = any(side % factor or side // factor < SMALLEST_SIZE for side in size)
+        if factor < 2 or factor & (factor - 1) or too_small:
             raise SettingError(
                 f"student.generator.factor is {factor}; expected a power of two, 2 or more, that divides the "
-                f"latents' {size[0]}x{size[1]} and leaves {BOTTOM} or more"
+                f"latents' {size[0]}x{size[1]} and leaves {SMALLEST_SIZE} or more"
             )
         self.low_size = (size[0] // factor, size[1] // factor)
-        # Halve the small latents DOWNS times, or as often as they allow.
+
+        # The way down: halve the small latents MAX_DOWN_BLOCKS times, or as often as their size allows.
         sizes = [self.low_size]
-        while len(sizes) <= DOWNS and all(s % 2 == 0 and s // 2 >= BOTTOM for s in sizes[-1]):
+        while len(sizes) <= MAX_DOWN_BLOCKS and all(
+            s % 2 == 0 and s // 2 >= SMALLEST_SIZE for s in sizes[-1]
+        ):
             sizes.append((sizes[-1][0] // 2, sizes[-1][1] // 2))
         widths = [channels_at(size, config.channel_base, config.channel_max) for size in sizes]
         self.first_size = sizes[-1]
         self.enter = EqualizedConv(image_channels, widths[0], 3)
         self.downs = nn.ModuleList(DownBlock(a, b) for a, b in pairwise(widths))
-        # As many blocks up, with the features of the same size, and log2(factor) more.
+
+        # The way up: as many blocks, which add the features of the same size, and log2(factor) more.
         halvings, inputs, blocks = len(self.downs), widths[-1], list[nn.Module]()
         for number in range(halvings + int(log2(factor))):
-            at = (self.first_size[0] * 2 ** (number + 1), self.first_size[1] * 2 ** (number + 1))
-            outputs = channels_at(at, config.channel_base, config.channel_max)
-            blocks.append(self.block(config, inputs, outputs, image_channels, at, True))
+            enlargement = 2 ** (number + 1)
+            block_size = (self.first_size[0] * enlargement, self.first_size[1] * enlargement)
+            outputs = channels_at(block_size, config.channel_base, config.channel_max)
+            blocks.append(self.build_block(config, inputs, outputs, image_channels, block_size, True))
             inputs = outputs
         self.blocks = nn.ModuleList(blocks)
 
@@ -69,17 +71,19 @@ class GigaGANUpsampler(AdaptiveGenerator):
         return [*self.downs, *self.blocks]
 
     def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
-        """Styles of the blocks and small latents `prior` [B, c, h, w] -> large latents."""
+        """Enlarge small latents `prior` [B, c, h', w'] with the style of each block: [B, c, h, w]."""
         assert prior is not None, "the upsampler reads small latents"
         # Downsample, and keep the features of each size for the skip connections.
         features = [self.enter(prior)]
         for down in self.downs:
             features.append(down(features[-1]))
+
+        # Upsample. Where nothing was downsampled, the image starts as the small latents.
         x, image = features.pop(), None if features else prior
         for block, style in zip(self.blocks, styles, strict=True):
             skip = features.pop() if features else None
             x, image = block(x, image, style.w, style.noise, style.tokens, style.mask, skip)
-            # At the size of the small latents, they join the image.
+            # Add the small latents to the image at their own size.
             if skip is not None and not features:
                 image = image + prior
         assert image is not None

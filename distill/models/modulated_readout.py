@@ -1,6 +1,6 @@
-"""Logits of a feature map under a condition, as in GigaGAN's discriminators (arXiv 2303.05511, section 3.3).
+"""Conditional logits of a feature map, as in GigaGAN's discriminators (arXiv 2303.05511, section 3.3).
 
-Written from memory of the paper. What it leaves open: method.md "Discriminators of GigaGAN".
+Written from memory of the paper. Unspecified choices: method.md "Discriminators of GigaGAN".
 """
 
 import torch
@@ -19,12 +19,15 @@ from distill.models.style_layers import (
 )
 
 LAYERS = 4
-"""Modulated convolutions of a readout (GigaGAN, section 3.3)."""
+"""Number of modulated convolutions of a readout (GigaGAN, section 3.3)."""
 
 
 class ModulatedReadout(nn.Module):
-    """psi(f, c) + u(f): 1x1 convolutions modulated by the condition, and one that keeps a prediction without
-    it (GigaGAN, section 3.3). Without a condition, u alone."""
+    """Logits psi(f, c) + u(f) of features f under a condition c (GigaGAN, section 3.3).
+
+    psi consists of 1x1 convolutions that are modulated by c, u is a 1x1 convolution without it. For an
+    unconditional teacher, the logits are u(f).
+    """
 
     def __init__(self, channels: int, shape: ConditionShape) -> None:
         super().__init__()
@@ -33,7 +36,7 @@ class ModulatedReadout(nn.Module):
         width = shape.text_width or (CLASS_WIDTH if shape.classes else 0)
         outputs = [*[channels] * (LAYERS - 1), 1] if width else []
         self.styles = nn.ModuleList(Style(width, channels) for _ in outputs)
-        # The last one gives logits, which no demodulation scales.
+        # The last convolution outputs logits, which are not demodulated.
         self.convs = nn.ModuleList(ModulatedConv(channels, n, 1, demodulate=n > 1) for n in outputs)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(n, 1, 1)) for n in outputs)
 

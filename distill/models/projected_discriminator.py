@@ -1,8 +1,8 @@
 """The discriminator on frozen features of decoded pixels, with the heads of StyleGAN-T (section 3.2 and
 figure 3c) or of GigaGAN's vision-aided loss (section 3.3).
 
-Written from the papers. Layout and what they leave open: method.md "Discriminator on frozen features" and
-"Discriminators of GigaGAN".
+Written from the papers. Layout, and choices that the papers do not specify: method.md "Discriminator on
+frozen features" and "Discriminators of GigaGAN".
 """
 
 import math
@@ -19,16 +19,17 @@ from distill.models.condition_vector import ConditionShape, condition_shape, con
 from distill.models.discriminator_kind import DiscriminatorKind
 from distill.models.feature_networks import check_weights_file, open_feature_network
 from distill.models.modulated_readout import ModulatedReadout
-from distill.models.pixel_view import DRAWS, FrozenView
+from distill.models.pixel_features import DRAWS, PixelFeatures
 from distill.models.style_layers import ACTIVATION_GAIN, EqualizedConv, group_norm, initialize
 
 PROJECTION = 64
-"""Width at which a head meets the text or the class (StyleGAN-T, table 4)."""
+"""Width of the projection of text or class in a head (StyleGAN-T, table 4)."""
 KERNEL = 9
-"""Tokens that a residual convolution of a head reads."""
+"""Kernel size, in tokens, of the residual convolution of a head."""
 SLOPE = 0.2
+"""Negative slope of the leaky ReLUs."""
 HIDDEN = 256
-"""Largest width of a head of GigaGAN's kind (ours)."""
+"""Largest width of a `ModulatedHead` (ours)."""
 
 
 class VirtualBatchNorm(nn.Module):
@@ -52,7 +53,7 @@ class VirtualBatchNorm(nn.Module):
 
 
 class ConvolutionBlock(nn.Module):
-    """A 1-D convolution over tokens, normalization, leaky ReLU."""
+    """A 1-D convolution over tokens, virtual batch normalization, leaky ReLU: [B, C, L] -> [B, C, L]."""
 
     def __init__(self, channels: int, kernel: int, rows: int) -> None:
         super().__init__()
@@ -65,8 +66,10 @@ class ConvolutionBlock(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Logits of tokens: a 1x1 block, a residual block, and a projection on the condition; one linear readout
-    without a condition. `rows`: of a virtual batch.
+    """StyleGAN-T's head: a 1x1 block, a residual block, and a projection discriminator on the condition.
+
+    Without a condition the projection is a linear layer to one logit. width: channels of the features. rows:
+    rows of a virtual batch. kernel: size of the residual convolution, in tokens.
     """
 
     def __init__(self, width: int, rows: int, shape: ConditionShape, kernel: int = KERNEL) -> None:
@@ -92,8 +95,8 @@ class TokenHead(nn.Module):
 
 
 class ModulatedHead(nn.Module):
-    """Logits of a map, as in GigaGAN's vision-aided loss: a fixed random projection, two 3x3 convolutions,
-    and a readout that the condition modulates."""
+    """Head of GigaGAN's vision-aided loss: a fixed random projection of the channels, two 3x3 convolutions,
+    and a readout that is modulated by the condition. width: channels of the features."""
 
     projection: Tensor
 
@@ -107,7 +110,7 @@ class ModulatedHead(nn.Module):
 
     @torch.no_grad()
     def initialize(self, rng: torch.Generator) -> None:
-        """Draw the projection, which stays as it is."""
+        """Sample the random projection, which is not trained."""
         self.projection.normal_(std=self.projection.shape[1] ** -0.5, generator=rng)
 
     def forward(self, features: Tensor, cond: Tensor | None) -> Tensor:
@@ -120,33 +123,35 @@ class ModulatedHead(nn.Module):
 
 
 class ProjectedDiscriminator(nn.Module):
-    """D(x, c): logits of every head on frozen features of the decoded x. The noise is not read.
+    """D(x, c): logits of every head on frozen features of the decoded x. D does not use the noise.
 
-    Only the heads are trained, saved and sharded. `view` holds the frozen networks, which every process loads
-    by itself; it is no submodule.
+    Only the heads are trained, saved and sharded. Every process loads the frozen networks, `pixel_features`,
+    by itself: they are not a submodule.
     """
 
-    def __init__(self, view: FrozenView, config: DiscriminatorConfig, shape: ConditionShape) -> None:
+    def __init__(
+        self, pixel_features: PixelFeatures, config: DiscriminatorConfig, shape: ConditionShape
+    ) -> None:
         super().__init__()
         self.heads = nn.ModuleDict(
             {
                 name: ModulatedHead(width, shape)
                 if config.feature_heads == "modulated"
                 else TokenHead(width, config.virtual_batch, shape)
-                for name, width in zip(view.names, view.widths, strict=True)
+                for name, width in zip(pixel_features.names, pixel_features.widths, strict=True)
             }
         )
-        self._view = [view]  # in a list, so that it is no submodule
+        self._pixel_features = [pixel_features]  # in a list, so that it is no submodule
 
     @property
-    def view(self) -> FrozenView:
-        """The frozen networks."""
-        return self._view[0]
+    def pixel_features(self) -> PixelFeatures:
+        """The frozen networks: autoencoder and feature networks."""
+        return self._pixel_features[0]
 
-    def attach(self, view: nn.Module) -> None:
-        """Read through these networks, with weights."""
-        assert isinstance(view, FrozenView)
-        self._view = [view]
+    def attach(self, pixel_features: nn.Module) -> None:
+        """Replace the networks without weights, with which D was built, by loaded ones."""
+        assert isinstance(pixel_features, PixelFeatures)
+        self._pixel_features = [pixel_features]
 
     def forward(
         self,
@@ -158,11 +163,11 @@ class ProjectedDiscriminator(nn.Module):
     ) -> dict[str, Tensor]:
         """x [B, C, h, w] and the conditioning of B rows -> logits [B, 1, h_s, w_s] per head.
 
-        draws [B, DRAWS]: random integers of the crop and the augmentation. noise and t are not read.
+        draws [B, DRAWS]: random integers of the crop and the augmentation. noise and t are not used.
         """
         assert draws is not None, "projected needs the random numbers of its rows"
         condition, logits = condition_vector(cond), {}
-        for name, features in self.view(x, draws).items():
+        for name, features in self.pixel_features(x, draws).items():
             head = self.heads[name]
             dtype = next(head.parameters()).dtype
             # A copy, because FSDP2 warns of outputs that are views.
@@ -170,11 +175,11 @@ class ProjectedDiscriminator(nn.Module):
         return logits
 
 
-def open_view(teacher: str, config: DiscriminatorConfig, on_meta: bool = False) -> FrozenView:
-    """The teacher's autoencoder and the networks of `gan.feature_networks`, frozen. on_meta: without weights.
+def open_pixel_features(teacher: str, config: DiscriminatorConfig, on_meta: bool = False) -> PixelFeatures:
+    """Load the teacher's autoencoder and the networks of `gan.feature_networks`, frozen.
 
-    Raises SettingError for a size that they do not take, UserError for weights that are missing, also on
-    meta: a dry run refuses what the run would.
+    on_meta: build them without weights. Raises SettingError for an image size that they do not support, and
+    UserError for missing weight files, also with `on_meta`, so that a dry run reports what the run would.
     """
     for name in config.feature_networks:
         check_weights_file(name)
@@ -192,23 +197,25 @@ def open_view(teacher: str, config: DiscriminatorConfig, on_meta: bool = False) 
             "multiple of that"
         )
     vae = pretrained.autoencoder_on_meta(teacher) if on_meta else pretrained.load_vae(teacher)
-    return FrozenView(vae.requires_grad_(False), networks, config.feature_size, config.feature_augment)
+    return PixelFeatures(vae.requires_grad_(False), networks, config.feature_size, config.feature_augment)
 
 
 def _on_meta(teacher: str, config: DiscriminatorConfig) -> ProjectedDiscriminator:
-    """The discriminator without weights."""
+    """Build the discriminator without weights."""
     with torch.device("meta"):
-        view = open_view(teacher, config, on_meta=True)
-        return ProjectedDiscriminator(view, config, condition_shape(teacher))
+        pixel_features = open_pixel_features(teacher, config, on_meta=True)
+        return ProjectedDiscriminator(pixel_features, config, condition_shape(teacher))
 
 
 def _build(teacher: str, config: DiscriminatorConfig, rng: torch.Generator) -> ProjectedDiscriminator:
-    """The heads with random weights; the frozen networks are loaded later, on every process."""
-    view = open_view(teacher, config, on_meta=True)
-    discriminator = ProjectedDiscriminator(view, config, condition_shape(teacher))
+    """Build the heads with random weights. The frozen networks are loaded later, on every process."""
+    pixel_features = open_pixel_features(teacher, config, on_meta=True)
+    discriminator = ProjectedDiscriminator(pixel_features, config, condition_shape(teacher))
     if config.feature_heads == "modulated":
         initialize(discriminator, rng)
         return discriminator
+
+    # torch's initial distributions, from our generator: U(-1, 1) / sqrt(fan-in), and N(0, 1) of embeddings.
     for module in discriminator.modules():
         if isinstance(module, nn.Conv1d | nn.Linear):
             bound = module.weight[0].numel() ** -0.5
@@ -231,5 +238,5 @@ PROJECTED = DiscriminatorKind(
         "virtual_batch",
     ),
     draws=DRAWS,
-    open_view=open_view,
+    open_pixel_features=open_pixel_features,
 )

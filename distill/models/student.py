@@ -1,4 +1,5 @@
-"""The one-step student: the teacher's network at one fixed point, turned into a data prediction."""
+"""The one-step student: the teacher's network at one fixed timestep, its output converted to a prediction of
+clean latents."""
 
 import fnmatch
 import math
@@ -26,10 +27,10 @@ GUIDANCE_WIDTH = 256
 
 
 class Student(nn.Module, ABC):
-    """A one-step generator of latents: (noise [B, *noise_shape], conditioning of B rows) -> scaled latents
-    [B, C, h, w], fp32.
+    """A one-step generator: (noise [B, *noise_shape], conditioning of B rows) -> scaled latents [B, C, h, w].
 
-    `family`: of the teacher, whose latents and conditioning it has. `downscale`: pixels per latent.
+    The latents are fp32. family: the teacher's family, whose latents and conditioning the student shares.
+    downscale: pixels per latent position.
 
     >>> from d2g.core.seeds import noise
     >>> from distill import load_student
@@ -44,81 +45,84 @@ class Student(nn.Module, ABC):
     family: Family
     downscale: int
     own_noise = False
-    """Whether each row of training draws new noise, in place of the noise of its pair."""
+    """Whether training uses new noise for each row instead of the noise of its pair."""
     has_styles = False
-    """Whether it has styles w, whose truncation `psi` is an input of the forward pass."""
+    """Whether it is a generator with styles w, whose forward pass takes their truncation `psi`."""
 
     @property
     @abstractmethod
     def network(self) -> Any:
-        """The network that it evaluates once."""
+        """The network that a forward pass evaluates once."""
 
     @property
     @abstractmethod
     def conditioning_config(self) -> Any:
-        """The config of the teacher's network, which says what its conditioning is."""
+        """The config of the teacher's network, which determines the form of the conditioning."""
 
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
-        """The shape (C, h, w) of its latents."""
+        """The shape (C, h, w) of a row's latents."""
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        """The shape of a row's noise, which is a function of (seed, index)."""
+        """The shape of a row's noise."""
         return self.latent_shape
 
     @property
     def reads_text(self) -> bool:
-        """Whether its conditioning is text."""
+        """Whether the conditioning is text."""
         return self.family.reads_text
 
     @property
     def guided(self) -> bool:
-        """Whether it takes the guidance scale as an input."""
+        """Whether the forward pass takes the guidance scale as an input."""
         return False
 
     @property
     def timestep(self) -> int:
-        """The timestep of the network's one evaluation; -1 where there is none."""
+        """The timestep at which the network is evaluated; -1 for a network without timesteps."""
         return -1
 
     @property
     def prior_shape(self) -> tuple[int, int, int] | None:
-        """The shape of the latents of another student that it enlarges; None for other students."""
+        """The shape (C, h', w') of the small latents that an upsampler takes; None for other students."""
         return None
 
     @property
     @abstractmethod
-    def where(self) -> str:
-        """The point at which the network is evaluated, in words."""
+    def evaluation_point(self) -> str:
+        """Where the network is evaluated, for messages and the model card, such as "timestep 999"."""
 
-    def real_view(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] with no more detail than the student can draw."""
+    def limit_detail(self, latents: Tensor) -> Tensor:
+        """Remove from target latents [B, C, h, w] the detail that the student cannot generate.
+
+        Only generators that draw at a lower resolution change the latents.
+        """
         return latents
 
-    def prior_of(self, latents: Tensor) -> Tensor | None:
-        """The small latents that it enlarges to `latents` [B, C, h, w]; None for other students."""
+    def small_latents(self, latents: Tensor) -> Tensor | None:
+        """Reduce target latents [B, C, h, w] to the input of an upsampler; None for other students."""
         return None
 
-    def grown(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of a run to start from, with those that it lacks where the student has grown."""
+    def grow_weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add initial weights of new blocks to the weights of a smaller generator; others stay unchanged."""
         return tensors
 
     def begin_step(self) -> None:
-        """Called before the forward passes of a training step."""
+        """Hook: called before the forward passes of a training step."""
 
     def after_update(self, steps: int) -> None:
-        """Called on every rank after an update of the weights, which is preceded by `steps` steps."""
+        """Hook: called on every rank after each update of the weights. `steps`: earlier steps of the run."""
 
 
 class DiffusionStudent(Student):
     """The teacher's network: G(z, c) = (z - sigma_T eps(z, c, T)) / alpha_T (supplement eq. 2).
 
-    Other predictions: method.md "One-step formulas"; a flow gives z - v(z, c, 1). For an EDM teacher
-    (method.md "CIFAR10 and EDM"): c_skip sigma_max z + c_out F(c_in sigma_max z, c_noise, c). The wrapper has
-    no parameters of its own, and combines in fp32 whatever the network runs in. `downscale` is for networks
-    that take the size of the image.
+    A flow gives z - v(z, c, 1); other predictions are in method.md "One-step formulas". An EDM teacher gives
+    c_skip sigma_max z + c_out F(c_in sigma_max z, c_noise, c) (method.md "CIFAR10 and EDM"). The wrapper has
+    no parameters of its own. The formula is computed in fp32, whatever the precision of the network.
+    `timestep`: -1 is the last one. `downscale`: pixels per latent, for networks that take the image size.
     """
 
     def __init__(
@@ -131,9 +135,8 @@ class DiffusionStudent(Student):
     ) -> None:
         super().__init__()
         self.family = family
-        self.add_module(
-            family.network, network
-        )  # weights are named as in the pipeline: unet.…, transformer.…
+        # Parameters have the names of the pipeline: unet.…, transformer.…
+        self.add_module(family.network, network)
         self.schedule, self.point, self.downscale = schedule, schedule.one_step(timestep), downscale
         self.time_input: Tensor | float = self.point.t
         """EDM's time input c_noise: a number, or one per row [B]."""
@@ -143,11 +146,14 @@ class DiffusionStudent(Student):
     def forward(self, noise: Tensor, cond: Conditioning, guidance: Tensor | None = None) -> Tensor:
         """noise [B, C, h, w] ~ N(0, 1) and the conditioning of B rows -> scaled latents [B, C, h, w], fp32.
 
-        guidance [B]: the guidance scale to imitate, for a student that takes it as an input; unless `cond`
-        holds it already, where the teacher takes it too.
+        guidance [B]: the guidance scale to imitate, for a student with an input for it. It may be missing if
+        `cond` holds the scale already, as for teachers that take it too.
         """
+        # The network's input, at the point where the student is evaluated.
         x = self.schedule.start(noise)
         inputs = self.schedule.network_input(x, self.point).to(next(self.network.parameters()).dtype)
+
+        # The guidance scale: the teacher's own input, or the added embedding.
         embedding = None
         if guidance is not None and self.family.embedded_guidance is not None:
             cond = cond.with_guidance(guidance)
@@ -155,6 +161,8 @@ class DiffusionStudent(Student):
             assert guidance is not None and guidance.shape == x.shape[:1], "one guidance scale for each row"
             width = self.network.config.time_cond_proj_dim
             embedding = guidance_embedding(guidance.to(x.device), width).to(inputs.dtype)
+
+        # One evaluation, then the prediction of clean latents.
         output = self.family.forward(
             self.network,
             self.network.config,
@@ -164,13 +172,13 @@ class DiffusionStudent(Student):
             self.downscale,
             embedding,
         )
-        output = output[:, : x.shape[1]]  # a learned variance follows the mean
+        output = output[:, : x.shape[1]]  # drop the channels of a learned variance
         with torch.autocast(noise.device.type, enabled=False):
             return self.schedule.x0(output, x, self.point)
 
     def _time(self, rows: int, device: torch.device) -> Tensor:
-        """The network's time input [B], filled on the device: diffusers copies a number to the GPU and waits.
-        EDM's time is no whole number; `_force_time_input` puts it in.
+        """The network's time input [B], created on the device: diffusers would copy a number to the GPU and
+        wait. EDM's time is not an integer; `_force_time_input` inserts it.
         """
         return torch.full((rows,), int(self.point.t), device=device)
 
@@ -178,7 +186,7 @@ class DiffusionStudent(Student):
 
     @property
     def network(self) -> Any:
-        """The network that it evaluates once."""
+        """The teacher's network, which a forward pass evaluates once."""
         return getattr(self, self.family.network)
 
     @property
@@ -188,19 +196,19 @@ class DiffusionStudent(Student):
 
     @property
     def timestep(self) -> int:
-        """The timestep of the network's one evaluation; -1 for an EDM teacher, which has none."""
+        """The timestep at which the network is evaluated; -1 for an EDM teacher, which has none."""
         return -1 if isinstance(self.schedule, EDMSchedule) else int(self.point.t)
 
     @property
-    def where(self) -> str:
-        """The point at which the network is evaluated, in words."""
+    def evaluation_point(self) -> str:
+        """The timestep, or for an EDM teacher the noise level, of the network's evaluation, in words."""
         if isinstance(self.schedule, EDMSchedule):
             return f"sigma {self.point.sigma:g}"
         return f"timestep {self.timestep}"
 
     @property
     def guided(self) -> bool:
-        """Whether it takes the guidance scale as an input."""
+        """Whether the network has an input for the guidance scale."""
         added = getattr(self.network.config, "time_cond_proj_dim", None) is not None
         return added or self.family.embedded_guidance is not None
 
@@ -211,10 +219,10 @@ class DiffusionStudent(Student):
 
 
 def _force_time_input(time_proj: nn.Module, time: Callable[[], Tensor | float]) -> None:
-    """Make the sinusoidal embedding of a U-Net's time input see `time()` in fp32, whatever the U-Net gets.
+    """Make the sinusoidal time embedding of a U-Net use `time()` in fp32, whatever time the U-Net receives.
 
-    UNet2DModel converts a number to an integer, and FSDP2 casts a tensor to bf16, which keeps eight bits of
-    c_noise.
+    UNet2DModel would convert a number to an integer, and FSDP2 would cast a tensor to bf16, which keeps eight
+    bits of c_noise.
     """
 
     def replace_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -233,10 +241,11 @@ def student_from_teacher(
     seed: int = 0,
     wrapper: type[DiffusionStudent] | None = None,
 ) -> DiffusionStudent:
-    """A student with the teacher's weights: its output is the teacher's own x_0 prediction at T.
+    """Load a student with the teacher's weights: its output is the teacher's prediction of x_0 at T.
 
-    config: what `add_adapters` adds to the network; `seed` initializes the adapters. wrapper: a class
-    derived from DiffusionStudent.
+    timestep: -1 is the last one. config: dropout, LoRA and guidance input for `add_adapters`; None adds none.
+    seed: initializes the adapters. wrapper: a subclass of DiffusionStudent. Raises UserError for a teacher
+    whose family has no students.
     """
     pretrained.expect_student_family(teacher)
     network = pretrained.load_model(teacher, family_of(teacher).network)
@@ -250,7 +259,10 @@ def meta_student(
     seed: int = 0,
     wrapper: type[DiffusionStudent] | None = None,
 ) -> DiffusionStudent:
-    """The same without weights: on torch's meta device, except for what `add_adapters` adds."""
+    """Build the student of `student_from_teacher` on torch's meta device, without weights.
+
+    Only the modules that `add_adapters` adds have weights.
+    """
     network = pretrained.load_on_meta(teacher, family_of(teacher).network)
     return _wrap(network, teacher, timestep, config, seed, wrapper)
 
@@ -272,9 +284,8 @@ def _wrap(
 
 
 def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
-    """Raise SettingError if a stage, an input for the guidance scale, or dropout is not supported for this
-    teacher."""
-    # What the student adds must fit the teacher's network.
+    """Raise SettingError if the teacher does not support the stage, the guidance input, or dropout."""
+    # Guidance input and dropout must fit the teacher's network.
     pipeline = open_pipeline(teacher)
     family = pipeline.family
     if student.guidance_conditioning and family.embedded_guidance is not None:
@@ -308,22 +319,23 @@ def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
 
 
 def takes_guidance(teacher: str, student: StudentConfig) -> bool:
-    """Whether students of this teacher take the guidance scale as an input: an added one, or the teacher's
-    own."""
+    """Whether students of this teacher have an input for the guidance scale, added or the teacher's own."""
     return student.guidance_conditioning or family_of(teacher).embedded_guidance is not None
 
 
 def add_adapters(student: DiffusionStudent, config: StudentConfig, seed: int = 0) -> DiffusionStudent:
-    """Add dropout, LoRA adapters and a guidance input to a student; dropout aside, its output stays the same.
+    """Add dropout, LoRA adapters and a guidance input to a student in place, and return it.
 
-    `seed` initializes the adapters. Raises SettingError for adapters of a network without attention.
+    Adapters and guidance input do not change its output at first. `seed` initializes the adapters. Raises
+    SettingError for LoRA on a network without attention.
     """
     # Each residual block draws its own mask, numbered in the order of the network.
     if config.dropout:
         blocks = [m for m in student.network.modules() if type(m).__name__.startswith("ResnetBlock")]
         for number, block in enumerate(blocks):
             block.dropout = RowDropout(config.dropout, number)
-    # Adapters start at zero, so the output stays the same.
+
+    # The contribution of the adapters starts at zero.
     if config.lora_rank:
         targets = student.family.lora_targets
         if not any(name.endswith(targets) for name, _ in student.network.named_modules()):
@@ -333,7 +345,7 @@ def add_adapters(student: DiffusionStudent, config: StudentConfig, seed: int = 0
             )
         add_lora(student.network, targets, config.lora_rank, config.alpha, generator(seed, Stream.LORA_INIT))
 
-    # A teacher that has a guidance input keeps it; others get one that starts at zero.
+    # A guidance input whose contribution starts at zero, unless the teacher has one already.
     if config.guidance_conditioning and not student.guided:
         assert student.reads_text, "check_teacher must run first"
         add_guidance_embedding(student.network)
@@ -341,20 +353,22 @@ def add_adapters(student: DiffusionStudent, config: StudentConfig, seed: int = 0
 
 
 def add_guidance_embedding(unet: Any) -> None:
-    """Add the input `timestep_cond` to a U-Net, which diffusers' pipelines feed with the guidance scale.
+    """Add the input `timestep_cond` to a U-Net. diffusers' pipelines pass the guidance scale to it.
 
-    Its weight is zero, so the network's output stays the same at first.
+    Its weight is zero, so it does not change the network's output at first.
     """
-    first = unet.time_embedding.linear_1
-    projection = nn.utils.skip_init(nn.Linear, GUIDANCE_WIDTH, first.in_features, bias=False)
+    time_layer = unet.time_embedding.linear_1
+    projection = nn.utils.skip_init(nn.Linear, GUIDANCE_WIDTH, time_layer.in_features, bias=False)
     nn.init.zeros_(projection.weight)
-    unet.time_embedding.cond_proj = projection.to(first.weight)
+    unet.time_embedding.cond_proj = projection.to(time_layer.weight)
     unet.register_to_config(time_cond_proj_dim=GUIDANCE_WIDTH)
 
 
 def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
-    """Guidance scales w [B] -> embeddings [B, width], fp32: sines, then cosines, of 1000 (w - 1) at `width` /
-    2 frequencies from 1 down to 1e-4, as diffusers does for latent consistency models (Luo et al. 2023).
+    """Embed guidance scales w [B] as sinusoids: [B, width], fp32.
+
+    Sines, then cosines, of 1000 (w - 1) at `width` / 2 frequencies from 1 down to 1e-4, as diffusers does for
+    latent consistency models (Luo et al. 2023).
     """
     half = width // 2
     frequencies = torch.exp(torch.arange(half, device=guidance.device) * (-math.log(10_000) / (half - 1)))
@@ -363,8 +377,11 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
 
 
 def set_trainable(student: Student, config: StudentConfig) -> None:
-    """Require gradients for what is trained: everything but `freeze`, or with LoRA the adapters and the
-    guidance input. Raises SettingError for a pattern that freezes nothing, and if nothing is left."""
+    """Switch gradients on for the trained parameters, and off for all others.
+
+    Trained are all parameters except those that match `freeze`; with LoRA, only adapters and guidance input.
+    Raises SettingError for a pattern that freezes nothing, and if nothing is left to train.
+    """
     student.requires_grad_(not config.lora_rank)
     freeze_by_pattern(dict(student.network.named_parameters()), config.freeze)
     if config.lora_rank:
@@ -373,8 +390,10 @@ def set_trainable(student: Student, config: StudentConfig) -> None:
 
 
 def freeze_by_pattern(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> None:
-    """Freeze the parameters whose names match a pattern of `student.freeze`. Raises SettingError for a
-    pattern that freezes nothing, and if nothing is left."""
+    """Freeze the parameters whose names match one of `patterns` (`student.freeze`).
+
+    Raises SettingError for a pattern that freezes nothing, and if nothing is left to train.
+    """
     for pattern in patterns:
         if not (frozen := fnmatch.filter(parameters, pattern)):
             raise SettingError(

@@ -1,4 +1,4 @@
-"""What one kind of student consists of."""
+"""`StudentKind`: how one kind of student is built, sharded and configured."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from distill.models.student import Student
 class StudentKind:
     """A value of `student.kind`: how it is built from a teacher, and what it can be trained with.
 
-    `build` and `build_on_meta` take (teacher, timestep, settings, seed of new weights, stage of the run).
-    What a student draws from, and how a row becomes its input, is said by `Student`.
+    `build` and `build_on_meta` take (teacher, timestep, settings, seed of new weights, stage of the run). The
+    class `Student` defines the input of a student: its noise, and how a row's latents reach it.
     """
 
     name: str
     build: Callable[[str, int, StudentConfig, int, str], Student]
-    """The student with its initial weights."""
+    """Returns the student with its initial weights."""
     build_on_meta: Callable[[str, int, StudentConfig, int, str], Student]
-    """The same without weights, for sharding and for predicting memory."""
+    """Returns the same student without weights, for sharding and for predicting memory."""
     shard_units: Callable[[str, Student], Iterable[nn.Module]]
     """(teacher, student) -> the blocks that FSDP2 gathers and activation checkpointing recomputes."""
     settings: tuple[str, ...] = ()
-    """Fields of GeneratorConfig that not every kind reads."""
+    """Fields of GeneratorConfig that this kind uses and others may not."""
     regresses: bool = True
-    """Whether its output for a row belongs to the row's latents, so that a regression loss compares them."""
+    """Whether its output corresponds to the latents of the same row, so that a regression loss applies."""
     enlarges: bool = False
-    """Whether it enlarges the latents of another student, and draws no image alone."""
+    """Whether it is an upsampler: it enlarges the latents of another student and cannot sample alone."""

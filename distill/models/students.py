@@ -16,7 +16,7 @@ from distill.models.student_kind import StudentKind
 
 
 def _load(name: str) -> StudentKind:
-    """The one `StudentKind` at the top level of a kind's module."""
+    """Return the `StudentKind` at the top level of a kind's module."""
     module = import_module(f"distill.models.{name.replace('-', '_')}_student")
     (kind,) = (value for value in vars(module).values() if isinstance(value, StudentKind))
     assert kind.name == name, f"{module.__name__} defines the student {kind.name}"
@@ -30,19 +30,19 @@ STUDENTS: dict[str, StudentKind] = {name: _load(name) for name in get_args(Stude
 def build_student(
     teacher: str, timestep: int, config: StudentConfig, seed: int = 0, stage: str = "gan"
 ) -> Student:
-    """A student with its initial weights: the teacher's, or random ones from `seed`."""
+    """Build a student with its initial weights: the teacher's, or random ones from `seed`."""
     return STUDENTS[config.kind].build(teacher, timestep, config, seed, stage)
 
 
 def build_student_on_meta(
     teacher: str, timestep: int, config: StudentConfig, seed: int = 0, stage: str = "gan"
 ) -> Student:
-    """The same without weights."""
+    """Build the same student on torch's meta device, without weights."""
     return STUDENTS[config.kind].build_on_meta(teacher, timestep, config, seed, stage)
 
 
 def check_student(config: DistillConfig) -> None:
-    """Raise SettingError for a run that trains a student of another kind than it can train."""
+    """Raise SettingError if the run's stage or settings do not fit its kind of student."""
     student, gan = config.student, config.gan
     if student.is_diffusion:
         return
@@ -57,7 +57,8 @@ def check_student(config: DistillConfig) -> None:
             f"{kind}, which `d2g distill gan` trains; stage {config.stage}, or own text encoders, needs the "
             "teacher's network: set student.kind=diffusion"
         )
-    # What a row's noise means.
+
+    # The noise of a generator is not that of the pairs, so regression and noise conditioning do not apply.
     if not STUDENTS[student.kind].regresses and config.regression.losses:
         raise SettingError(
             f"{kind}, whose noise is its own, so that it has no latents of the pairs to compare with; "

@@ -1,6 +1,4 @@
-"""What the generators with styles share: the split of their noise, the condition, and the tracked mean of the
-mapping network.
-"""
+"""Base of style-based generators: noise, condition, styles, and the tracked mean of the mapping network."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ from distill.models.style_layers import (
 )
 
 CLASS_WIDTH = 512
-"""Width of the embedding of a class, where the condition is no text (ours)."""
+"""Width of class embeddings (ours)."""
 SMALLEST_BLOCK = 4
 """Smallest height and width of the first block (StyleGAN)."""
 TRACKING_BETA = 0.998
@@ -29,43 +27,43 @@ TRACKING_BETA = 0.998
 
 
 def block_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes of the blocks of a generator of h x w, from the first: halves of it down to SMALLEST_BLOCK."""
+    """Sizes (h, w) of a generator's blocks, smallest first: `size` halved repeatedly, to SMALLEST_BLOCK."""
     sizes = [size]
     while all(side % 2 == 0 and side // 2 >= SMALLEST_BLOCK for side in sizes[0]):
         sizes.insert(0, (sizes[0][0] // 2, sizes[0][1] // 2))
     return sizes
 
 
-def channels_at(size: tuple[int, int], base: int, most: int) -> int:
-    """Channels of a block: base / size, at most `most` (StyleGAN2; base and most: StyleGAN-T, table 4)."""
-    return max(1, min(base // max(size), most))
+def channels_at(size: tuple[int, int], base: int, maximum: int) -> int:
+    """Channels of a block: base / larger side, at most `maximum` (StyleGAN2; StyleGAN-T, table 4)."""
+    return max(1, min(base // max(size), maximum))
 
 
 @dataclass(frozen=True, eq=False)
 class BlockStyle:
-    """What one block draws B rows by. Blocks of one image may have theirs from different inputs."""
+    """Inputs of one block for B rows. In style mixing, the blocks of an image have different ones."""
 
     w: Tensor
-    """[B, D]: the styles are affine maps of it."""
+    """[B, D]: the style of each layer is an affine map of it."""
     noise: Tensor
     """Spatial noise [B, convolutions, h, w]."""
     tokens: Tensor | None = None
     """Tokens of the text [B, L, D'], for blocks with attention to them."""
     mask: Tensor | None = None
-    """[B, L]: 0 for padding."""
+    """Mask of the tokens [B, L], 0 for padding."""
 
     def rows(self, rows: Tensor) -> "BlockStyle":
-        """The style of some rows, int64 [n], repeats allowed."""
-        picked = [None if t is None else t[rows] for t in (self.w, self.noise, self.tokens, self.mask)]
-        return BlockStyle(*picked)  # type: ignore[arg-type]
+        """Select rows by their numbers, int64 [n], with repetition."""
+        selected = [None if t is None else t[rows] for t in (self.w, self.noise, self.tokens, self.mask)]
+        return BlockStyle(*selected)  # type: ignore[arg-type]
 
 
 class StyleGenerator(nn.Module, ABC):
-    """Base of generators (noise [B, N], condition, ...) -> image [B, c, h, w].
+    """Base of generators: (noise [B, N], condition, ...) -> image [B, c, h, w].
 
-    They read noise and condition into styles, one for each block, and draw with these. The noise of a row is
-    z, then the spatial noise of the convolutions from the first block on, so that a generator that has grown
-    sees the same numbers first. `blocks` are its shard units.
+    A generator computes a style for each block from noise and condition, and draws the image with them. A
+    row's noise is z, followed by the spatial noise of the convolutions from the first block on. A generator
+    that has grown therefore uses the same numbers for its first blocks. `blocks` are the shard units.
     """
 
     mapping: MappingNetwork
@@ -89,8 +87,12 @@ class StyleGenerator(nn.Module, ABC):
         prior: Tensor | None,
         psi: float,
     ) -> Tensor:
-        """noise [B, N]; the condition's vector [B, D], classes [B], or None; tokens [B, L, D'] with their
-        mask; an upsampler's small latents -> image [B, c, h, w]. Each network reads what it needs of them."""
+        """Generate an image [B, c, h, w].
+
+        noise: [B, N]. condition: a vector [B, D] or class labels [B]. tokens: [B, L, D'], with mask [B, L].
+        prior: an upsampler's small latents [B, c, h', w']. psi: truncation in [0, 1], 1 for none. A subclass
+        uses the inputs that it needs; the others may be None.
+        """
         return self.draw(self.styles(noise, condition, tokens, mask, psi), prior)
 
     @abstractmethod
@@ -102,19 +104,19 @@ class StyleGenerator(nn.Module, ABC):
         mask: Tensor | None,
         psi: float,
     ) -> list[BlockStyle]:
-        """The style of each block; inputs as in `forward`."""
+        """Compute the style of each block; inputs as in `forward`."""
 
     @abstractmethod
     def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
-        """Styles of the blocks -> image [B, c, h, w]."""
+        """Generate an image [B, c, h, w] from the style of each block."""
 
     @property
     def block_sizes(self) -> list[tuple[int, int]]:
-        """Height and width of what each block draws."""
+        """Height and width of each block's output."""
         return [(height, width) for _, height, width in self.noise_sizes]
 
     def shard_units(self) -> list[nn.Module]:
-        """The blocks that FSDP2 gathers at once."""
+        """The blocks that FSDP2 gathers one at a time."""
         return list(self.blocks)
 
     @property
@@ -124,40 +126,47 @@ class StyleGenerator(nn.Module, ABC):
 
     @property
     def noise_width(self) -> int:
-        """Numbers of noise that a row takes: z and the spatial noise."""
+        """N, the length of a row's noise: z and the spatial noise."""
         return self.z_dim + sum(map(prod, self.noise_sizes))
 
     def split(self, noise: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Noise [B, N] -> z [B, z_dim] and the spatial noise of each block."""
+        """Split noise [B, N] into z [B, z_dim] and spatial noise [B, convolutions, h, w] of each block."""
         z, spatial = noise.split([self.z_dim, noise.shape[1] - self.z_dim], dim=1)
         return z, split_noise(spatial, self.noise_sizes)
 
     def embed(self, condition: Tensor | None, like: Tensor) -> Tensor:
-        """The condition's vector with mean square 1: of a text [B, D], of class numbers [B], or of none.
-        [B, D]; [B, 0] without a condition."""
+        """Embed a text vector [B, D'] or class labels [B]: [B, D] with mean square 1, in the dtype of `like`.
+
+        Without a condition the result is [B, 0].
+        """
         if condition is None or not self.condition_width:
             return like[:, :0]
         vector = condition if self.classes is None else self.classes(condition)
         return normalize_second_moment(vector).to(like.dtype)
 
-    def mapped(self, x: Tensor, psi: float) -> Tensor:
-        """f(x) [B, D], moved toward the tracked mean: mean + psi (f(x) - mean) (StyleGAN, section 3.4)."""
-        f: Tensor = self.mapping(x)
+    def map_truncated(self, x: Tensor, psi: float) -> Tensor:
+        """Apply the mapping network f to x [B, D'], with truncation: mean + psi (f(x) - mean), [B, D].
+
+        `mean` is the tracked mean of f (StyleGAN, section 3.4).
+        """
+        w: Tensor = self.mapping(x)
+        # In a training step, add the rows and their number to the sums of the mean.
         if self._sums is not None and self.training:
             with torch.no_grad():
-                self._sums += torch.cat(
-                    [f.detach().float().sum(0), torch.full_like(f[:1, 0].float(), len(f))]
-                )
-        return f if psi == 1 else torch.lerp(self.mapping.mean.to(f.dtype), f, psi)
+                count = torch.full_like(w[:1, 0].float(), len(w))
+                self._sums += torch.cat([w.detach().float().sum(0), count])
+        return w if psi == 1 else torch.lerp(self.mapping.mean.to(w.dtype), w, psi)
 
     def begin_step(self) -> None:
-        """Forget what earlier passes added to the sums of the mean: previews, and steps without an update."""
+        """Reset the sums of the mean, to which previews and steps without an update may have added."""
         mean = self.mapping.mean
         self._sums = torch.zeros(len(mean) + 1, device=mean.device)
 
     def track_mean(self, steps: int) -> None:
-        """Move the tracked mean toward f's mean over this step's rows on all ranks, after `steps` steps.
-        Call it on every rank, after the forward passes."""
+        """Move the tracked mean toward the mean of f over this step's rows on all ranks.
+
+        steps: earlier steps of the run. Call it on every rank, after the forward passes.
+        """
         assert self._sums is not None, "begin_step must run first"
         sums = process_group.sum_in_order(self._sums)
         beta = warmed_up_beta(TRACKING_BETA, steps)
@@ -166,7 +175,7 @@ class StyleGenerator(nn.Module, ABC):
 
 
 def synthesize(blocks: nn.ModuleList, x: Tensor, styles: Sequence[BlockStyle]) -> Tensor:
-    """The image of a synthesis network's blocks from their input x [B, C, h, w], each with its style."""
+    """Run the blocks of a synthesis network on x [B, C, h, w], each with its style: image [B, c, H, W]."""
     image: Tensor | None = None
     for block, style in zip(blocks, styles, strict=True):
         x, image = block(x, image, style.w, style.noise, style.tokens, style.mask)

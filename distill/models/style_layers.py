@@ -1,7 +1,9 @@
 """Layers of style-based generators: mapping, styles, modulated convolutions, and a synthesis network.
 
 Written from the papers. StyleGAN2 is arXiv 1912.04958, StyleGAN3 arXiv 2106.12423, StyleGAN-T arXiv
-2301.09515, GigaGAN arXiv 2303.05511. What they leave open: method.md "GANs with styles as students".
+2301.09515, GigaGAN arXiv 2303.05511. Unspecified choices: method.md "GANs with styles as students".
+
+Each layer has a method `initialize(rng)`, which samples its initial weights; see the function `initialize`.
 """
 
 import math
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAKY_SLOPE = 0.2
+"""Negative slope of the leaky ReLUs."""
 ACTIVATION_GAIN = math.sqrt(2)
 """Keeps the second moment of a leaky ReLU's output near that of its input."""
 LAYER_SCALE = 1e-5
@@ -26,7 +29,7 @@ BANDWIDTH = 2.0
 class EqualizedLinear(nn.Module):
     """A linear layer with equalized learning rate: N(0, 1) weights, scaled by 1 / sqrt(fan-in) when used.
 
-    bias: its initial value. lr: learning rate relative to other layers.
+    bias: initial value of the bias. lr: learning rate relative to other layers.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: float = 0.0, lr: float = 1.0) -> None:
@@ -72,9 +75,9 @@ def normalize_second_moment(x: Tensor) -> Tensor:
 
 
 class MappingNetwork(nn.Module):
-    """f(z): normalization of z and `layers` linear layers with leaky ReLU, [B, inputs] -> [B, outputs].
+    """f(z): z is normalized and passes through `layers` linear layers with leaky ReLU.
 
-    `mean` is the tracked mean of f, toward which truncation moves (StyleGAN-T, section 3.3).
+    `mean` [outputs] is the tracked mean of f, used for truncation (StyleGAN-T, section 3.3).
     """
 
     mean: Tensor
@@ -87,7 +90,7 @@ class MappingNetwork(nn.Module):
 
     @torch.no_grad()
     def initialize(self, rng: torch.Generator) -> None:
-        """The mean starts at zero."""
+        """Set the tracked mean to zero."""
         self.mean.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ class Style(nn.Module):
 class SecondOrderStyle(nn.Module):
     """s = s1 * s2 + s3, where [s1, s2, s3] is an affine map of w (StyleGAN-T, eq. 1), [B, D] -> [B, C].
 
-    The bias of s3 starts at 1, so that the mean style does, too.
+    The bias of s3 starts at 1, and with it the mean of s.
     """
 
     def __init__(self, width: int, channels: int) -> None:
@@ -123,22 +126,22 @@ class SecondOrderStyle(nn.Module):
 
     @torch.no_grad()
     def initialize(self, rng: torch.Generator) -> None:
-        """The bias of s3; the affine map draws its own weights before."""
+        """Set the bias of s3 to 1. The affine map has initialized its weights before."""
         self.affine.bias[2 * len(self.affine.bias) // 3 :] = 1.0
 
     def forward(self, w: Tensor) -> Tensor:
         """w [B, D] -> style [B, C]."""
-        first, second, third = self.affine(w).chunk(3, dim=1)
-        style: Tensor = first * second + third
+        s1, s2, s3 = self.affine(w).chunk(3, dim=1)
+        style: Tensor = s1 * s2 + s3
         return style
 
 
 class ModulatedConv(nn.Module):
-    """A convolution whose kernel is multiplied by a style per input channel, with demodulation (StyleGAN2,
-    eqs. 1 and 3), [B, C_in, h, w] and styles [B, C_in] -> [B, C_out, h, w].
+    """A convolution whose kernel is scaled by a style per input channel, and demodulated.
 
-    kernels: size of a bank of kernels, whose mean with weights [B, kernels] is a row's own kernel (GigaGAN,
-    eq. 2). One kernel is applied as scaled inputs and outputs, which is the same convolution.
+    Source: StyleGAN2, eqs. 1 and 3. kernels: size of a bank of kernels. Each row then has its own kernel, a
+    weighted mean of the bank (GigaGAN, eq. 2). A single kernel is not scaled itself: inputs and outputs are,
+    which is the same.
     """
 
     def __init__(
@@ -155,9 +158,13 @@ class ModulatedConv(nn.Module):
         self.weight.normal_(generator=rng)
 
     def forward(self, x: Tensor, style: Tensor, selection: Tensor | None = None) -> Tensor:
-        """selection [B, kernels]: weights of the bank's kernels, with sum 1."""
+        """x [B, C_in, h, w] and style [B, C_in] -> [B, C_out, h, w].
+
+        selection [B, kernels]: weights of the bank's kernels, with sum 1; None for a single kernel.
+        """
         kernel = self.weight * self.gain
         padding = kernel.shape[-1] // 2
+        # One kernel for all rows: scale inputs and outputs.
         if selection is None:
             y: Tensor = F.conv2d(x * style[:, :, None, None].to(x.dtype), kernel, padding=padding)
             if not self.demodulate:
@@ -165,23 +172,29 @@ class ModulatedConv(nn.Module):
             power = style.float().square() @ kernel.float().square().sum((2, 3)).T
             demodulated: Tensor = y * (power + 1e-8).rsqrt()[:, :, None, None].to(y.dtype)
             return demodulated
-        # A kernel for each row: the mean of the bank, modulated and demodulated, as a grouped convolution.
-        own = torch.einsum("bn,noihw->boihw", selection.to(kernel.dtype), kernel)
-        own = own * style[:, None, :, None, None].to(own.dtype)
+
+        # A kernel for each row: the mean of the bank, modulated and demodulated.
+        row_kernels = torch.einsum("bn,noihw->boihw", selection.to(kernel.dtype), kernel)
+        row_kernels = row_kernels * style[:, None, :, None, None].to(row_kernels.dtype)
         if self.demodulate:
-            own = own * (own.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
-        rows, outputs = own.shape[:2]
-        y = F.conv2d(x.flatten(0, 1)[None], own.flatten(0, 1).to(x.dtype), padding=padding, groups=rows)
+            power = row_kernels.square().sum((2, 3, 4), keepdim=True)
+            row_kernels = row_kernels * (power + 1e-8).rsqrt()
+
+        # Convolve all rows at once, as the groups of one convolution.
+        rows, outputs = row_kernels.shape[:2]
+        y = F.conv2d(
+            x.flatten(0, 1)[None], row_kernels.flatten(0, 1).to(x.dtype), padding=padding, groups=rows
+        )
         return y.view(rows, outputs, *y.shape[2:])
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Twice the size, bilinear: StyleGAN2's filter [1, 3, 3, 1] with repeated borders."""
+    """Enlarge x [B, C, h, w] two times, bilinear: StyleGAN2's filter [1, 3, 3, 1] with repeated borders."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with up to 32 groups."""
+    """GroupNorm with the largest number of groups that divides both 32 and `channels`."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
@@ -207,8 +220,9 @@ class DownBlock(nn.Module):
 class SynthesisConv(nn.Module):
     """Modulated 3x3 convolution, spatial noise, bias, leaky ReLU (StyleGAN2, figure 2d).
 
-    residual: x + layer scale * (the same on GroupNorm of x) (StyleGAN-T, figure 3b). up: on x at twice its
-    size. kernels: size of the bank from which w selects (GigaGAN, eq. 2). second_order: the kind of style.
+    residual: add layer scale * (the layer applied to GroupNorm of x) to x (StyleGAN-T, figure 3b). up:
+    enlarge x two times first. kernels: size of the bank from which w selects (GigaGAN, eq. 2). second_order:
+    use `SecondOrderStyle` instead of `Style`.
     """
 
     def __init__(
@@ -234,7 +248,7 @@ class SynthesisConv(nn.Module):
 
     @torch.no_grad()
     def initialize(self, rng: torch.Generator) -> None:
-        """Without bias and noise at first; a residual layer adds almost nothing."""
+        """Set bias, noise strength and layer scale to their small initial values."""
         self.bias.zero_()
         self.noise_strength.zero_()
         if self.layer_scale is not None:
@@ -261,7 +275,7 @@ class ToImage(nn.Module):
 
     @torch.no_grad()
     def initialize(self, rng: torch.Generator) -> None:
-        """Without bias at first."""
+        """Set the bias to zero."""
         self.bias.zero_()
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
@@ -274,7 +288,7 @@ class FourierInput(nn.Module):
     """Fourier features of a grid, mixed by a trained matrix, in place of a learned constant (StyleGAN3,
     section 3.1; StyleGAN-T, figure 3a).
 
-    Frequencies are uniform in the disk of radius BANDWIDTH, phases uniform; both stay as they are drawn.
+    Frequencies are uniform in the disk of radius BANDWIDTH, phases uniform; neither is trained.
     """
 
     frequencies: Tensor
@@ -289,7 +303,7 @@ class FourierInput(nn.Module):
 
     @torch.no_grad()
     def initialize(self, rng: torch.Generator) -> None:
-        """Draw frequencies, phases and weights."""
+        """Sample frequencies, phases and weights."""
         channels = len(self.phases)
         angle = 2 * math.pi * torch.rand(channels, generator=rng)
         radius = BANDWIDTH * torch.rand(channels, generator=rng).sqrt()
@@ -298,27 +312,30 @@ class FourierInput(nn.Module):
         self.weight.normal_(generator=rng)
 
     def features(self, shift: tuple[float, float] = (0.0, 0.0)) -> Tensor:
-        """sin(2 pi (f . p + phase)) sqrt(2) at the grid's points p in [-1/2, 1/2]^2, moved by `shift`:
-        [C, h, w]."""
+        """Compute sin(2 pi (f . p + phase)) sqrt(2) at the grid points p: [C, h, w].
+
+        The points lie in [-1/2, 1/2]^2 and are moved by `shift` (y, x).
+        """
         device = self.phases.device
         y, x = (
-            (torch.arange(side, device=device) + 0.5) / side - 0.5 + moved
-            for side, moved in zip(self.size, shift, strict=True)
+            (torch.arange(side, device=device) + 0.5) / side - 0.5 + offset
+            for side, offset in zip(self.size, shift, strict=True)
         )
         turns = self.frequencies[:, 0, None, None] * y[:, None] + self.frequencies[:, 1, None, None] * x
         return torch.sin(2 * math.pi * (turns + self.phases[:, None, None])) * math.sqrt(2)
 
     def forward(self, rows: int) -> Tensor:
-        """The input of `rows` rows, [B, C, h, w]."""
+        """Return the input of the first block for `rows` rows, [B, C, h, w]."""
         mixed = torch.einsum("oc,chw->ohw", self.weight * len(self.phases) ** -0.5, self.features())
         return mixed.expand(rows, *mixed.shape)
 
 
 class SynthesisBlock(nn.Module):
-    """One resolution: an upsampling convolution (not in the first block), `residual_blocks` residual ones
-    (plain ones without `residual`), and a contribution to the image (StyleGAN-T, figure 3b). A shard unit.
+    """The layers of one resolution (StyleGAN-T, figure 3b). A shard unit.
 
-    attention: a module (x, tokens, mask) -> x after the convolutions, or None.
+    An upsampling convolution (not in the first block), `residual_blocks` residual convolutions (plain ones
+    without `residual`), attention if there is one, and a contribution to the image. attention: a module (x,
+    tokens, mask) -> x.
     """
 
     def __init__(
@@ -338,10 +355,10 @@ class SynthesisBlock(nn.Module):
         super().__init__()
         options = {"kernels": kernels, "second_order": second_order}
         self.up = up
-        first = [SynthesisConv(inputs, outputs, width, up=True, **options)] if up else []  # type: ignore[arg-type]
+        upsampling = [SynthesisConv(inputs, outputs, width, up=True, **options)] if up else []  # type: ignore[arg-type]
         self.convs = nn.ModuleList(
             [
-                *first,
+                *upsampling,
                 *(
                     SynthesisConv(outputs, outputs, width, residual=residual, **options)  # type: ignore[arg-type]
                     for _ in range(residual_blocks)
@@ -361,9 +378,12 @@ class SynthesisBlock(nn.Module):
         mask: Tensor | None = None,
         skip: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x [B, C_in, h, w], the image so far [B, c, h, w] or None, w [B, D], noise [B, convolutions, H, W],
-        tokens [B, L, D'] of the text with their mask [B, L], and features [B, C_out, H, W] to add after the
-        first convolution -> features and image at this resolution."""
+        """x [B, C_in, h, w] -> (features [B, C_out, H, W], image [B, c, H, W]) at this resolution.
+
+        image: the image of the blocks so far [B, c, h, w], or None. w: [B, D]. noise: [B, convolutions, H,
+        W]. tokens: [B, L, D'] of the text, with their mask [B, L]. skip: features [B, C_out, H, W] of a
+        U-Net's encoder, added after the first convolution.
+        """
         for number, conv in enumerate(self.convs):
             x = conv(x, w, noise[:, number : number + 1].to(x.dtype))
             if skip is not None and number == 0:
@@ -376,9 +396,9 @@ class SynthesisBlock(nn.Module):
         return x, (upsample(image) if self.up else image) + added
 
 
-def noise_sizes(blocks: Sequence[nn.Module], first: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """The shape (convolutions, h, w) of each block's spatial noise; `first`: the size of the first block."""
-    sizes, (height, width) = [], first
+def noise_sizes(blocks: Sequence[nn.Module], first_size: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """Shape (convolutions, h, w) of each block's spatial noise. first_size: input size of the first block."""
+    sizes, (height, width) = [], first_size
     for block in blocks:
         assert isinstance(block, SynthesisBlock)
         factor = 2 if block.up else 1
@@ -388,20 +408,21 @@ def noise_sizes(blocks: Sequence[nn.Module], first: tuple[int, int]) -> list[tup
 
 
 def split_noise(noise: Tensor, sizes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
-    """Numbers [B, N] as one tensor [B, convolutions, h, w] for each block, in order."""
+    """Split noise [B, N] into one tensor [B, convolutions, h, w] per block, in order."""
     parts = noise.split([math.prod(size) for size in sizes], dim=1)
     return [part.view(len(noise), *size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def initialize(network: nn.Module, rng: torch.Generator) -> None:
-    """Draw the weights of all layers, inner layers first, in the order of the network.
+    """Sample the weights of all layers with `rng`, inner layers first, in the order of the network.
 
-    Normalizations keep torch's initial values.
+    It calls the method `initialize(rng)` of each layer that has one. Embeddings are N(0, 1), and
+    normalizations keep torch's initial values.
     """
     for child in network.children():
         initialize(child, rng)
     if isinstance(network, nn.Embedding):
         nn.init.normal_(network.weight, generator=rng)
-    draw: Callable[[torch.Generator], None] | None = getattr(network, "initialize", None)
-    if draw is not None:
-        draw(rng)
+    initialize_layer: Callable[[torch.Generator], None] | None = getattr(network, "initialize", None)
+    if initialize_layer is not None:
+        initialize_layer(rng)

@@ -1,7 +1,6 @@
 """The generator of StyleGAN-T (arXiv 2301.09515, section 3.1, figure 3, table 4) as a student.
 
-Written from the paper. What it leaves open, and the counts of parameters: method.md "GANs with styles as
-students".
+Written from the paper. Unspecified choices and parameter counts: method.md "GANs with styles as students".
 """
 
 from collections.abc import Sequence
@@ -25,8 +24,9 @@ from distill.models.style_layers import FourierInput, MappingNetwork, SynthesisB
 class StyleGANT(StyleGenerator):
     """Fourier features, then blocks with second-order styles of w = [f(z), c]: the text bypasses f.
 
-    Without `residual`, `second_order` and `text_bypass` it is the generator before the changes of section
-    3.1, but for the layers of StyleGAN3: first-order styles of w = f([z, c]), plain convolutions.
+    With the settings `residual`, `second_order` and `text_bypass` off, it is the generator before the changes
+    of section 3.1, with plain convolutions and first-order styles of w = f([z, c]), but without the layers of
+    StyleGAN3.
     """
 
     def __init__(
@@ -37,15 +37,18 @@ class StyleGANT(StyleGenerator):
         sizes = block_sizes((size[0], size[1]))
         widths = [channels_at(size, config.channel_base, config.channel_max) for size in sizes]
         self.first_size = sizes[0]
-        self.text_bypass, text = config.text_bypass, self.condition_width
-        inputs = config.z_dim + (0 if config.text_bypass else text)
+
+        # The condition is an input either of the mapping network or of each style.
+        self.text_bypass = config.text_bypass
+        inputs = config.z_dim + (0 if config.text_bypass else self.condition_width)
+        style_inputs = config.w_dim + (self.condition_width if config.text_bypass else 0)
         self.mapping = MappingNetwork(inputs, config.w_dim, config.mapping_layers)
         self.input = FourierInput(widths[0], sizes[0])
         self.blocks = nn.ModuleList(
             SynthesisBlock(
                 widths[max(0, number - 1)],
                 channels,
-                config.w_dim + (text if config.text_bypass else 0),
+                style_inputs,
                 image_channels,
                 up=number > 0,
                 residual_blocks=config.residual_blocks,
@@ -63,18 +66,20 @@ class StyleGANT(StyleGenerator):
         mask: Tensor | None,
         psi: float,
     ) -> list[BlockStyle]:
-        """w = [f(z), c] for every block, from noise [B, N] and the condition's vector [B, D] (or classes [B],
-        or None). Tokens and mask are not read."""
+        """Compute the style of each block: the same w = [f(z), c], and its own part of noise [B, N].
+
+        condition: a vector [B, D], class labels [B], or None. tokens and mask are not used.
+        """
         z, spatial = self.split(noise)
         c = self.embed(condition, z)
         if self.text_bypass:
-            w = torch.cat([self.mapped(z, psi), c], dim=1)
+            w = torch.cat([self.map_truncated(z, psi), c], dim=1)
         else:
-            w = self.mapped(torch.cat([z, c], dim=1), psi)
+            w = self.map_truncated(torch.cat([z, c], dim=1), psi)
         return [BlockStyle(w, part) for part in spatial]
 
     def draw(self, styles: Sequence[BlockStyle], prior: Tensor | None = None) -> Tensor:
-        """Styles of the blocks -> image [B, c, h, w]. The prior is not read."""
+        """Generate an image [B, c, h, w] from the style of each block. `prior` is not used."""
         return synthesize(self.blocks, self.input(len(styles[0].w)), styles)
 
 

@@ -1,5 +1,8 @@
-"""A student with text encoders of its own, which `d2g distill text` trains (StyleGAN-T, section 3.3, "Guiding
-the text encoder"). The discriminator and the guidance by CLIP keep those of the teacher."""
+"""A student with its own text encoders, trained by `d2g distill text`.
+
+Source: StyleGAN-T, section 3.3, "Guiding the text encoder". The discriminator keeps the text encoders of the
+teacher.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,11 +20,11 @@ from distill.config.student import StudentConfig
 from distill.models.student import DiffusionStudent, Student, freeze_by_pattern, set_trainable
 
 PREFIX = "conditioner."
-"""Before the names of the text encoders' tensors in a checkpoint and in an exported student."""
+"""Prefix of the names of the text encoders' tensors in checkpoints and exported students."""
 
 
 class TextStudent(DiffusionStudent):
-    """A student whose conditioning holds token ids: it runs its own text encoders on them.
+    """A student that takes token ids as conditioning and encodes them with its own text encoders.
 
     The weights of the text encoders are named conditioner.models.text_encoder.…
     """
@@ -35,17 +38,17 @@ class TextStudent(DiffusionStudent):
         self.conditioner = conditioner
 
     def forward(self, noise: Tensor, cond: Conditioning, guidance: Tensor | None = None) -> Tensor:
-        """noise [B, C, h, w], token ids of B rows as `tokenize` gives them -> latents [B, C, h, w], fp32."""
+        """noise [B, C, h, w] and token ids of B rows from `tokenize` -> scaled latents [B, C, h, w], fp32."""
         encoded: Conditioning = self.conditioner(cond.tensors["tokens"])
         return super().forward(noise, encoded.to(torch.float32), guidance)
 
     def tokenize(self, prompts: Sequence[str]) -> Conditioning:
-        """The token ids of B prompts, on the device of the network."""
+        """Convert B prompts to token ids, on the network's device."""
         device = next(self.network.parameters()).device
         return Conditioning({"tokens": to_device(self.conditioner.tokens(prompts), device)})
 
     def fake_tokens(self, rows: int) -> Conditioning:
-        """Token ids in the shape of `tokenize`, for planning without a tokenizer."""
+        """Return token ids 0 in the shape that `tokenize` returns, for planning without a tokenizer."""
         models: list[Any] = list(self.conditioner.models.values())
         length = models[0].config.max_position_embeddings
         shape = (rows, length) if len(models) == 1 else (rows, len(models), length)
@@ -53,10 +56,12 @@ class TextStudent(DiffusionStudent):
 
 
 def split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a student's network, and those of its own text encoders by their names in a conditioner;
-    the second is empty for a student that reads with its teacher's."""
-    own = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
-    return {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}, own
+    """Split a student's tensors into those of its network and those of its own text encoders.
+
+    The latter have their names in a conditioner. They are empty for a student that uses its teacher's.
+    """
+    text = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
+    return {name: t for name, t in tensors.items() if not name.startswith(PREFIX)}, text
 
 
 def check_text_teacher(teacher: str) -> None:
@@ -69,18 +74,21 @@ def check_text_teacher(teacher: str) -> None:
 
 
 def load_text_conditioner(teacher: str) -> CLIPConditioner:
-    """The teacher's text encoders, to become a student's own."""
+    """Load the teacher's text encoders, with which a student's own ones start."""
     conditioner = pretrained.load_conditioner(teacher)
     assert isinstance(conditioner, CLIPConditioner), "check_text_teacher must run first"
     return conditioner
 
 
 def text_conditioner_on_meta(teacher: str, with_tokenizers: bool = False) -> CLIPConditioner:
-    """The same without weights, and unless asked for without tokenizers, from configs alone."""
+    """Build the same conditioner on torch's meta device, from config files.
+
+    with_tokenizers: load the tokenizers, too.
+    """
     if with_tokenizers:
-        complete = pretrained.conditioner_on_meta(teacher)
-        assert isinstance(complete, CLIPConditioner), "check_text_teacher must run first"
-        return complete
+        with_weightless_encoders = pretrained.conditioner_on_meta(teacher)
+        assert isinstance(with_weightless_encoders, CLIPConditioner), "check_text_teacher must run first"
+        return with_weightless_encoders
     pipeline = open_pipeline(teacher)
     config = pretrained.load_on_meta(teacher, pipeline.family.network).config
     names = [name for name in pipeline.components if name.startswith("text_encoder")]
@@ -91,10 +99,11 @@ def text_conditioner_on_meta(teacher: str, with_tokenizers: bool = False) -> CLI
 
 
 def train_text_encoders(student: TextStudent, teacher: str, freeze: Sequence[str]) -> None:
-    """Require gradients for the text encoders alone, except for patterns in `freeze` and parameters that do
-    not reach the conditioning, such as the last layer of SDXL's first encoder.
+    """Switch gradients on for the text encoders and off for all other parameters.
 
-    Raises SettingError for a pattern that freezes nothing, and if nothing is left.
+    Parameters that match a pattern in `freeze` stay frozen, and so do those that do not influence the
+    conditioning, such as the last layer of SDXL's first encoder. Raises SettingError for a pattern that
+    freezes nothing, and if nothing is left to train.
     """
     student.requires_grad_(False)
     parameters = dict(student.conditioner.named_parameters())
@@ -104,19 +113,21 @@ def train_text_encoders(student: TextStudent, teacher: str, freeze: Sequence[str
 
 
 def _reach_conditioning(teacher: str) -> list[str]:
-    """Names of the parameters that the conditioning depends on, found on the meta device."""
+    """Names of the parameters that influence the conditioning: those with a gradient, on the meta device."""
     conditioner = text_conditioner_on_meta(teacher).requires_grad_(True)
     names, parameters = zip(*conditioner.named_parameters(), strict=True)
-    lengths: list[Any] = list(conditioner.models.values())
-    shape = (1, len(lengths)) if len(lengths) > 1 else (1,)
-    tokens = torch.zeros(*shape, lengths[0].config.max_position_embeddings, dtype=torch.int64, device="meta")
+    # Encode one row of tokens, and differentiate.
+    encoders: list[Any] = list(conditioner.models.values())
+    shape = (1, len(encoders)) if len(encoders) > 1 else (1,)
+    length = encoders[0].config.max_position_embeddings
+    tokens = torch.zeros(*shape, length, dtype=torch.int64, device="meta")
     outputs = [tensor.sum() for tensor in conditioner(tokens).tensors.values()]
-    slopes = torch.autograd.grad(outputs, parameters, allow_unused=True)
-    return [name for name, slope in zip(names, slopes, strict=True) if slope is not None]
+    gradients = torch.autograd.grad(outputs, parameters, allow_unused=True)
+    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None]
 
 
 def set_stage_trainable(student: Student, teacher: str, stage: str, config: StudentConfig) -> None:
-    """Require gradients for what a stage trains: the text encoders in stage `text`, else the network."""
+    """Switch gradients on for what a stage trains: the text encoders in stage `text`, else the network."""
     if stage == "text":
         assert isinstance(student, TextStudent), "the student of stage text has text encoders of its own"
         train_text_encoders(student, teacher, config.freeze)
@@ -127,5 +138,5 @@ def set_stage_trainable(student: Student, teacher: str, stage: str, config: Stud
 
 
 def text_modules(student: nn.Module) -> list[nn.Module]:
-    """A student's own text encoders, for FSDP2 to shard; none for a student that has none."""
+    """List a student's own text encoders, for FSDP2 to shard; empty for other students."""
     return list(student.conditioner.models.values()) if isinstance(student, TextStudent) else []

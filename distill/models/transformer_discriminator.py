@@ -22,15 +22,16 @@ from distill.models.feature_networks import equally_spaced
 
 
 class TransformerDiscriminator(nn.Module):
-    """D(x, z, c): token logits of every head, from a transformer that it takes over and trains.
+    """D(x, z, c): token logits of every head, from a transformer that is modified in place and trained.
 
-    The noise enters through a patch embedding that is zero at the start, added to the teacher's embedding of
-    x, so the trunk starts as the teacher. Heads read the image tokens after equally spaced blocks, the last
-    one after the last block, each with a 1x1 readout per token, at every scale in `token_scales`: averages
-    over squares of tokens. Heads are not zero, or no gradient would flow. `downscale`: pixels per latent.
+    - Noise: a patch embedding of z, which starts at zero, is added to the teacher's embedding of x. The trunk
+      therefore starts as the teacher.
+    - Heads: 1x1 convolutions on the image tokens after equally spaced blocks, up to the last, at every scale
+      in `token_scales`. A scale s averages the tokens over s x s squares. Heads do not start at zero, or no
+      gradient would reach the trunk.
 
-    Raises SettingError for more heads than blocks, and for scales that the grid of tokens does not have.
-
+    downscale: pixels per latent position. Raises SettingError for more heads than blocks, and for scales
+    larger than the grid of tokens.
     """
 
     def __init__(
@@ -44,16 +45,22 @@ class TransformerDiscriminator(nn.Module):
         self.scales = config.token_scales
         channels, *size = family.latent_shape(network.config)
         _check_scales(self.scales, [side // self.patch for side in size])
-        # The noise input, and a readout at each depth and scale.
+
+        # The noise input, and a head at each depth and scale.
         width = family.width(network.config)
         self.patch_z = None
         if config.z_conditioning:
             self.patch_z = nn.Conv2d(channels, width, self.patch, stride=self.patch, bias=False)
             nn.init.zeros_(self.patch_z.weight)
         self.heads = nn.ModuleDict(
-            {_head(depth, scale): nn.Conv2d(width, 1, 1) for depth in self.depths for scale in self.scales}
+            {
+                _head_name(depth, scale): nn.Conv2d(width, 1, 1)
+                for depth in self.depths
+                for scale in self.scales
+            }
         )
-        # What comes after the last block trains nothing.
+
+        # Layers after the last block get no gradient.
         self._frozen = ("",) if config.freeze_backbone else family.output_layers
         self.requires_grad_(True)
 
@@ -70,20 +77,22 @@ class TransformerDiscriminator(nn.Module):
     ) -> dict[str, Tensor]:
         """x and noise [B, C, h, w] and the conditioning of B rows -> logits [B, 1, h_s, w_s] per head.
 
-        t [B]: the time input, such as the noise level of x; None: the config's constant.
+        t [B]: the time input, such as the noise level of x; None is the constant `gan.timestep`.
         """
+        # Image tokens [B, L, D] after each block.
         network = self.transformer
         extra = None if self.patch_z is None else self.patch_z(noise).flatten(2).transpose(1, 2)
         time = self.timestep if t is None else t
         features = self.family.features(network, network.config, x, time, cond, self.downscale, extra)
-        # The tokens as maps, and their averages at further scales.
+
+        # Arrange the tokens as maps [B, D, h, w], and apply the heads of each scale.
         height, width = (side // self.patch for side in x.shape[-2:])
         logits = {}
         for depth in self.depths:
             tokens = features[depth - 1].transpose(1, 2).unflatten(2, (height, width))
             for scale in self.scales:
-                head = self.heads[_head(depth, scale)]
-                logits[_head(depth, scale)] = head(tokens if scale == 1 else F.avg_pool2d(tokens, scale))
+                name = _head_name(depth, scale)
+                logits[name] = self.heads[name](tokens if scale == 1 else F.avg_pool2d(tokens, scale))
         return logits
 
 
@@ -96,7 +105,7 @@ def _check_scales(scales: tuple[int, ...], grid: list[int]) -> None:
             )
 
 
-def _head(depth: int, scale: int) -> str:
+def _head_name(depth: int, scale: int) -> str:
     return f"block{depth}" if scale == 1 else f"block{depth}_pool{scale}"
 
 
@@ -109,7 +118,7 @@ def _family(teacher: str) -> TransformerFamily:
 def discriminator_from_transformer(
     teacher: str, config: DiscriminatorConfig, generator: torch.Generator
 ) -> TransformerDiscriminator:
-    """A discriminator with the teacher's weights; `generator` initializes the heads."""
+    """Build the discriminator with the teacher's weights. `generator` initializes the heads."""
     family = _family(teacher)
     network = pretrained.load_model(teacher, family.network)
     discriminator = TransformerDiscriminator(network, family, config, pretrained.latent_downscale(teacher))
@@ -122,7 +131,7 @@ def discriminator_from_transformer(
 
 
 def _on_meta(teacher: str, config: DiscriminatorConfig) -> TransformerDiscriminator:
-    """The same network without weights."""
+    """Build the same network on torch's meta device, without weights."""
     family, downscale = _family(teacher), pretrained.latent_downscale(teacher)
     with torch.device("meta"):
         network = pretrained.load_on_meta(teacher, family.network)

@@ -1,4 +1,4 @@
-"""Two discriminators at once, such as unet+projected: one on latents, one on decoded pixels (as ADM)."""
+"""Two discriminators in one run, such as unet+projected: on latents, and on decoded pixels (as in ADM)."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ from distill.models.discriminator_kind import DiscriminatorKind
 
 
 class TwoDiscriminators(nn.Module):
-    """The logits of both. Heads of the second begin with its name and a dot, and have a loss of their own."""
+    """Returns the logits of both discriminators. Heads of the second are named NAME.HEAD and have their own
+    loss (`adversarial.by_discriminator`)."""
 
     def __init__(self, first: nn.Module, second: nn.Module, name: str) -> None:
         super().__init__()
@@ -23,35 +24,36 @@ class TwoDiscriminators(nn.Module):
             part.requires_grad_(requires_grad)
         return self
 
-    def attach(self, view: nn.Module) -> None:
-        """Let the second read through these frozen networks."""
-        self.second.attach(view)  # type: ignore[operator]
+    def attach(self, pixel_features: nn.Module) -> None:
+        """Give the second discriminator its frozen networks, with weights."""
+        self.second.attach(pixel_features)  # type: ignore[operator]
 
     def forward(
         self, x: Tensor, noise: Tensor, cond: Conditioning, t: Tensor | None, draws: Tensor
     ) -> dict[str, Tensor]:
-        """Inputs of both -> logits [B, 1, h_s, w_s] per head of both."""
+        """x and noise [B, C, h, w], conditioning of B rows, t [B] or None, draws [B, n] -> logits
+        [B, 1, h_s, w_s] by head."""
         second = self.second(x, noise, cond, t, draws)
         return {**self.first(x, noise, cond, t), **{f"{self.name}.{head}": v for head, v in second.items()}}
 
 
-def both(first: DiscriminatorKind, second: DiscriminatorKind) -> DiscriminatorKind:
-    """The kind that trains the two together. The first one takes no random numbers of its rows."""
-    assert not first.draws and first.open_view is None
+def combine_kinds(first: DiscriminatorKind, second: DiscriminatorKind) -> DiscriminatorKind:
+    """Return the kind that trains both discriminators. The first must not need random integers per row."""
+    assert not first.draws and first.open_pixel_features is None
 
-    # Each function builds the parts with their own kinds and joins the results.
+    # Each function calls that of both kinds and combines the results.
     def build(teacher: str, config: DiscriminatorConfig, rng: torch.Generator) -> TwoDiscriminators:
         return TwoDiscriminators(
             first.build(teacher, config, rng), second.build(teacher, config, rng), second.name
         )
 
     def build_on_meta(teacher: str, config: DiscriminatorConfig) -> TwoDiscriminators:
-        parts = [kind.build_on_meta(teacher, config) for kind in (first, second)]
-        return TwoDiscriminators(parts[0], parts[1], second.name)
+        return TwoDiscriminators(
+            first.build_on_meta(teacher, config), second.build_on_meta(teacher, config), second.name
+        )
 
     def shard_units(teacher: str, network: Any) -> list[nn.Module]:
-        units = [*first.shard_units(teacher, network.first)]
-        return [*units, *second.shard_units(teacher, network.second)]
+        return [*first.shard_units(teacher, network.first), *second.shard_units(teacher, network.second)]
 
     return DiscriminatorKind(
         name=f"{first.name}+{second.name}",
@@ -62,5 +64,5 @@ def both(first: DiscriminatorKind, second: DiscriminatorKind) -> DiscriminatorKi
         settings=tuple(dict.fromkeys((*first.settings, *second.settings, "projected_weight"))),
         draws=second.draws,
         check=first.check,
-        open_view=second.open_view,
+        open_pixel_features=second.open_pixel_features,
     )

@@ -149,6 +149,7 @@ def discriminator_input(gan: DiscriminatorConfig, b: FakeBatch) -> Discriminator
     return DiscriminatorInput(b.latents, b.latents, b.cond, None, draws)
 
 
-def frozen_views(discriminator: nn.Module) -> list[nn.Module]:
-    """The frozen networks that a discriminator reads through, or its part that has some."""
-    return [part.view for part in discriminator.modules() if isinstance(part, ProjectedDiscriminator)]
+def pixel_features_of(discriminator: nn.Module) -> list[nn.Module]:
+    """The frozen feature networks of a discriminator, or of its part on pixels; none for other kinds."""
+    parts = [part for part in discriminator.modules() if isinstance(part, ProjectedDiscriminator)]
+    return [part.pixel_features for part in parts]

@@ -3,7 +3,7 @@
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig
 from distill.models.discriminators import DISCRIMINATORS
-from distill.models.pixel_view import FrozenView
+from distill.models.pixel_features import PixelFeatures
 from distill.planning.fake_networks import known_teacher
 
 
@@ -12,17 +12,17 @@ def feature_notes(config: DistillConfig, model: str) -> list[str]:
 
     model: a key of `reference_models.NAMES`, which stands in for a teacher that is not on this disk.
     """
-    open_view = DISCRIMINATORS[config.gan.discriminator].open_view
+    open_pixel_features = DISCRIMINATORS[config.gan.discriminator].open_pixel_features
     with known_teacher(config, model) as known:
-        if not config.adversarial or open_view is None or known is None:
+        if not config.adversarial or open_pixel_features is None or known is None:
             return []
-        view = open_view(known.teacher, known.gan, True)
-        assert isinstance(view, FrozenView)
+        features = open_pixel_features(known.teacher, known.gan, True)
+        assert isinstance(features, PixelFeatures)
         _, height, width = pretrained.latent_shape(known.teacher)
-        millions = sum(p.numel() for p in view.networks.parameters()) / 1e6
-    crop = f"{min(view.side, height)}x{min(view.side, width)} of {height}x{width} latents"
+        millions = sum(p.numel() for p in features.networks.parameters()) / 1e6
+    crop = f"{min(features.side, height)}x{min(features.side, width)} of {height}x{width} latents"
     return [
-        f"discriminator {config.gan.discriminator}: {len(view.names)} heads on "
+        f"discriminator {config.gan.discriminator}: {len(features.names)} heads on "
         f"{', '.join(config.gan.feature_networks)} ({millions:.1f} M frozen parameters) at "
         f"{config.gan.feature_size} px, from {crop}"
     ]

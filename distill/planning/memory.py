@@ -38,9 +38,9 @@ from distill.planning.fake_networks import (
     discriminator_input,
     fake_batch,
     fake_forward,
-    frozen_views,
     known_teacher,
     latent_metric,
+    pixel_features_of,
     to_fake,
 )
 from distill.planning.reference_models import NAMES
@@ -84,8 +84,8 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     # The first backward pass of a process decides whether autograd starts threads. On fake tensors it would
     # start some, and processes forked from this one could not train.
     torch.ones((), requires_grad=True).backward()
-    view = [] if discriminator is None else frozen_views(discriminator)
-    frozen += _bytes(p for network in view for p in network.parameters())
+    feature_networks = [] if discriminator is None else pixel_features_of(discriminator)
+    frozen += _bytes(p for network in feature_networks for p in network.parameters())
     frozen += _bytes(student.parameters()) if config.stage == "cd" else 0.0  # the teacher
     guide = build_clip_guidance(config.clip_guidance, config.teacher, "meta")
     frozen += _bytes(guide.parameters()) if guide is not None else 0.0
@@ -95,7 +95,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     with FakeTensorMode():
         if metric is not None:
             to_fake(metric)
-        for network in (student, discriminator, *view):
+        for network in (student, discriminator, *feature_networks):
             if network is not None:
                 to_fake(network)
         if config.engine.frozen_weights == "bf16":
@@ -107,7 +107,7 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
             if discriminator is not None:
                 kind = DISCRIMINATORS[config.gan.discriminator]
                 engine.recompute(list(kind.shard_units(config.teacher, discriminator)))
-            for network in view:
+            for network in feature_networks:
                 engine.recompute(network.layers())  # type: ignore[operator]
         working = _working_bytes(config, world_size, student, discriminator, distances, metric)
         if guide is not None:
@@ -254,7 +254,7 @@ def _discriminator_bytes(
 ) -> float:
     """Bytes of D's update: activations of real and fake rows, the gradient penalty, or the optimizer step."""
     # Frozen networks that it reads through count as part of it.
-    network = nn.ModuleList([discriminator, *frozen_views(discriminator)])
+    network = nn.ModuleList([discriminator, *pixel_features_of(discriminator)])
     shards = _shards(config.engine, world_size)
     inputs = partial(discriminator_input, config.gan)
     graph = _activations(config, network, student, lambda b: discriminator(*inputs(b).args))

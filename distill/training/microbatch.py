@@ -1,7 +1,7 @@
-"""The random numbers and rows of one step: the same for any number of processes and micro-batches.
+"""Prepare the rows and random numbers of one step: the same for any number of processes and micro-batches.
 
-Random numbers are drawn for the whole batch, from (seed, images seen), and each process takes those of its
-rows; or for each row, from (seed, number of the row).
+Some random numbers are drawn for the whole batch from (seed, images seen), and each process takes those of
+its rows. Others are drawn for each row from (seed, number of the row since the run began).
 """
 
 from collections.abc import Callable, Sequence
@@ -33,44 +33,49 @@ from pairgen.store.hdf5 import PairBatch
 
 @dataclass(frozen=True)
 class StepRandomness:
-    """The random numbers of one step, for the batch of B rows over all processes."""
+    """The random numbers of one step for all B rows of the batch, on the CPU, equal on every process."""
 
     transforms: Transforms  # of the regression loss
-    mix: Tensor  # [B] in (0, 1): which rows are mismatched, and how
-    levels: Tensor | None  # [B] D's time inputs; None: its constant
-    draws: Tensor | None  # [3, B, D] integers of real, fake and the student's rows, for kinds that take them
-    penalized_rows: list[int]  # rows for single-sample R1, drawn in every step, due or not; else empty
-    clip_crops: Tensor  # [B, 2] in [0, 1): crops of the student's images that CLIP sees
-    consistency_levels: Tensor | None  # [B] numbers of noise levels, 1 to N - 1
-    nimg: int  # number of the first row since the run began
+    mix: Tensor  # [B] in [0, 1): which rows mix-and-match replaces, and how
+    levels: Tensor | None  # [B] time inputs of D; None: D uses its constant
+    draws: Tensor | None  # [3, B, n] integers for D's real rows, its fake rows, and the rows of G's loss
+    penalized_rows: list[int]  # rows of single-sample R1, sampled in every step, also where R1 is not due
+    clip_crops: Tensor  # [B, 2] in [0, 1): positions of the crops that CLIP sees
+    consistency_levels: Tensor | None  # [B] indices of noise levels, 1 to N - 1
+    nimg: int  # images seen before the step: the number of its first row
 
 
 @dataclass
 class MicroBatch:
-    """b rows that pass through the networks together, and what a step computes of them."""
+    """b rows that pass through the networks together, and the tensors that a step computes from them.
+
+    Tensors lie on the run's device. `consistency_*` belong to consistency distillation.
+    """
 
     prompts: list[str]
-    noise: Tensor  # [b, C, h, w] fp32, of the pairs: what D is conditioned on
-    student_noise: Tensor  # [b, *noise_shape] fp32, of the pairs or the student's own: what it draws from
+    noise: Tensor  # [b, C, h, w] fp32, the noise of the pairs, which conditions D
+    student_noise: Tensor  # [b, *noise_shape] fp32, the student's input: the same, or its own noise
     target: Tensor  # [b, C, h, w] fp32, the teacher's latents
     cond: Conditioning
-    student_cond: Conditioning  # `cond`, or the token ids of a student with text encoders of its own
+    student_cond: Conditioning  # `cond`, or token ids for a student with its own text encoders
     guidance: tuple[Tensor, ...]  # (scales [b],) for a student with an added guidance input
     transforms: Transforms
     rows: range  # numbers of the rows since the run began
-    dropout_keys: Tensor | None  # [b] of the student's dropout
-    # Of the second stage:
-    mix_mode: Tensor  # [b] how each fake row is mismatched, 0: not
-    mix_partner: Tensor  # [b] the row that it is mismatched with
+    dropout_keys: Tensor | None  # [b] keys of the student's dropout masks
+    # For the discriminator:
+    mix_mode: Tensor  # [b] mode of `sample_mismatches`: 0 is not mismatched
+    mix_partner: Tensor  # [b] the row with which it is mismatched
     t: Tensor | None  # [b] D's time inputs
-    augment_noise: tuple[Tensor | None, Tensor | None]  # added before D to the real and to the fake rows
-    r1_noise: Tensor | None  # of the approximated R1
-    draws: tuple[Tensor | None, ...] = (None,) * 3  # [b, D] of real, fake and the student's rows
-    clip_text: Tensor | None = None  # [b, D] unit vectors of the prompts, for guidance by CLIP
-    clip_texts: Tensor | None = None  # [B, D] those of the whole batch, for the contrastive form
+    augment_noise: tuple[Tensor | None, Tensor | None]  # [b, C, h, w] added to real and to fake rows before D
+    r1_noise: Tensor | None  # [b, C, h, w] perturbation of the approximate R1
+    draws: tuple[Tensor | None, ...] = (None,) * 3  # [b, n] of D's real rows, its fake rows, and G's rows
+    # For CLIP guidance:
+    clip_text: Tensor | None = None  # [b, D] unit vectors of the prompts
+    clip_texts: Tensor | None = None  # [B, D] unit vectors of the whole batch, for the contrastive loss
     clip_crops: Tensor | None = None  # [b, 2] in [0, 1)
-    consistency_level: Tensor | None = None  # [b] number of the noise level, 1 to N - 1
+    consistency_level: Tensor | None = None  # [b] index of the noise level, 1 to N - 1
     consistency_noise: Tensor | None = None  # [b, C, h, w] of unit variance
+    # Set during the step:
     generated: Tensor = field(init=False)  # [b, C, h, w] the student's latents
     d_real: DiscriminatorInput = field(init=False)
     d_fake: DiscriminatorInput = field(init=False)
@@ -79,12 +84,12 @@ class MicroBatch:
 class StepPreparation:
     """Turns a batch of pairs into the micro-batches and random numbers of one step on this process.
 
-    `gan` is None in the regression stage. `microbatches`: per step and process. `dropout`: whether the
-    student has dropout. `student`: says what noise it takes, and what it sees of a row's latents.
-    `encode_for_student`: gives the input of a student with text encoders of its own; other students take
-    what `encode` gives. `embedded_guidance`: whether the teacher's network takes the guidance scale as an
-    input, which is part of the conditioning then, for student and discriminator. `noise_levels`: number of
-    them in consistency distillation, 0 in other stages.
+    batch_size: rows of a step, over all ranks. microbatches: number per step and process. dropout: whether
+    the student has dropout. gan: discriminator settings; None in the regression stage. encode: prompts ->
+    conditioning. encode_for_student: prompts -> token ids, for a student with its own text encoders; other
+    students take the result of `encode`. embedded_guidance: whether the teacher's network has an input for
+    the guidance scale; then the scale is part of the conditioning of student and discriminator. noise_levels:
+    number of levels in consistency distillation; 0 in other stages.
     """
 
     def __init__(
@@ -115,24 +120,31 @@ class StepPreparation:
         self.encode_for_student = encode_for_student
 
     def __call__(self, batch: PairBatch, nimg: int) -> tuple[list[MicroBatch], StepRandomness]:
-        """The step at `nimg` images. Everything that it needs from the CPU is copied here, before its first
-        forward pass: a copy in the middle of a step would wait until the GPU has finished its queue.
+        """Prepare the step after `nimg` images. `batch`: this process's rows.
+
+        All tensors are copied to the device here, before the first forward pass: a copy in the middle of a
+        step would wait until the GPU has finished its queue.
         """
         shape = (batch.noise.shape[1], batch.noise.shape[2], batch.noise.shape[3])
         randomness = self.sample_step_randomness(shape, nimg)
+
+        # The conditioning: text or class, guidance scale, and the latents of a cascade's earlier stage.
         noise, target = (to_device(x, self.device).float() for x in (batch.noise, batch.latents))
         cond = self.encode(batch.prompts)
         if self.embedded_guidance:
             cond = cond.with_guidance(*scales(batch))
         if batch.condition is not None:
             cond = cond.with_prior(batch.condition)
-        # A student of its own kind sees its own part of a row's latents.
-        if (small := self.student.prior_of(target)) is not None:
-            cond = cond.with_prior(small)
-        target = self.student.real_view(target)
+
+        # An upsampler is conditioned on reduced latents; a generator that grows is compared at its own size.
+        if (small_latents := self.student.small_latents(target)) is not None:
+            cond = cond.with_prior(small_latents)
+        target = self.student.limit_detail(target)
         student_cond = self.encode_for_student(batch.prompts) if self.encode_for_student else cond
+
+        # Split this process's rows into micro-batches.
         rows = len(batch.prompts)
-        size, first = rows // self.microbatches, process_group.rank() * rows
+        size, first_row = rows // self.microbatches, process_group.rank() * rows
         clip_text, clip_texts = self._clip_texts(batch.prompts, size)
         microbatches = [
             self._microbatch(
@@ -142,7 +154,7 @@ class StepPreparation:
                 cond,
                 student_cond,
                 slice(start, start + size),
-                first + start,
+                first_row + start,
                 shape,
                 randomness,
                 None if clip_text is None else clip_text[start : start + size],
@@ -153,42 +165,49 @@ class StepPreparation:
         return microbatches, randomness
 
     def _clip_texts(self, prompts: Sequence[str], size: int) -> tuple[Tensor | None, Tensor | None]:
-        """Unit vectors for guidance by CLIP, encoded in parts of `size`: of this process's prompts, and for
-        the contrastive form of the whole batch; None where they are not needed."""
-        guide = self.clip_guidance
-        if guide is None:
+        """Encode prompts for CLIP guidance, `size` at a time, as unit vectors.
+
+        Returns those of this process's prompts, and, for the contrastive loss, those of the whole batch.
+        Either is None where it is not needed.
+        """
+        clip = self.clip_guidance
+        if clip is None:
             return None, None
-        parts = [guide.encode(prompts[start : start + size]) for start in range(0, len(prompts), size)]
-        own = torch.cat(parts)
-        return own, process_group.join_rows(own) if guide.contrastive else None
+        parts = [clip.encode(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+        local = torch.cat(parts)
+        return local, process_group.join_rows(local) if clip.contrastive else None
 
     def sample_step_randomness(self, shape: tuple[int, int, int], nimg: int) -> StepRandomness:
-        """The random numbers of the step at `nimg` images. Each kind has its own stream: switching one off
-        does not change the others.
+        """Sample the random numbers of the step after `nimg` images. shape: of a row's latents, (C, h, w).
+
+        Each kind of number has its own stream, so switching one off does not change the others.
         """
 
-        def stream(kind: StepStream) -> torch.Generator:
-            return generator(self.seed, nimg, kind)
+        def rng_of(stream: StepStream) -> torch.Generator:
+            return generator(self.seed, nimg, stream)
 
+        # For the discriminator: crops and augmentations, time inputs, and rows of the penalty.
         size, gan = self.batch_size, self.gan
         levels, draws, penalized_rows = None, None, list[int]()
         if gan is not None:
             if count := DISCRIMINATORS[gan.discriminator].draws:
-                draws = torch.randint(2**24, (3, size, count), generator=stream(StepStream.VIEWS))
-            levels = self.noise_augment.levels(size, stream(StepStream.NOISE_LEVELS))
+                draws = torch.randint(2**24, (3, size, count), generator=rng_of(StepStream.VIEWS))
+            levels = self.noise_augment.levels(size, rng_of(StepStream.NOISE_LEVELS))
             if gan.active_penalty == "single":
-                penalized_rows = sample_penalty_rows(size, gan.r1_rows, stream(StepStream.PENALTY_ROWS))
+                penalized_rows = sample_penalty_rows(size, gan.r1_rows, rng_of(StepStream.PENALTY_ROWS))
+
+        # For consistency distillation: noise levels.
         consistency_levels = None
         if self.noise_levels:
-            rng = stream(StepStream.CONSISTENCY_LEVELS)
+            rng = rng_of(StepStream.CONSISTENCY_LEVELS)
             consistency_levels = torch.randint(1, self.noise_levels, (size,), generator=rng)
         return StepRandomness(
-            transforms=self.regression.draw(size, shape, stream(StepStream.TRANSFORMS)),
-            mix=torch.rand(size, generator=stream(StepStream.MIX)),
+            transforms=self.regression.draw(size, shape, rng_of(StepStream.TRANSFORMS)),
+            mix=torch.rand(size, generator=rng_of(StepStream.MIX)),
             levels=levels,
             draws=draws,
             penalized_rows=penalized_rows,
-            clip_crops=torch.rand(size, 2, generator=stream(StepStream.GUIDANCE_CROPS)),
+            clip_crops=torch.rand(size, 2, generator=rng_of(StepStream.GUIDANCE_CROPS)),
             consistency_levels=consistency_levels,
             nimg=nimg,
         )
@@ -201,36 +220,44 @@ class StepPreparation:
         cond: Conditioning,
         student_cond: Conditioning,
         local_rows: slice,
-        first: int,
+        first_row: int,
         shape: tuple[int, int, int],
         randomness: StepRandomness,
         clip_text: Tensor | None,
         clip_texts: Tensor | None,
     ) -> MicroBatch:
-        """Some of this process's rows; `first`: number of the first one in the whole batch."""
+        """Build the micro-batch of this process's rows `local_rows`.
+
+        `first_row`: position of its first row in the batch of all processes.
+        """
         gan, device, student = self.gan, self.device, self.student
-        # Numbers of the rows: within the batch, and since the start of the run.
+        # Positions of the rows in the batch, and their numbers since the run began.
         prompts = list(batch.prompts[local_rows])
-        batch_rows = slice(first, first + len(prompts))
+        batch_rows = slice(first_row, first_row + len(prompts))
         rows = range(randomness.nimg + batch_rows.start, randomness.nimg + batch_rows.stop)
-        # Mismatched rows, and the noise of the approximated penalty.
+
+        # Fraction of mismatched rows, and the perturbation of the approximate penalty.
         fraction, shares = (0.0, (1.0, 1.0, 1.0))
         r1_noise = None
         if gan is not None:
             fraction, shares = gan.mix_fraction, (gan.mix_x, gan.mix_c, gan.mix_z)
             if gan.active_penalty == "approx":
                 r1_noise = row_noise(generator(self.seed, Stream.R1_NOISE).initial_seed(), rows, shape)
-        # Noise of consistency distillation: new for each visit of an image.
+
+        # Noise of consistency distillation: new each time that an image is used.
         levels_of_rows, consistency_noise = randomness.consistency_levels, None
         if levels_of_rows is not None:
             consistency_noise = row_noise(
                 generator(self.seed, Stream.CONSISTENCY_NOISE).initial_seed(), rows, shape
             )
+
+        # Noise of a student that does not use that of the pairs.
         own_noise = None
         if student.own_noise:
             seed = generator(self.seed, Stream.GENERATOR_NOISE).initial_seed()
             own_noise = to_device(row_noise(seed, rows, student.noise_shape), device)
-        # Take this micro-batch's part of the random numbers, and copy it to the device.
+
+        # Select this micro-batch's part of the step's random numbers, and copy it to the device.
         mix_mode, mix_partner = sample_mismatches(prompts, fraction, randomness.mix[batch_rows], shares)
         transforms, levels = randomness.transforms, randomness.levels
         return MicroBatch(
@@ -272,15 +299,15 @@ class StepPreparation:
 def penalty_batches(
     microbatches: Sequence[MicroBatch], randomness: StepRandomness, penalty: Penalty
 ) -> list[tuple[DiscriminatorInput, DiscriminatorInput, float]]:
-    """(real, fake, weight in the mean over processes) of each pass of a gradient penalty on this process. All
-    processes have the same number of passes, because sharded networks are gathered by all together.
+    """List the passes of a gradient penalty on this process: (real, fake, weight in the mean over processes).
 
-    A pass of the single-sample form is one row. A process with fewer drawn rows than another one repeats its
-    first row with weight 0.
+    All processes have the same number of passes, because they gather sharded networks together. In the
+    single-sample form a pass has one row; a process with fewer sampled rows than another repeats its first
+    row with weight 0.
     """
     if penalty != "single":
         return [(m.d_real, m.d_fake, 1 / len(microbatches)) for m in microbatches]
-    # Which of the penalized rows lie on this process, as positions in its part of the batch.
+    # Penalized rows of this process, as positions in its part of the batch.
     size = len(microbatches[0].prompts)
     local, world = size * len(microbatches), process_group.world_size()
     local_rows = [
@@ -288,12 +315,15 @@ def penalty_batches(
         for row in randomness.penalized_rows
         if row // local == process_group.rank()
     ]
-    # Every process takes part in as many passes as the process with most rows.
+
+    # Every process makes as many passes as the process with the most rows.
     passes = max(sum(row // local == rank for row in randomness.penalized_rows) for rank in range(world))
     weight = world / len(randomness.penalized_rows)
-    rows = [(row, weight) for row in local_rows] + [(0, 0.0)] * (passes - len(local_rows))
+    weighted_rows = [(row, weight) for row in local_rows] + [(0, 0.0)] * (passes - len(local_rows))
+
+    # Take single rows out of the micro-batches.
     batches = []
-    for row, weight in rows:
+    for row, weight in weighted_rows:
         microbatch, position = microbatches[row // size], row % size
         batches.append((microbatch.d_real.row(position), microbatch.d_fake.row(position), weight))
     return batches

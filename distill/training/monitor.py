@@ -173,7 +173,7 @@ class RunMonitor:
         if not student.own_noise:
             return pairs
         own_noise = noise(self.seed, pairs.index.tolist(), student.noise_shape)
-        small = student.prior_of(pairs.latents.float())
+        small = student.small_latents(pairs.latents.float())
         return replace(pairs, noise=own_noise, condition=pairs.condition if small is None else small)
 
     @property

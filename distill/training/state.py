@@ -172,9 +172,11 @@ def state_of(
     build_student: Callable[[], Student],
     build_discriminator: Callable[[], nn.Module],
 ) -> State:
-    """The initial state of a run around the networks that these functions build. Under FSDP2 only rank 0
-    calls them."""
-    # The student, in the form that the engine asks for.
+    """Build the initial state of a run from functions that build its networks with weights.
+
+    Under FSDP2 only rank 0 calls these functions; other ranks build the networks without weights.
+    """
+    # The student, wrapped for the engine.
     student = _distribute(
         config.engine,
         config.train.bf16,
@@ -184,7 +186,7 @@ def state_of(
         lambda net: [net.network, *text_modules(net)],
         lambda net: STUDENTS[config.student.kind].shard_units(config.teacher, net),
     )
-    # The discriminator of the second stage, with the frozen networks that it reads through.
+    # The discriminator of the GAN stage, with its frozen feature networks if it reads pixels.
     discriminator: DistributedModule | None = None
     optim_d: torch.optim.Optimizer | None = None
     if config.adversarial:
@@ -198,7 +200,7 @@ def state_of(
             lambda net: [net],
             lambda net: kind.shard_units(config.teacher, net),
         )
-        _attach_view(kind, config, discriminator.module, device)
+        _attach_pixel_features(kind, config, discriminator.module, device)
         optim_d = optimizer(discriminator.module, config.gan.optim, config.engine.offload_optimizer)
     # The average starts as the student's own weights.
     ema = EMA(student.module, config.train.ema_decay, config.train.ema_start_images)
@@ -213,16 +215,16 @@ def state_of(
     )
 
 
-def _attach_view(
+def _attach_pixel_features(
     kind: DiscriminatorKind, config: DistillConfig, discriminator: Any, device: torch.device
 ) -> None:
-    """Load the frozen networks that the discriminator reads through, if any. Call it on every rank."""
-    if kind.open_view is None:
+    """Load the frozen feature networks of a discriminator on pixels, if it is one. Call it on every rank."""
+    if kind.open_pixel_features is None:
         return
-    view = kind.open_view(config.teacher, config.gan, False).to(device)
+    pixel_features = kind.open_pixel_features(config.teacher, config.gan, False).to(device)
     if config.engine.activation_checkpointing:
-        parallel.recompute(view.layers())  # type: ignore[operator]
-    discriminator.attach(view)
+        parallel.recompute(pixel_features.layers())  # type: ignore[operator]
+    discriminator.attach(pixel_features)
 
 
 def _distribute(

@@ -1,4 +1,7 @@
-"""The life of a training run, for both stages. The method itself is in distill/training/step.py."""
+"""Run the training of a stage from start to end: open, loop, report, save, resume.
+
+The method itself is in distill/training/step.py.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,28 +59,33 @@ from pairgen.store.hdf5 import PairBatch
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSummary:
-    """What `train` left in the run folder. `loss`: the last report's terms; `checkpoint`: the newest
-    folder.
-    """
+    """Result of `train`."""
 
     out: str
     images: int
+    """Images that the run has trained on, over all ranks and restarts."""
     steps: int
     seconds: float
+    """Wall-clock time of this call, without opening the run."""
     images_per_sec: float
     loss: dict[str, float]
+    """Unweighted loss terms of the last report."""
     checkpoint: str
+    """Folder of the newest checkpoint."""
 
 
 def train(
     config: DistillConfig, out: Path, progress: Progress = quiet, validate: Validate | None = None
 ) -> TrainSummary:
-    """Run one stage to its end, or resume from the newest checkpoint in `out`. Call on every rank.
+    """Train one stage to its end, or resume from the newest checkpoint in `out`. Call it on every rank.
 
-    `validate` measures the student at each validation, beside the held-out pairs. Raises UserError for inputs
-    that do not fit together, FloatingPointError at the first loss or gradient that is not finite (no update
-    has used it), collapse.Collapse when configured to stop at a collapse, Interrupted on Ctrl-C. The newest
-    checkpoint stays complete.
+    `validate` is an additional measurement at each validation, after that on held-out pairs. The newest
+    checkpoint is complete whenever and however this function ends. It raises:
+
+    - UserError for inputs that do not fit together, and SettingError for wrong settings;
+    - FloatingPointError at the first loss or gradient that is not finite, before an update uses it;
+    - collapse.Collapse at a collapse, if `train.on_collapse` is stop;
+    - Interrupted on Ctrl-C or SIGTERM, after a checkpoint.
 
     >>> import tempfile
     >>> from distill import train
@@ -93,7 +101,7 @@ def train(
     >>> train(config, folder / "run").images
     4
     """
-    # Check settings before the processes meet: later, a process that leaves would block the others.
+    # Check the settings before the process group exists: later, other ranks would wait for one that fails.
     _refuse_other_folders(out)
     validate_config(config)
     family = family_of(config.teacher)
@@ -109,6 +117,8 @@ def train(
         )
     if validate is None and config.train.validate_images and not config.train.validate_pairs:
         raise SettingError("train.validate_images needs pairs, or --validate PROTOCOL; set it to 0")
+
+    # Train as the only owner of the folder. If another rank dies, say so instead of its symptom here.
     try:
         device = process_group.init()
         config = decide_precision(config, device, out)
@@ -117,8 +127,8 @@ def train(
     except RuntimeError as error:
         if not process_group.lost_peer(error):
             raise
-        last = checkpoint.latest(out / "checkpoints")
-        where = f"from {last.folder}" if last else "from the start"
+        newest = checkpoint.latest(out / "checkpoints")
+        where = f"from {newest.folder}" if newest else "from the start"
         raise UserError(
             f"another process of this run is gone (process {process_group.rank()} lost it); its own message "
             f"says why; the same command goes on {where}"
@@ -127,7 +137,7 @@ def train(
 
 @dataclass(kw_only=True)
 class _Run:
-    """An open run: everything that its loop works with."""
+    """An open run: the objects that its loop uses."""
 
     config: DistillConfig
     out: Path
@@ -136,7 +146,7 @@ class _Run:
     monitor: RunMonitor
     writer: sharded_checkpoint.Writer
     pace: Pace
-    finite: FiniteCheck
+    finite_check: FiniteCheck
     prepare: StepPreparation
     context: StepContext
     batches: Iterator[PairBatch]
@@ -157,46 +167,56 @@ def _train(
     owner: FolderOwner,
 ) -> TrainSummary:
     run = _open_run(config, out, device, validate)
-    started, first = time.monotonic(), run.state.nimg
+    started, first_nimg = time.monotonic(), run.state.nimg
     with run.monitor.record_ending(), StopFlag() as stop:
         _loop(run, StopControl(config.train, stop, run.writer, owner), progress)
-    return _summary(out, run.log, run.state, config.train.images, first, time.monotonic() - started)
+    return _summary(out, run.log, run.state, config.train.images, first_nimg, time.monotonic() - started)
 
 
 def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: Validate | None) -> _Run:
-    """Load data, networks and losses, from the newest checkpoint if there is one."""
+    """Open the data, build networks, losses and the log, and load the newest checkpoint if there is one."""
     options, folder = config.train, out / "checkpoints"
     set_training_arithmetic(device, options.bf16)
     check_supported(config)
     if validate is not None:
         validate.open()  # an error now costs less than one at the first validation
     encode, kind, reader = open_rows(config, device)
-    # Load the losses with their frozen networks, and what makes real rows and previews.
+    # Losses with their frozen networks, photographs as real rows, and the VAE of previews.
     gan, shape = config.gan if config.adversarial else None, shape_of(reader)
     regression = build_regression(config, shape[0], device)
     noise_augment = build_noise_augmentation(gan, config.teacher, config.seed, device)
-    guide = build_clip_guidance(config.clip_guidance, config.teacher, device)
-    mixed = None if config.without_pairs else gan
-    mix_in_real_images = RealRows(mixed, config.teacher, config.seed, shape, kind, encode, device)
+    clip_guidance = build_clip_guidance(config.clip_guidance, config.teacher, device)
+    gan_with_pairs = None if config.without_pairs else gan  # without pairs, all rows are photographs already
+    mix_in_real_images = RealRows(gan_with_pairs, config.teacher, config.seed, shape, kind, encode, device)
     vae = pretrained.load_vae(config.teacher).to(device) if options.preview_prompts else None
-    # Networks, optimizers and the log start at the newest checkpoint, or at the first image.
-    last = agree_on_checkpoint(folder)
-    state = new_state(config, device, fresh=last is None)
+    # Networks, optimizers and the log, at the newest checkpoint or at the first image.
+    newest = agree_on_checkpoint(folder)
+    state = new_state(config, device, fresh=newest is None)
     autocast, logit_stats = _build_autocast(options.bf16, config.engine.parallel, device), LogitStats()
-    log = _resume(_open_log(config, out, reader, mix_in_real_images.images), state, last, options.loggers)
+    log = _resume(_open_log(config, out, reader, mix_in_real_images.images), state, newest, options.loggers)
 
-    # Build the step, and the batches in the order that resumes at this image.
+    # Checkpoints, speed, and the check for losses and gradients that are not finite.
     writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
-    at_peak = seconds_per_image_at_peak(config, device) if process_group.rank() == 0 else None
-    pace = Pace(log.read(), state.nimg, process_group.world_size(), at_peak)
-    finite = FiniteCheck(out, config.pairs, state, logit_stats, writer, device)
-    rows, distance = microbatch_size(config, process_group.world_size()), regression.validation_distance
+    peak_seconds = seconds_per_image_at_peak(config, device) if process_group.rank() == 0 else None
+    pace = Pace(log.read(), state.nimg, process_group.world_size(), peak_seconds)
+    finite_check = FiniteCheck(out, config.pairs, state, logit_stats, writer, device)
+
+    # Reports, previews and validation sample with the student.
     student = state.student.module
-    own_encode = student.tokenize if isinstance(student, TextStudent) else None
-    draw = StudentSampler(state.student, own_encode or encode, device, autocast)
-    guidance = sample_guidance(config.teacher, config.student, reader)
+    encode_for_student = student.tokenize if isinstance(student, TextStudent) else None
     monitor = RunMonitor(
-        options, config.seed, log, reader, shape, state, draw, distance, rows, vae, validate, guidance
+        options,
+        config.seed,
+        log,
+        reader,
+        shape,
+        state,
+        StudentSampler(state.student, encode_for_student or encode, device, autocast),
+        regression.validation_distance,
+        microbatch_size(config, process_group.world_size()),
+        vae,
+        validate,
+        sample_guidance(config.teacher, config.student, reader),
     )
     return _Run(
         config=config,
@@ -206,9 +226,9 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         monitor=monitor,
         writer=writer,
         pace=pace,
-        finite=finite,
+        finite_check=finite_check,
         prepare=_build_preparation(
-            config, state, regression, noise_augment, encode, own_encode, guide, device
+            config, state, regression, noise_augment, encode, encode_for_student, clip_guidance, device
         ),
         context=StepContext(
             state=state,
@@ -216,7 +236,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
             noise_augment=noise_augment,
             mix_in_real_images=mix_in_real_images,
             gan=config.gan,
-            clip_guidance=guide,
+            clip_guidance=clip_guidance,
             clip_weight=config.clip_guidance.weight,
             consistency=_build_consistency(config, device),
             student_optim=config.optim,
@@ -226,17 +246,19 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
             logit_stats=logit_stats,
             autocast=autocast,
             waiting=pace.waiting,
-            stop_updates=finite.stop_updates,
+            stop_updates=finite_check.stop_updates,
         ),
         batches=open_batches(config, reader, state.nimg, device),
-        resumed=last is not None,
+        resumed=newest is not None,
     )
 
 
-def _resume(log: RunLog, state: State, last: checkpoint.Checkpoint | None, loggers: Sequence[str]) -> RunLog:
-    """Weights, optimizers and the log go back to the same image."""
-    if last is not None:
-        state.load(last)
+def _resume(
+    log: RunLog, state: State, newest: checkpoint.Checkpoint | None, loggers: Sequence[str]
+) -> RunLog:
+    """Load the newest checkpoint if there is one, and drop lines of the log beyond its image."""
+    if newest is not None:
+        state.load(newest)
     log.rewind(state.nimg)
     log.attach(loggers, state.nimg)
     return log
@@ -245,7 +267,7 @@ def _resume(log: RunLog, state: State, last: checkpoint.Checkpoint | None, logge
 def _open_log(
     config: DistillConfig, out: Path, reader: PairRows | ImageRows, real: RealImages | None
 ) -> RunLog:
-    """The run's log. Raises UserError if the folder holds a run with other settings or inputs."""
+    """Open the run's log. Raises UserError if the folder holds a run with other settings or inputs."""
     inputs = describe_inputs(config, reader, reader.images if isinstance(reader, ImageRows) else real)
     settings = {**_split_config(config), "inputs": inputs}
     notes = same_inputs(out, config, reader, inputs)
@@ -254,7 +276,7 @@ def _open_log(
 
 
 def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
-    """Train until the run has all its images, its minutes are over, or somebody stops it."""
+    """Train until the run has seen all its images, its time limit is over, or a signal stops it."""
     config, state, monitor, writer = run.config, run.state, run.monitor, run.writer
     options = config.train
     checkpoints = CheckpointCallback(options, monitor, state, writer)
@@ -264,13 +286,15 @@ def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
         ValidationCallback(monitor, checkpoints, writer),
     )
     finished = state.nimg >= options.images
+
+    # A run that was killed between a checkpoint and its validation makes up for the validation now.
     if run.resumed and monitor.validation_missed():
         monitor.validate()
     while not finished:
         # Read pairs and draw the step's random numbers.
         with run.pace.waiting():
             batch = next(run.batches)
-        run.finite.begin_step(batch)
+        run.finite_check.begin_step(batch)
         microbatches, randomness = run.prepare(batch, state.nimg)
 
         # Update the networks.
@@ -278,9 +302,10 @@ def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
         state.nimg, state.steps = state.nimg + options.batch_size, state.steps + 1
         progress(config.stage, min(state.nimg, options.images), options.images)
 
-        # Stop if something was not finite: know it before anything is written, else one step later.
+        # Stop at a value that is not finite: before anything is written, otherwise one step later, so that
+        # the host does not wait for the device in every step.
         event = control.event(state.nimg, terms, microbatches)
-        run.finite.end_step(at_once=event.due)
+        run.finite_check.end_step(at_once=event.due)
 
         # Report, save, validate, stop.
         for callback in callbacks:
@@ -294,7 +319,9 @@ def _loop(run: _Run, control: StopControl, progress: Progress) -> None:
             )
 
 
-def _summary(out: Path, log: RunLog, state: State, images: int, first: int, seconds: float) -> TrainSummary:
+def _summary(
+    out: Path, log: RunLog, state: State, images: int, first_nimg: int, seconds: float
+) -> TrainSummary:
     newest = checkpoint.latest(out / "checkpoints")
     if newest is None:
         raise UserError(f"{out}: nothing to train, train.images is {images}")
@@ -305,14 +332,14 @@ def _summary(out: Path, log: RunLog, state: State, images: int, first: int, seco
         images=state.nimg,
         steps=state.steps,
         seconds=seconds,
-        images_per_sec=(state.nimg - first) / seconds if state.nimg > first else 0.0,
+        images_per_sec=(state.nimg - first_nimg) / seconds if state.nimg > first_nimg else 0.0,
         loss={k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")},
         checkpoint=str(newest.folder),
     )
 
 
 def _build_consistency(config: DistillConfig, device: torch.device) -> ConsistencyTarget | None:
-    """The teacher of consistency distillation; None in other stages."""
+    """Load the teacher that gives the targets of consistency distillation; None in other stages."""
     if config.stage != "cd":
         return None
     teacher = student_from_teacher(config.teacher, wrapper=ConsistencyStudent)
@@ -322,7 +349,7 @@ def _build_consistency(config: DistillConfig, device: torch.device) -> Consisten
 def _build_autocast(
     bf16: bool, parallel: str, device: torch.device
 ) -> Callable[[], AbstractContextManager[None]]:
-    """bf16 autocast where configured; FSDP2 casts by itself."""
+    """The autocast context of forward passes: bf16 under DDP if configured. FSDP2 casts by itself."""
     enabled = bf16 and parallel == "ddp"
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -333,8 +360,8 @@ def _build_preparation(
     regression: Regression,
     noise_augment: NoiseAugmentation,
     encode: TextCache,
-    own_encode: Callable[[Sequence[str]], Conditioning] | None,
-    guide: ClipGuidance | None,
+    encode_for_student: Callable[[Sequence[str]], Conditioning] | None,
+    clip_guidance: ClipGuidance | None,
     device: torch.device,
 ) -> StepPreparation:
     return StepPreparation(
@@ -346,31 +373,34 @@ def _build_preparation(
         regression=regression,
         noise_augment=noise_augment,
         encode=encode,
-        encode_for_student=own_encode,
+        encode_for_student=encode_for_student,
         device=device,
         student=state.student.module,  # type: ignore[arg-type]
         embedded_guidance=family_of(config.teacher).embedded_guidance is not None,
-        clip_guidance=guide,
+        clip_guidance=clip_guidance,
         noise_levels=config.consistency.levels if config.stage == "cd" else 0,
     )
 
 
 def agree_on_checkpoint(folder: Path) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint as rank 0 sees it: a network disk may show another node an older folder."""
-    last = checkpoint.latest(folder)
-    name = process_group.gather_objects(None if last is None else last.folder.name)[0]
+    """Return the newest checkpoint that rank 0 sees in `folder`, on every rank; None if there is none.
+
+    A network disk may show other nodes an older listing of the folder.
+    """
+    newest = checkpoint.latest(folder)
+    name = process_group.gather_objects(None if newest is None else newest.folder.name)[0]
     return None if name is None else checkpoint.open_checkpoint(folder / name)
 
 
 def _refuse_other_folders(out: Path) -> None:
     """Raise UserError for a folder that holds something else than a run."""
-    for file, what in {
+    for file, contents in {
         "store.json": "a pair store",
         "model_index.json": "a teacher",
         "student.json": "an exported student",
     }.items():
         if (out / file).is_file():
-            raise UserError(f"{out} holds {what} ({file}), not a run; give another --out")
+            raise UserError(f"{out} holds {contents} ({file}), not a run; give another --out")
 
 
 _CHANGEABLE_SETTINGS = {
@@ -378,7 +408,7 @@ _CHANGEABLE_SETTINGS = {
         *("images", "minutes", "loader_workers", "report_images", "checkpoint_images", "keep_checkpoints"),
         *("keep_best", "validate_images", "preview_prompts", "plot", "loggers", "on_collapse"),
     ),
-    # A run may go on past damage that it met, or with another cache; the order of its rows stays.
+    # `skip_bad` lets a run continue past damaged rows. The order of the rows stays the same.
     "data": ("skip_bad", "cache", "cache_gib", "text_cache", "text_precision"),
     "engine": (
         *("parallel", "shard_size", "gradient_accumulation", "activation_checkpointing", "compile", "gpus"),
@@ -386,11 +416,11 @@ _CHANGEABLE_SETTINGS = {
         "own_generator_passes",
     ),
 }
-"""Settings that a resumed run may have other values of: none changes what is learnt beyond rounding."""
+"""Settings that may change when a run resumes. None changes what is learned beyond rounding."""
 
 
 def _split_config(config: DistillConfig) -> dict[str, object]:
-    """The config as JSON, with the settings that may change at a resume apart, under `length`."""
+    """The config as JSON, with the settings that may change at a resume moved to the key `length`."""
     settings = to_json(config)
     changeable = {
         name: settings[group].pop(name) for group, names in _CHANGEABLE_SETTINGS.items() for name in names

@@ -111,7 +111,7 @@ def test_edm_student_follows_the_papers_formula(folders: dict[str, str]) -> None
         expected = scheduler.precondition_outputs(80 * z, output, sigma)
         torch.testing.assert_close(student(z, cond), expected, rtol=1e-5, atol=1e-6)
         assert (student(z, cond) - student(z, cond[[1, 0]])).abs().max() > 1e-2
-    assert (student.timestep, student.where) == (-1, "sigma 80")
+    assert (student.timestep, student.evaluation_point) == (-1, "sigma 80")
     with pytest.raises(SettingError, match="student_timestep is 5, but the teacher is preconditioned as in"):
         student_from_teacher(folder, 5)
 

@@ -25,7 +25,7 @@ from distill.losses.adversarial import discriminator_loss, generator_loss
 from distill.losses.gradient_penalty import r1_penalty
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.feature_networks import open_feature_network
-from distill.models.pixel_view import DRAWS, RANGE, diff_augment
+from distill.models.pixel_features import DRAWS, RANGE, diff_augment
 from distill.models.projected_discriminator import VirtualBatchNorm, condition_vector
 from distill.planning.memory import predict
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
@@ -51,8 +51,8 @@ def settings(vit: str, **more: Any) -> DiscriminatorConfig:
 def build(teacher: str, config: DiscriminatorConfig) -> Any:
     kind = DISCRIMINATORS[config.discriminator]
     network: Any = kind.build(teacher, config, generator(0))
-    assert kind.open_view is not None
-    network.attach(kind.open_view(teacher, config, False))
+    assert kind.open_pixel_features is not None
+    network.attach(kind.open_pixel_features(teacher, config, False))
     return network
 
 
@@ -164,7 +164,7 @@ def test_the_condition_is_the_class_or_the_text() -> None:
 def test_logits_depend_on_latents_condition_and_crop(kind: str, teachers: dict[str, str], vit: str) -> None:
     """Only a crop of the latents is decoded, and only the heads are parameters."""
     network = build(teachers[kind], settings(vit, feature_augment=()))
-    side = network.view.side
+    side = network.pixel_features.side
     assert side == {"sd": 4, "unet2d": 16, "ldm": 4}[kind]
     x, noise, cond = tiny_teachers.random_inputs(kind, 3, size=2 * side)
     draws = random_draws(3)
@@ -175,7 +175,7 @@ def test_logits_depend_on_latents_condition_and_crop(kind: str, teachers: dict[s
     crop = crop_view(x, side, draws.float() / RANGE)
     torch.testing.assert_close(network(crop, noise, cond, None, draws), logits)
     if kind == "unet2d":
-        assert torch.equal(decode(network.view.vae, crop), crop)
+        assert torch.equal(decode(network.pixel_features.vae, crop), crop)
     # Gradients reach the latents inside the crop alone; other conditions give other logits.
     latents = x.clone().requires_grad_()
     total = torch.stack([v.sum() for v in network(latents, noise, cond, None, draws).values()]).sum()
@@ -193,7 +193,7 @@ def test_vision_aided_heads_in_closed_form(teachers: dict[str, str], tmp_path: P
     x, noise, cond = tiny_teachers.random_inputs("sd", 3, size=4)
     logits = network(x, noise, cond, None, random_draws(3))
     assert {n: v.shape for n, v in logits.items()} == {f"block{d}": (3, 1, 4, 4) for d in (2, 4)}
-    features = network.view(x, random_draws(3))["block4"]
+    features = network.pixel_features(x, random_draws(3))["block4"]
     head, condition = network.heads["block4"], condition_vector(cond)
     y = F.conv2d(features, head.projection[:, :, None, None])
     assert head.projection.shape == (16, 16) and abs(head.projection.std() * 4 - 1) < 0.2
@@ -225,8 +225,8 @@ def test_the_penalty_is_exact(
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3, generator=rng)
     network.double()
-    view = network.view if name == "projected" else network.second.view
-    view.double()
+    frozen = network.pixel_features if name == "projected" else network.second.pixel_features
+    frozen.double()
     x, noise, cond = tiny_teachers.random_inputs(kind, 1, 1, torch.float64)
     draws, step = random_draws(1), 1e-5
 

@@ -274,7 +274,7 @@ def test_truncation(teachers: Mapping[str, str]) -> None:
     assert not torch.allclose(*student(z, cond, None, 0.0))
     x = z[:, :8, 0, 0]
     f, mean = generator.mapping(x), generator.mapping.mean
-    torch.testing.assert_close(generator.mapped(x, 0.3), mean + 0.3 * (f - mean))
+    torch.testing.assert_close(generator.map_truncated(x, 0.3), mean + 0.3 * (f - mean))
 
 
 def one_step(teacher: str, kind: str) -> OneStep:
@@ -376,7 +376,7 @@ def test_growing_keeps_the_image() -> None:
         big = build("miniature", kind)
         small = build("miniature", kind, resolution=4)
         assert (big.size, small.size) == ((8, 8), (4, 4)) and small.latent_shape == (8, 8, 8)
-        loaded = big.grown(small.state_dict())
+        loaded = big.grow_weights(small.state_dict())
         big.load_state_dict(loaded)
         z = noise(0, range(2), big.noise_shape)
         cond = pretrained.load_conditioner("miniature").encode(["a red cube", "a blue cone"])
@@ -385,12 +385,12 @@ def test_growing_keeps_the_image() -> None:
         assert all(p.requires_grad for p in big.parameters())
         # What is missing elsewhere is not made up.
         other = {k: v for k, v in small.state_dict().items() if "blocks.0.convs.0" not in k}
-        assert big.grown(other).keys() != big.state_dict().keys()
+        assert big.grow_weights(other).keys() != big.state_dict().keys()
     # Real latents lose the detail that the small generator cannot draw.
     latents = torch.randn(2, 8, 8, 8)
-    view = small.real_view(latents)
+    view = small.limit_detail(latents)
     torch.testing.assert_close(view, upsample(F.avg_pool2d(latents, 2)))
-    assert torch.equal(big.real_view(latents), latents)
+    assert torch.equal(big.limit_detail(latents), latents)
 
 
 def test_an_upsampler_starts_with_the_enlarged_latents() -> None:
@@ -400,7 +400,7 @@ def test_an_upsampler_starts_with_the_enlarged_latents() -> None:
         for block in network.blocks:
             block.to_image.conv.weight.zero_()
     latents = torch.randn(2, 8, 8, 8)
-    small = student.prior_of(latents)
+    small = student.small_latents(latents)
     assert small is not None
     torch.testing.assert_close(small, F.avg_pool2d(latents, 2))
     cond = pretrained.load_conditioner("miniature").encode(["a red cube", "a blue cone"])

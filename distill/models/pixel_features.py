@@ -1,4 +1,4 @@
-"""What a discriminator of pixels sees of latents: a crop, decoded, augmented, at a fixed size, as features.
+"""The input of a discriminator on pixels: a crop of the latents, decoded, augmented, resized, as features.
 
 All operations have second derivatives, which the exact gradient penalty needs.
 """
@@ -16,17 +16,18 @@ from distill.models.feature_networks import FeatureNetwork
 from latent_lpips.augment import AugmentParams, apply_transforms
 
 DRAWS = 9
-"""Random integers of a row: crop (2), color (3), translation (2), cutout (2)."""
+"""Number of random integers per row: crop (2), color (3), translation (2), cutout (2)."""
 RANGE = 2**24
-"""They lie in 0 to RANGE - 1, so that fp32 holds each; integers, because FSDP2 casts other inputs to bf16."""
+"""The integers lie in [0, RANGE), exact in fp32. They are integers because FSDP2 casts floats to bf16."""
 MAX_SHIFT = 1 / 8
 """Largest translation as a share of the side (DiffAugment)."""
 
 
-class FrozenView(nn.Module):
-    """The frozen networks that projected reads through: the autoencoder and the feature networks.
+class PixelFeatures(nn.Module):
+    """The frozen networks between latents and heads: the autoencoder's decoder and the feature networks.
 
-    `size`: side in pixels of the images that the feature networks see. `augment`: names of augmentations.
+    size: side in pixels of the images that the feature networks take. augment: augmentations by name
+    (`diff_augment`).
     """
 
     def __init__(
@@ -38,17 +39,18 @@ class FrozenView(nn.Module):
         self.side = size // latent_space(vae).downscale  # of the crop, in latents
 
     def forward(self, latents: Tensor, draws: Tensor) -> dict[str, Tensor]:
-        """Latents [B, C, h, w] and random integers [B, DRAWS] -> maps [B, C_d, h_d, w_d] by name."""
+        """Scaled latents [B, C, h, w] and random integers [B, DRAWS] -> feature maps [B, C_d, h_d, w_d] by
+        name."""
         uniform = draws.to(latents.device).float() / RANGE
-        # FSDP2 casts the inputs where DDP has autocast.
+        # Compute in bf16 where the run does: under DDP autocast is on, under FSDP2 the inputs are bf16.
         half = latents.dtype == torch.bfloat16 or torch.is_autocast_enabled(latents.device.type)
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=half):
             pixels = decode(self.vae, crop_view(latents, self.side, uniform))
             pixels = diff_augment(pixels, self.augment, uniform[:, 2:])
             if pixels.shape[2:] != (self.size, self.size):
                 pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)
-            maps = [network(pixels) for network in self.networks]
-        return dict(zip(self.names, (each for part in maps for each in part), strict=True))
+            maps = [feature_map for network in self.networks for feature_map in network(pixels)]
+        return dict(zip(self.names, maps, strict=True))
 
     @property
     def names(self) -> list[str]:
@@ -66,16 +68,17 @@ class FrozenView(nn.Module):
         return [width for network in self.networks for width in network.widths]  # type: ignore[union-attr]
 
     def layers(self) -> list[nn.Module]:
-        """Blocks of the decoder, whose activations are recomputed if the run asks for it."""
+        """Blocks of the decoder, for activation checkpointing."""
         decoder: Any = getattr(self.vae, "decoder", None)
         return [*getattr(decoder, "up_blocks", ())]
 
 
 def diff_augment(pixels: Tensor, names: Sequence[str], uniform: Tensor) -> Tensor:
-    """DiffAugment with its published strengths: color, then translation, then cutout, those in `names`.
+    """Apply DiffAugment (Zhao et al. 2020) with its published strengths.
 
-    pixels [B, 3, H, W] about [-1, 1]; uniform [B, 7] in [0, 1): brightness, contrast, saturation, shift down
-    and right, center of the cutout. Translated and cut out positions are 0.
+    The order is color, translation, cutout; only those in `names` are applied. pixels: [B, 3, H, W], about
+    [-1, 1]. uniform: [B, 7] in [0, 1) for brightness, contrast, saturation, shift down and right, and center
+    of the cutout (x, y). Pixels that are shifted in, or cut out, are 0.
     """
     if "color" in names:
         pixels = apply_transforms(pixels, _transforms("c", uniform))
@@ -87,13 +90,13 @@ def diff_augment(pixels: Tensor, names: Sequence[str], uniform: Tensor) -> Tenso
 
 
 def _transforms(letters: str, uniform: Tensor) -> AugmentParams:
-    """Color and cutout of DiffAugment as transforms of E-LatentLPIPS; the others are off."""
-    zero, one, none = torch.zeros_like(uniform[:, 0]), torch.ones_like(uniform[:, 0]), uniform[:, :2] * 0
+    """Color ("c") or cutout ("o") of DiffAugment as transforms of E-LatentLPIPS; others are identities."""
+    zero, one, no_shift = torch.zeros_like(uniform[:, 0]), torch.ones_like(uniform[:, 0]), uniform[:, :2] * 0
     return AugmentParams(
         letters=letters,
         **dict.fromkeys(("flip", "quarter", "rotate_pre", "rotate_post"), zero),
         **dict.fromkeys(("scale", "stretch"), one),
-        **dict.fromkeys(("integer_shift", "shift"), none),
+        **dict.fromkeys(("integer_shift", "shift"), no_shift),
         brightness=uniform[:, 0] - 0.5,
         contrast=uniform[:, 1] + 0.5,
         saturation=2 * uniform[:, 2],
@@ -105,8 +108,8 @@ def _transforms(letters: str, uniform: Tensor) -> AugmentParams:
 def _translate(pixels: Tensor, uniform: Tensor) -> Tensor:
     """Shift each row by whole pixels, at most MAX_SHIFT of the side, over zeros. uniform [B, 2] in [0, 1)."""
     height, width = pixels.shape[2:]
-    reach = [round(side * MAX_SHIFT) for side in (height, width)]
-    # A crop of the padded image: at `reach` it is the image itself.
-    places = [(u * (2 * r + 1)).long() for u, r in zip(uniform.unbind(1), reach, strict=True)]
-    padded = F.pad(pixels, (reach[1], reach[1], reach[0], reach[0]))
-    return crop_rows(padded, places[0], places[1], height, width)
+    max_shift = [round(side * MAX_SHIFT) for side in (height, width)]
+    # Crop the padded image. The crop at (max_shift, max_shift) is the image itself.
+    top, left = ((u * (2 * shift + 1)).long() for u, shift in zip(uniform.unbind(1), max_shift, strict=True))
+    padded = F.pad(pixels, (max_shift[1], max_shift[1], max_shift[0], max_shift[0]))
+    return crop_rows(padded, top, left, height, width)
