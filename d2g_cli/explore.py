@@ -62,11 +62,11 @@ def walk(
     from distill.exploration import open_student, path_metric, save_walk
     from distill.sampling import default_student_prompts
 
-    one = open_student(student, psi)
+    sampler = open_student(student, psi)
     prompts = prompt or default_student_prompts(student, options="--prompt TEXT")[:1]
-    metric = path_metric(student, one, lpips)
+    metric = path_metric(student, sampler, lpips)
     summary = save_walk(
-        *(student, one, prompts, seeds, frames, out),
+        *(student, sampler, prompts, seeds, frames, out),
         noise_scale=noise_scale,
         metric=metric,
         mp4=mp4,
@@ -197,9 +197,9 @@ def mix(
     from distill.exploration import open_student, save_mix
     from distill.sampling import default_student_prompts
 
-    one = open_student(student, psi)
+    sampler = open_student(student, psi)
     prompts = prompt or default_student_prompts(student, options="--prompt TEXT")[:1]
-    emit(save_mix(student, one, prompts, seeds, sides, out, progress=reporter), as_json, "mix")
+    emit(save_mix(student, sampler, prompts, seeds, sides, out, progress=reporter), as_json, "mix")
 
 
 def _check_prompts(option: str, texts: list[str]) -> None:

@@ -55,12 +55,12 @@ def serve(
     from distill.sampling import load_student, with_prior
     from distill.student_files import student_folder
 
-    one = with_prior(load_student(student, device=process_group.own_device()), student, prior)
+    sampler = with_prior(load_student(student, device=process_group.own_device()), student, prior)
     settings = SolverSettings(
         steps=steps or TEACHER_STEPS,
         guidance=guidance,
         prior=student_folder(prior)[1] if prior and teacher else None,
     )
     browser_page.serve_page(
-        browser_page.open_page(one, student, teacher, settings, prompt), host, port, share
+        browser_page.open_page(sampler, student, teacher, settings, prompt), host, port, share
     )

@@ -15,8 +15,8 @@ from d2g.core.seeds import noise
 from d2g.data.prompt_files import prompt_text
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.teacher_sampler import SolverSettings, TeacherSampler, load_sampler
-from distill.exploration import spherical
-from distill.sampling import OneStep
+from distill.exploration import interpolate_noise
+from distill.sampling import OneStepSampler
 
 MOST_IMAGES = 16
 """Images that one click can draw."""
@@ -48,32 +48,32 @@ class Drawing:
 
 @dataclass(frozen=True)
 class BrowserPage:
-    """The models behind the page, and the prompt that it starts with.
+    """The models behind the page, and the prompt with which it starts.
 
-    teacher: None if it draws with the student alone.
+    teacher: None if the page has the student alone.
     """
 
-    one: OneStep
+    student_sampler: OneStepSampler
     name: str
     teacher: TeacherSampler | None = None
     prompt: str = ""
 
     def noise_of(self, request: DrawRequest, shape: tuple[int, ...]) -> Tensor:
-        """The noises [N, *shape] of a request."""
+        """Noise [N, *shape] of a request's N images: of its seed, or interpolated towards the second seed."""
         rows = range(request.count)
-        first = noise(request.seed, rows, shape)
+        start = noise(request.seed, rows, shape)
         if request.position == 0:
-            return first
-        second = noise(request.second_seed, rows, shape)
-        return spherical(first, second, torch.full((request.count,), request.position))
+            return start
+        end = noise(request.second_seed, rows, shape)
+        return interpolate_noise(start, end, torch.full((request.count,), request.position))
 
     def draw(self, request: DrawRequest) -> Drawing:
         """Draw with the student in one step. Raises UserError for a prompt that the student cannot take."""
-        one = replace(self.one, guidance=request.guidance)
+        sampler = replace(self.student_sampler, guidance=request.guidance)
         prompts = [prompt_text("the prompt", request.prompt)] * request.count
         started = time.monotonic()
-        prior = one.prior_latents(request.seed, range(request.count), prompts)
-        images = one.images(self.noise_of(request, one.student.noise_shape), prompts, prior)
+        prior = sampler.prior_latents(request.seed, range(request.count), prompts)
+        images = sampler.images(self.noise_of(request, sampler.student.noise_shape), prompts, prior)
         return Drawing(images, 1000 * (time.monotonic() - started) / request.count)
 
     @torch.no_grad()
@@ -92,27 +92,31 @@ class BrowserPage:
             sampler.solver,
             cond=cond,
         )
-        images = to_uint8(decode(self.one.vae, latents)).cpu()
+        images = to_uint8(decode(self.student_sampler.vae, latents)).cpu()
         return Drawing(images, 1000 * (time.monotonic() - started) / request.count)
 
 
 def open_page(
-    one: OneStep, name: str, teacher: str | None, settings: SolverSettings, prompt: str = ""
+    student_sampler: OneStepSampler,
+    name: str,
+    teacher: str | None,
+    settings: SolverSettings,
+    prompt: str = "",
 ) -> BrowserPage:
-    """The page of a loaded student, beside a teacher if one is given.
+    """Build the page of a loaded student, with a teacher beside it if `teacher` is given.
 
     Raises SettingError and UserError as `load_sampler` does, and UserError for a teacher with latents of
     another shape.
     """
     if teacher is None:
-        return BrowserPage(one, name, None, prompt)
-    sampler = load_sampler(teacher, settings, one.device)
-    if sampler.teacher.latent_shape != one.student.latent_shape:
+        return BrowserPage(student_sampler, name, None, prompt)
+    teacher_sampler = load_sampler(teacher, settings, student_sampler.device)
+    if teacher_sampler.teacher.latent_shape != student_sampler.student.latent_shape:
         raise UserError(
-            f"teacher {teacher} makes latents of shape {sampler.teacher.latent_shape}, but student {name} "
-            f"makes {one.student.latent_shape}; give the teacher of this student"
+            f"teacher {teacher} makes latents of shape {teacher_sampler.teacher.latent_shape}, but student "
+            f"{name} makes {student_sampler.student.latent_shape}; give the teacher of this student"
         )
-    return BrowserPage(one, name, sampler, prompt)
+    return BrowserPage(student_sampler, name, teacher_sampler, prompt)
 
 
 def build_page(page: BrowserPage) -> Any:
@@ -134,7 +138,11 @@ def build_page(page: BrowserPage) -> Any:
             second_seed = gradio.Number(1, precision=0, minimum=0, label="Second seed")
             position = gradio.Slider(0, 1, 0, label="From the first seed to the second")
             guidance = gradio.Slider(
-                1, 15, page.one.guidance, label="Guidance", visible=page.one.student.guided
+                1,
+                15,
+                page.student_sampler.guidance,
+                label="Guidance",
+                visible=page.student_sampler.student.guided,
             )
         button = gradio.Button("Draw", variant="primary")
         status = gradio.Markdown("")
@@ -154,9 +162,9 @@ def build_page(page: BrowserPage) -> Any:
 
 def _prompt_input(gradio: Any, page: BrowserPage) -> Any:
     """A field for a text, or a list of the classes; a student without conditioning has one empty prompt."""
-    if page.one.student.family.reads_text:
+    if page.student_sampler.student.family.reads_text:
         return gradio.Textbox(page.prompt, label="Prompt", placeholder="Describe the image", scale=4)
-    classes = page.one.conditioner.default_prompts
+    classes = page.student_sampler.conditioner.default_prompts
     return gradio.Dropdown(classes, value=page.prompt or classes[0], label="Class", scale=4)
 
 

@@ -1,4 +1,4 @@
-"""Load a student from a run or an exported folder, and draw images with it in one step."""
+"""Load a student from a run or an exported folder, and sample images with it in one step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,36 +28,35 @@ from distill.student_files import (
 
 
 @dataclass(frozen=True)
-class OneStep:
-    """A student with its teacher's conditioner and autoencoder, on one device."""
+class OneStepSampler:
+    """Samples images with a student in one step: the student with its conditioner and autoencoder."""
 
     student: Student
     conditioner: Conditioner
     vae: Any
     device: torch.device
     guidance: float = DEFAULT_GUIDANCE
-    """Guidance scale for a student that takes it as an input; other students ignore it."""
-    prior: "OneStep | None" = None
-    """The student of the stage before, for a later stage of a cascade; that whose latents an upsampler
-    enlarges."""
+    """Guidance scale, for a student that takes it as an input; other students ignore it."""
+    prior: "OneStepSampler | None" = None
+    """For a later stage of a cascade: the student of the stage before. For an upsampler: the student whose
+    latents it enlarges."""
     own_text: bool = False
-    """Whether the conditioner's text encoders are the student's own, from `d2g distill text`."""
+    """Whether the conditioner holds the student's own text encoders, from `d2g distill text`."""
     psi: float = 1.0
-    """Truncation of the styles, in [0, 1], for a student that has some; 1: none."""
+    """Truncation in [0, 1], for a student with styles; 1 is none."""
 
     def __call__(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
-        """Generate one image per prompt: uint8 [N, 3, H, W], CPU. Image i uses the noise of (seed, i)."""
+        """Sample one image per prompt: uint8 [N, 3, H, W], CPU. Image i uses the noise of (seed, i)."""
         return torch.cat([images for images, _ in self.sample(prompts, seed)])
 
     @property
     def examples(self) -> list[str]:
-        """Two valid prompts, for example to compare two exported forms of the student."""
+        """Two valid prompts, for example to compare an exported student with the original."""
         return self.conditioner.example_prompts
 
     @property
     def example_prior(self) -> Tensor | None:
-        """Random latents for the two `examples`, of the stage before or for an upsampler; None for other
-        students."""
+        """Random `prior` [2, C, h, w] of a cascade's later stage or an upsampler; None for other students."""
         if self.student.prior_shape is not None:
             return noise(1, range(2), self.student.prior_shape)
         family = self.student.family
@@ -84,8 +83,10 @@ class OneStep:
         return latents
 
     def prior_latents(self, seed: int, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor | None:
-        """Latents of the stage before for these images and their prompts, drawn by `prior` in one step from
-        noise of a stream of `seed`; None where there is no such stage."""
+        """Sample the latents with which `prior` conditions these images; None without a `prior`.
+
+        numbers: numbers of the images. Their noise comes from a stream of its own of `seed`.
+        """
         if self.prior is None:
             return None
         shape = self.prior.student.noise_shape
@@ -119,25 +120,25 @@ class OneStep:
 
         Image i uses the noise of (seed, start + i), whatever the batch size.
         """
-        for first in range(0, len(prompts), batch_size):
-            part = list(prompts[first : first + batch_size])
-            rows = range(start + first, start + first + len(part))
-            prior = self.prior_latents(seed, rows, part)
-            yield self.images(noise(seed, rows, self.student.noise_shape), part, prior), part
+        for begin in range(0, len(prompts), batch_size):
+            batch = list(prompts[begin : begin + batch_size])
+            numbers = range(start + begin, start + begin + len(batch))
+            prior = self.prior_latents(seed, numbers, batch)
+            yield self.images(noise(seed, numbers, self.student.noise_shape), batch, prior), batch
 
 
-def with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
-    """A loaded student `name` that draws images, with the student `prior` of the stage before if it is the
-    later stage of a cascade.
+def with_prior(sampler: OneStepSampler, name: str, prior: str | None) -> OneStepSampler:
+    """Add the student `prior` to a loaded student `name` that needs one to draw images.
 
-    Raises SettingError where a stage is missing or there is none, UserError for a `prior` of another teacher
-    than the pairs of the student.
+    A later stage of a cascade needs the stage before, an upsampler the student whose latents it enlarges.
+    Raises SettingError for a missing or needless `prior`, and UserError for a `prior` whose teacher is not
+    that of the student's pairs.
     """
-    if one.student.prior_shape is not None:
-        return _upsampler_with_prior(one, name, prior)
-    before = stage_before("student", name, one.student.family, prior)
+    if sampler.student.prior_shape is not None:
+        return _upsampler_with_prior(sampler, name, prior)
+    before = stage_before("student", name, sampler.student.family, prior)
     if before is None or prior is None:
-        return one
+        return sampler
     # The stage before must be a student of the teacher that made the latents in the pairs.
     _, teacher, _ = student_folder(prior)
     if family_of(teacher) is not before:
@@ -148,45 +149,45 @@ def with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
             f"student {prior} is of another teacher than the latents that student {name} was trained with: "
             f"sha256 {pretrained.denoiser_sha256(teacher)[:12]}, expected {expected[:12]}"
         )
-    return replace(one, prior=load_student(prior, device=one.device))
+    return replace(sampler, prior=load_student(prior, device=sampler.device))
 
 
-def _upsampler_with_prior(one: OneStep, name: str, prior: str | None) -> OneStep:
-    """A loaded upsampler `name` with the student `prior` whose latents it enlarges.
+def _upsampler_with_prior(sampler: OneStepSampler, name: str, prior: str | None) -> OneStepSampler:
+    """Add the student `prior`, whose latents it enlarges, to a loaded upsampler `name`.
 
-    Raises SettingError without one, UserError for one whose latents have other channels or are too small.
+    Raises SettingError without a `prior`, UserError if its latents have other channels or are too small.
     """
-    channels, height, width = one.student.prior_shape or (0, 0, 0)
+    channels, height, width = sampler.student.prior_shape or (0, 0, 0)
     if prior is None:
         raise SettingError(
             f"prior is not set, but student {name} enlarges latents of {height}x{width}; give --prior the "
             "student that draws them"
         )
-    small = load_student(prior, device=one.device)
+    small = load_student(prior, device=sampler.device)
     shape = small.student.latent_shape
     if shape[0] != channels or shape[1] < height or shape[2] < width:
         raise UserError(
             f"student {prior} draws latents of {'x'.join(map(str, shape))}, but student {name} enlarges "
             f"latents of {channels}x{height}x{width}; give a student of the same latent space"
         )
-    return replace(one, prior=with_prior(small, prior, None))
+    return replace(sampler, prior=with_prior(small, prior, None))
 
 
-def with_psi(one: OneStep, name: str, psi: float | None) -> OneStep:
-    """A loaded student `name` that truncates its styles by psi; None leaves it.
+def with_psi(sampler: OneStepSampler, name: str, psi: float | None) -> OneStepSampler:
+    """Set the truncation psi of a loaded student `name`; None leaves it unchanged.
 
-    Raises SettingError for a student without styles, and outside [0, 1].
+    Raises SettingError for a student without styles, and for a psi outside [0, 1].
     """
     if psi is None:
-        return one
-    if not one.student.has_styles:
+        return sampler
+    if not sampler.student.has_styles:
         raise SettingError(
             f"psi is {psi:g}, but student {name} has no styles to truncate; leave it out, or shrink "
             "the noise with noise_scale (an option of `d2g explore`, a setting of `d2g eval`)"
         )
     if not 0 <= psi <= 1:
         raise SettingError(f"psi is {psi:g}; expected 0 (the mean style) to 1 (no truncation)")
-    return replace(one, psi=psi)
+    return replace(sampler, psi=psi)
 
 
 def default_student_prompts(
@@ -194,8 +195,8 @@ def default_student_prompts(
 ) -> list[str]:
     """Return the prompts to use if the user gives none: every class once, or one empty prompt.
 
-    name: the student; empty with a `teacher` that draws alone. options: what the error says to give. Raises
-    SettingError for text-conditioned networks, which have no default prompts.
+    name: the student; "" if a `teacher` draws alone. options: the options that the error names. Raises
+    SettingError for text-conditional networks, which have no default prompts.
     """
     prompts = pretrained.default_prompts(teacher or student_folder(name)[1])
     if not prompts:
@@ -203,7 +204,7 @@ def default_student_prompts(
     return prompts
 
 
-def load_student(name: str, teacher: str | None = None, device: torch.device | str = "cpu") -> OneStep:
+def load_student(name: str, teacher: str | None = None, device: torch.device | str = "cpu") -> OneStepSampler:
     """Load a student with its conditioner and autoencoder, ready to generate images.
 
     name: an exported folder, a run folder (its newest checkpoint), or "miniature", which ships with the
@@ -218,22 +219,24 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
     source = teacher or recorded_teacher
     student, conditioner = empty_student(name, source, timestep), pretrained.load_conditioner(source)
     own_text = load_student_weights(student, name, conditioner)
-    one = _one_step(student, source, device, student_guidance(name, source), conditioner)
-    return replace(one, own_text=own_text)
+    sampler = _one_step(student, source, device, student_guidance(name, source), conditioner)
+    return replace(sampler, own_text=own_text)
 
 
-def load_checkpoint(run: str, folder: Path, teacher: str, device: torch.device | str = "cpu") -> OneStep:
-    """Load the averaged student of one checkpoint folder of `run`, ready to sample on `device`."""
+def load_checkpoint(
+    run: str, folder: Path, teacher: str, device: torch.device | str = "cpu"
+) -> OneStepSampler:
+    """Load the EMA student of one checkpoint folder of `run`, ready to sample on `device`."""
     student, conditioner = (
         empty_student(run, teacher, student_folder(run)[2]),
         pretrained.load_conditioner(teacher),
     )
     own_text = load_student_weights(student, run, conditioner, folder)
-    one = _one_step(student, teacher, device, student_guidance(run, teacher), conditioner)
-    return replace(one, own_text=own_text)
+    sampler = _one_step(student, teacher, device, student_guidance(run, teacher), conditioner)
+    return replace(sampler, own_text=own_text)
 
 
-def untrained_one_step(teacher: str, device: torch.device | str = "cpu") -> OneStep:
+def untrained_one_step(teacher: str, device: torch.device | str = "cpu") -> OneStepSampler:
     """Build the untrained student: the teacher's weights, used in one step without classifier-free
     guidance."""
     guidance = family_of(teacher).embedded_guidance or DEFAULT_GUIDANCE
@@ -246,10 +249,10 @@ def _one_step(
     device: torch.device | str,
     guidance: float,
     conditioner: Conditioner | None = None,
-) -> OneStep:
-    """A student, frozen, with the teacher's autoencoder and its `conditioner`, or else the teacher's."""
+) -> OneStepSampler:
+    """Freeze a student and add the teacher's autoencoder, and `conditioner` or the teacher's."""
     device = torch.device(device)
-    return OneStep(
+    return OneStepSampler(
         student.requires_grad_(False).to(device).eval(),
         (conditioner or pretrained.load_conditioner(teacher)).to(device),
         pretrained.load_vae(teacher).to(device),

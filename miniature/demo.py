@@ -18,7 +18,7 @@ from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher import Teacher, load_teacher
-from distill.sampling import OneStep, load_student, untrained_one_step
+from distill.sampling import OneStepSampler, load_student, untrained_one_step
 from eval.evaluation import evaluate
 from eval.measure.build_reference import build_reference
 from eval.measure.latency import milliseconds_per_image
@@ -145,7 +145,7 @@ def _write_output(
 
 
 def evaluate_samplers(
-    config: DemoConfig, teacher: Teacher, students: dict[str, OneStep], progress: Progress
+    config: DemoConfig, teacher: Teacher, students: dict[str, OneStepSampler], progress: Progress
 ) -> tuple[dict[str, EvalResult], dict[str, Tensor]]:
     """Evaluate each sampler under protocol `miniature`, all with the same noise and test captions.
 
@@ -183,7 +183,7 @@ def evaluate_samplers(
     return results, first
 
 
-def measure_sampling_time(config: DemoConfig, teacher: Teacher, student: OneStep) -> dict[str, float]:
+def measure_sampling_time(config: DemoConfig, teacher: Teacher, student: OneStepSampler) -> dict[str, float]:
     """Return milliseconds per image, end to end at batch 1: text encoder, UNet, VAE."""
     prompt, latent_noise = scene_captions(1, TEST_SEED), noise(config.seed, [0], teacher.latent_shape)
 

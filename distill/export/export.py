@@ -79,6 +79,8 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
     check_out(out, run, teacher or source)
     tensors = student_tensors(run)
     cast = {k: v.to(saved_dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+
+    # student.json: what loading needs, and what the model card tells about the training.
     facts: dict[str, Any] = {"teacher": source, "student_timestep": timestep}
     if (kind := kind_settings(run)).kind != "diffusion":
         facts["student"] = to_json(kind)
@@ -88,14 +90,16 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
         facts["clip_guidance_sha256"] = clip
     if before_sha256 := condition_teacher(run):
         facts["condition_teacher"] = before_sha256
+
+    # Write both files.
     with staged(out, "exports to") as folder:
         write_atomically(folder / "student.json", json.dumps(facts, indent=1))
         save_tensors(cast, folder / "ema.safetensors", {k: str(v) for k, v in facts.items()})
-        before, after = (load_student(name, teacher) for name in (run, str(folder)))
-        latents_noise, prompts = noise(0, range(2), before.student.noise_shape), before.examples
-        prior = before.example_prior
-        latents = (one.latents(latents_noise, prompts, prior) for one in (before, after))
-        parity = check_parity(max_abs_diff((next(latents), next(latents))), saved_dtype)
+        # Compare the latents of the run's student with those of the written one.
+        original, exported = (load_student(name, teacher) for name in (run, str(folder)))
+        inputs = (noise(0, range(2), original.student.noise_shape), original.examples, original.example_prior)
+        parity = max_abs_diff((original.latents(*inputs), exported.latents(*inputs)))
+        check_parity(parity, saved_dtype)
         if teacher is not None:
             write_atomically(folder / "student.json", json.dumps({**facts, "teacher": teacher}, indent=1))
     return {"out": str(out), "parity_max_abs_err": parity}

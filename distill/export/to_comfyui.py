@@ -27,7 +27,7 @@ from distill.export.card_scores import own_results
 from distill.export.model_card import ComfyUIUsage, model_card
 from distill.export.original_names import original_clip, original_open_clip, original_unet, original_vae
 from distill.export.output import check_out, check_parity, max_abs_diff, parse_dtype, save_tensors
-from distill.sampling import OneStep, load_student
+from distill.sampling import OneStepSampler, load_student
 from distill.student_files import student_folder
 
 CHECKPOINT, WORKFLOW = "one-step.safetensors", "workflow.json"
@@ -71,28 +71,30 @@ def export_comfyui(
     kind = open_pipeline(source).kind
     schedule = _comfyui_schedule(source, kind)
     check_out(out, student, source)
-    one = load_student(student, source, device)
-    _require_plain_student(one, student, schedule)
+    sampler = load_student(student, source, device)
+    _require_plain_student(sampler, student, schedule)
 
     # Write the file, read it back into the student, and draw with both.
-    latents_noise = noise(0, range(2), one.student.latent_shape)
-    expected = _draw(one, latents_noise)
+    latents_noise = noise(0, range(2), sampler.student.latent_shape)
+    expected = _draw(sampler, latents_noise)
     with staged(out, "exports to") as folder:
-        weights = {name: value.to(saved_dtype) for name, value in _weights(one, source, kind).items()}
+        weights = {name: value.to(saved_dtype) for name, value in _weights(sampler, source, kind).items()}
         save_tensors(weights, folder / CHECKPOINT, {"format": "pt"})
-        _load_back(one, folder / CHECKPOINT)
-        parity = max_abs_diff(*zip(expected, _draw(one, latents_noise), strict=True))
-        height, width = (8 * size for size in one.student.latent_shape[1:])
+        _load_back(sampler, folder / CHECKPOINT)
+        parity = max_abs_diff(*zip(expected, _draw(sampler, latents_noise), strict=True))
+        height, width = (8 * size for size in sampler.student.latent_shape[1:])
         workflow = one_step_workflow(SAMPLING[schedule.prediction], height, width)
         write_atomically(folder / WORKFLOW, json.dumps(workflow, indent=1) + "\n")
         text = model_card(
             student=student,
             teacher=source,
-            timestep=one.student.evaluation_point,
+            timestep=sampler.student.evaluation_point,
             parity=check_parity(parity, saved_dtype),
             options=options,
             scores=scores,
-            usage=ComfyUIUsage(checkpoint=CHECKPOINT, workflow=WORKFLOW, unlike=_unlike_published(one, kind)),
+            usage=ComfyUIUsage(
+                checkpoint=CHECKPOINT, workflow=WORKFLOW, unlike=_unlike_published(sampler, kind)
+            ),
         )
         write_atomically(folder / "README.md", text)
     return {"out": str(out), "parity_max_abs_err": parity}
@@ -146,26 +148,26 @@ def _comfyui_schedule(teacher: str, kind: str) -> Schedule:
     return schedule
 
 
-def _require_plain_student(one: OneStep, student: str, schedule: Schedule) -> None:
+def _require_plain_student(sampler: OneStepSampler, student: str, schedule: Schedule) -> None:
     """Raise UserError for a student that KSampler does not evaluate as training did."""
-    if one.student.guided:
+    if sampler.student.guided:
         raise UserError(
             f"student {student} has the guidance scale as an input, which original checkpoints have no name "
             "for; export it with --format diffusers"
         )
-    if one.student.timestep != len(schedule) - 1:
+    if sampler.student.timestep != len(schedule) - 1:
         raise UserError(
-            f"student {student} is at timestep {one.student.timestep}, but ComfyUI's samplers start at "
+            f"student {student} is at timestep {sampler.student.timestep}, but ComfyUI's samplers start at "
             f"{len(schedule) - 1}; export it with --format diffusers"
         )
 
 
-def _weights(one: OneStep, teacher: str, kind: str) -> dict[str, Tensor]:
+def _weights(sampler: OneStepSampler, teacher: str, kind: str) -> dict[str, Tensor]:
     """All weights of the one-file checkpoint, under original names."""
-    network = one.student.network
+    network = sampler.student.network
     weights = original_unet(network.state_dict(), network.config.layers_per_block)
     weights |= original_vae(pretrained.load_model(teacher, "vae").state_dict())
-    encoders: Any = one.conditioner.models
+    encoders: Any = sampler.conditioner.models
     text = encoders["text_encoder"].state_dict()
     if kind == "StableDiffusionPipeline":
         return weights | original_clip(text, "cond_stage_model.")
@@ -174,26 +176,26 @@ def _weights(one: OneStep, teacher: str, kind: str) -> dict[str, Tensor]:
     return weights | original_open_clip(second, "conditioner.embedders.1.model.")
 
 
-def _load_back(one: OneStep, file: Path) -> None:
+def _load_back(sampler: OneStepSampler, file: Path) -> None:
     """Load the U-Net and the VAE of a one-file checkpoint by diffusers' converter into a student."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
     weights = load_file(file)
-    network = one.student.network
+    network = sampler.student.network
     network.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), network.config))
-    one.vae.load_state_dict(convert_ldm_vae_checkpoint(dict(weights), one.vae.config))
+    sampler.vae.load_state_dict(convert_ldm_vae_checkpoint(dict(weights), sampler.vae.config))
 
 
 @torch.no_grad()
-def _draw(one: OneStep, latents_noise: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(sampler: OneStepSampler, latents_noise: Tensor) -> tuple[Tensor, Tensor]:
     """Latents, and images in [0, 1], on the CPU."""
-    latents = one.latents(latents_noise, one.examples)
-    return latents.cpu(), (decode(one.vae, latents) / 2 + 0.5).clamp(0, 1).cpu()
+    latents = sampler.latents(latents_noise, sampler.examples)
+    return latents.cpu(), (decode(sampler.vae, latents) / 2 + 0.5).clamp(0, 1).cpu()
 
 
-def _unlike_published(one: OneStep, kind: str) -> list[str]:
+def _unlike_published(sampler: OneStepSampler, kind: str) -> list[str]:
     """Settings in which the model differs from the published one, which ComfyUI would not recognize."""
-    actual = {**one.student.network.config, "scaling_factor": one.vae.config.scaling_factor}
+    actual = {**sampler.student.network.config, "scaling_factor": sampler.vae.config.scaling_factor}
     unlike = [
         f"{name} {actual[name]} instead of {value}"
         for name, value in PUBLISHED_SIZES[kind].items()

@@ -40,7 +40,7 @@ from distill.export.output import (
     save_tensors,
 )
 from distill.models.student import add_guidance_embedding
-from distill.sampling import OneStep, load_student
+from distill.sampling import OneStepSampler, load_student
 from distill.student_files import stored_tensors, student_config, student_folder
 
 KOHYA_FILE = "comfyui/lora.safetensors"
@@ -71,19 +71,19 @@ def export_pipeline(
     source = teacher or student_folder(student)[1]
     schedule = pipeline_schedule(source)
     check_out(out, student, source)
-    one = load_student(student, source, device)
-    guided, reads_text = one.student.guided, one.student.reads_text
+    sampler = load_student(student, source, device)
+    guided, reads_text = sampler.student.guided, sampler.student.reads_text
     # Write the pipeline, draw with it, and write the card with the difference.
-    settings = _call_settings(one)
+    settings = _call_settings(sampler)
     with staged(out, "exports to") as folder:
         if reads_text:
-            parity = _write_text_pipeline(one, source, schedule, folder, saved_dtype, settings)
+            parity = _write_text_pipeline(sampler, source, schedule, folder, saved_dtype, settings)
         else:
-            parity = _write_noiseless_pipeline(one, source, schedule, folder, saved_dtype)
+            parity = _write_noiseless_pipeline(sampler, source, schedule, folder, saved_dtype)
         text = model_card(
             student=student,
             teacher=source,
-            timestep=one.student.evaluation_point,
+            timestep=sampler.student.evaluation_point,
             parity=check_parity(parity, saved_dtype),
             options=options,
             scores=scores,
@@ -92,34 +92,34 @@ def export_pipeline(
                 dtype=str(saved_dtype).removeprefix("torch."),
                 guided=guided,
                 reads_text=reads_text,
-                reads_labels=one.conditioner.kind == "label",
+                reads_labels=sampler.conditioner.kind == "label",
                 settings=settings,
-                settings_needed=not one.student.family.takes_guidance and bool(settings),
+                settings_needed=not sampler.student.family.takes_guidance and bool(settings),
             ),
         )
         write_atomically(folder / "README.md", text)
     return {"out": str(out), "parity_max_abs_err": parity}
 
 
-def _call_settings(one: OneStep) -> dict[str, Any]:
-    """Settings with which a call of the student's pipeline draws what the student does, beside one step.
+def _call_settings(sampler: OneStepSampler) -> dict[str, Any]:
+    """Arguments, besides one step, with which the pipeline computes what the student computes.
 
-    U-Nets of text need none: their networks disable guidance, or take the scale as an input.
+    Text-conditional U-Nets need none: they disable guidance themselves, or take the scale as an input.
     """
-    student = one.student
+    student = sampler.student
     if student.family.takes_guidance:
-        return {"guidance_scale": one.guidance} if student.guided else {}
-    if one.conditioner.kind == "none":
+        return {"guidance_scale": sampler.guidance} if student.guided else {}
+    if sampler.conditioner.kind == "none":
         return {}
     _, height, width = student.latent_shape
     pixels = (height * student.downscale, width * student.downscale)
-    scale = one.guidance if student.guided else 1
-    # Pipelines of classes take neither size nor text.
+    scale = sampler.guidance if student.guided else 1
+    # Pipelines of class-conditional models take neither size nor text.
     return {"guidance_scale": scale, **student.family.pipeline_settings(pixels)}
 
 
 def _write_text_pipeline(
-    one: OneStep,
+    sampler: OneStepSampler,
     source: str,
     schedule: Schedule | FlowSchedule,
     folder: Path,
@@ -127,30 +127,29 @@ def _write_text_pipeline(
     settings: Mapping[str, Any],
 ) -> float:
     """Write the pipeline of a text-conditional student, and return its parity."""
-    guided, timestep = one.student.guided, one.student.timestep
-    latents_noise = noise(0, range(2), one.student.latent_shape)
-    latents = one.latents(latents_noise, one.examples)
-    expected = latents.cpu(), _decode_images(one, latents)
+    guided, timestep = sampler.student.guided, sampler.student.timestep
+    latents_noise = noise(0, range(2), sampler.student.latent_shape)
+    latents = sampler.latents(latents_noise, sampler.examples)
+    expected = latents.cpu(), _decode_images(sampler, latents)
     # Without an input for the guidance scale, diffusers would apply classifier-free guidance.
-    if one.student.family.takes_guidance and not guided:
-        add_guidance_embedding(one.student.network)
-    own_text = dict(one.conditioner.models) if one.own_text else {}
-    save_one_step(source, one.student.network, schedule, timestep, folder, dtype, own_text)
-    exported = sample_pipeline(folder, latents_noise, one.examples, settings, one.device)
+    if sampler.student.family.takes_guidance and not guided:
+        add_guidance_embedding(sampler.student.network)
+    own_text = dict(sampler.conditioner.models) if sampler.own_text else {}
+    save_one_step(source, sampler.student.network, schedule, timestep, folder, dtype, own_text)
+    exported = sample_pipeline(folder, latents_noise, sampler.examples, settings, sampler.device)
     return max_abs_diff(*zip(expected, exported, strict=True))
 
 
 def _write_noiseless_pipeline(
-    one: OneStep, source: str, schedule: Schedule | FlowSchedule, folder: Path, dtype: torch.dtype
+    sampler: OneStepSampler, source: str, schedule: Schedule | FlowSchedule, folder: Path, dtype: torch.dtype
 ) -> float:
-    """Write the pipeline of a class-conditional or unconditional student, and return its parity, of images
-    alone."""
-    # Such pipelines draw their noise themselves, from this generator.
-    latents_noise = torch.randn(2, *one.student.latent_shape, generator=torch.Generator().manual_seed(0))
-    expected = _decode_images(one, one.latents(latents_noise, one.examples))
-    save_one_step(source, one.student.network, schedule, one.student.timestep, folder, dtype)
-    labels = [int(prompt) for prompt in one.examples] if one.conditioner.kind == "label" else None
-    exported = sample_own_noise(folder, labels, len(latents_noise), one.device)
+    """Write the pipeline of a class-conditional or unconditional student, and return its parity on images."""
+    # These pipelines sample their noise themselves, from this generator.
+    latents_noise = torch.randn(2, *sampler.student.latent_shape, generator=torch.Generator().manual_seed(0))
+    expected = _decode_images(sampler, sampler.latents(latents_noise, sampler.examples))
+    save_one_step(source, sampler.student.network, schedule, sampler.student.timestep, folder, dtype)
+    labels = [int(prompt) for prompt in sampler.examples] if sampler.conditioner.kind == "label" else None
+    exported = sample_own_noise(folder, labels, len(latents_noise), sampler.device)
     return max_abs_diff((exported, expected))
 
 
@@ -164,17 +163,16 @@ def export_lora(
 ) -> dict[str, Any]:
     """Write the adapters of a LoRA student to OUT/pytorch_lora_weights.safetensors, and OUT/scheduler.
 
-    Those of a U-Net go to OUT/comfyui/lora.safetensors too, under kohya's names.
+    The teacher's own pipeline loads them with `pipe.load_lora_weights(OUT)` and runs without guidance.
+    Adapters of a U-Net are also written to OUT/comfyui/lora.safetensors, under kohya's names. The adapters
+    hold the whole difference between student and teacher: if adapters of an earlier run were merged, the sum
+    of both (`d2g.diffusion.lora.adapters_from_teacher`). With engine.frozen_weights=bf16 it is the difference
+    to the teacher rounded to bf16.
 
-    They go on the teacher's own pipeline: `pipe.load_lora_weights(OUT)`, without guidance. They hold the
-    whole difference between student and teacher: if other adapters of an earlier run were merged, the sum of
-    both (`d2g.diffusion.lora.adapters_from_teacher`). A student whose frozen weights were stored in bf16
-    (engine.frozen_weights) stands on the teacher rounded to bf16. Raises UserError for a student without
-    adapters, with a guidance input, or whose other weights are not the teacher's, rounded or not.
-
-    Returns the same as `export_pipeline`, where the teacher is rounded as the student's is, and
-    `base_weights`, "fp32" or "bf16". If bf16 also `teacher_max_abs_err`, the difference on the teacher
-    without rounding, in fp32.
+    Returns what `export_pipeline` returns, where the teacher is rounded as in training, and `base_weights`,
+    "fp32" or "bf16". For bf16 it also returns `teacher_max_abs_err`, the difference with the teacher in fp32.
+    Raises UserError for a student without adapters, with a guidance input, or whose other weights are not the
+    teacher's, rounded or not.
     """
     saved_dtype, options = parse_dtype(dtype), options or CardOptions()
     # Check all inputs before the expensive part.
@@ -184,27 +182,28 @@ def export_lora(
     _require_lora_loader(pipeline, source)
     schedule = pipeline_schedule(source)
     check_out(out, student, source)
-    one, adapters, rounded = _load_lora_student(student, source, device)
+    sampler, adapters, rounded = _load_lora_student(student, source, device)
 
     # Draw with the training code, write, and draw again with diffusers.
-    latents_noise = noise(0, range(2), one.student.latent_shape)
-    latents = one.latents(latents_noise, one.examples)
-    expected = latents.cpu(), _decode_images(one, latents)
-    with staged(out, "exports to") as written:
-        save_scheduler(schedule, one.student.timestep, written / "scheduler")
+    latents_noise = noise(0, range(2), sampler.student.latent_shape)
+    latents = sampler.latents(latents_noise, sampler.examples)
+    expected = latents.cpu(), _decode_images(sampler, latents)
+    with staged(out, "exports to") as folder:
+        save_scheduler(schedule, sampler.student.timestep, folder / "scheduler")
         cast = {name: value.to(saved_dtype) for name, value in adapters.items()}
-        save_tensors(cast, written / "pytorch_lora_weights.safetensors", {"format": "pt"})
-        other_names = KOHYA_FILE if pipeline.family.network == "unet" else ""
-        if other_names:
-            save_tensors(kohya_adapters(cast), written / other_names, {"format": "pt"})
-        settings = {"guidance_scale": 1, **_call_settings(one)}
-        drawn = (source, written, latents_noise, one.examples, settings, device)
-        exported = sample_with_adapters(*drawn, rounded=rounded)
+        save_tensors(cast, folder / "pytorch_lora_weights.safetensors", {"format": "pt"})
+        kohya_file = KOHYA_FILE if pipeline.family.network == "unet" else ""
+        if kohya_file:
+            save_tensors(kohya_adapters(cast), folder / kohya_file, {"format": "pt"})
+        settings = {"guidance_scale": 1, **_call_settings(sampler)}
+        inputs = (source, folder, latents_noise, sampler.examples, settings, device)
+        exported = sample_with_adapters(*inputs, rounded=rounded)
         parity = check_parity(max_abs_diff(*zip(expected, exported, strict=True)), saved_dtype)
         results: dict[str, Any] = {"out": str(out), "parity_max_abs_err": parity, "base_weights": "fp32"}
-        # The student's weights below the adapters are not quite those of the teacher.
+
+        # The student's frozen weights are the teacher's in bf16: also compare with the teacher in fp32.
         if rounded:
-            unrounded = sample_with_adapters(*drawn)
+            unrounded = sample_with_adapters(*inputs)
             difference = max_abs_diff(*zip(expected, unrounded, strict=True))
             results |= {"base_weights": "bf16", "teacher_max_abs_err": difference}
             logger.info(
@@ -218,7 +217,7 @@ def export_lora(
         text = model_card(
             student=student,
             teacher=source,
-            timestep=one.student.evaluation_point,
+            timestep=sampler.student.evaluation_point,
             parity=parity,
             options=options,
             scores=scores,
@@ -226,13 +225,13 @@ def export_lora(
                 pipeline=pipeline.kind,
                 rank=rank,
                 scheduler=_scheduler_class(schedule),
-                comfyui=other_names,
+                comfyui=kohya_file,
                 settings=settings,
-                guided=one.student.guided,
+                guided=sampler.student.guided,
                 unrounded_difference=results.get("teacher_max_abs_err"),
             ),
         )
-        write_atomically(written / "README.md", text)
+        write_atomically(folder / "README.md", text)
     return results
 
 
@@ -251,30 +250,33 @@ def _scheduler_class(schedule: Schedule | FlowSchedule) -> str:
 
 def _load_lora_student(
     student: str, teacher: str, device: torch.device | str
-) -> tuple[OneStep, dict[str, Tensor], bool]:
-    """Load a student, and what `_adapters` returns. Raises UserError for one that adapters cannot hold."""
+) -> tuple[OneStepSampler, dict[str, Tensor], bool]:
+    """Load a LoRA student: (sampler, adapters, whether the teacher is rounded), the last two of `_adapters`.
+
+    Raises UserError for a student that adapters alone cannot represent.
+    """
     tensors = stored_tensors(student)
     if not has_lora(tensors):
         raise UserError(f"student {student} has no adapters; export it with --format diffusers")
-    one = load_student(student, teacher, device)
-    if one.own_text:
+    sampler = load_student(student, teacher, device)
+    if sampler.own_text:
         raise UserError(
             f"student {student} has text encoders of its own, which adapters cannot hold; export it with "
             "--format diffusers"
         )
-    if one.student.guided and one.student.family.embedded_guidance is None:
+    if sampler.student.guided and sampler.student.family.embedded_guidance is None:
         raise UserError(
             f"student {student} has the guidance scale as an input, which adapters alone cannot hold; "
             "export it with --format diffusers"
         )
-    return one, *_adapters(student, teacher, tensors)
+    return sampler, *_adapters(student, teacher, tensors)
 
 
 def _adapters(student: str, teacher: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """The adapters in fp32 that turn the teacher's network into the student, and whether that network is
-    rounded to bf16 first, as training stores frozen weights with engine.frozen_weights=bf16.
+    """Return the adapters, fp32, that turn the teacher's network into the student, and whether it is rounded.
 
-    Raises UserError if adapters alone cannot do that.
+    The network is rounded to bf16 if training stored its frozen weights so (engine.frozen_weights=bf16).
+    Raises UserError if adapters alone cannot turn one into the other.
     """
     settings = student_config(student)
     component = open_pipeline(teacher).family.network
@@ -296,6 +298,6 @@ def _adapters(student: str, teacher: str, tensors: dict[str, Tensor]) -> tuple[d
 
 
 @torch.no_grad()
-def _decode_images(one: OneStep, latents: Tensor) -> Tensor:
+def _decode_images(sampler: OneStepSampler, latents: Tensor) -> Tensor:
     """Images in [0, 1] on the CPU, as diffusers returns them with output_type="pt"."""
-    return (decode(one.vae, latents) / 2 + 0.5).clamp(0, 1).cpu()
+    return (decode(sampler.vae, latents) / 2 + 0.5).clamp(0, 1).cpu()

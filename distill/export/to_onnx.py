@@ -21,7 +21,7 @@ from distill.export.card_scores import own_results
 from distill.export.model_card import OnnxUsage, model_card
 from distill.export.output import check_out, check_parity, max_abs_diff
 from distill.models.student import Student
-from distill.sampling import OneStep, load_student
+from distill.sampling import OneStepSampler, load_student
 from distill.student_files import student_folder
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -54,14 +54,14 @@ def export_onnx(
             f"teacher {source} is a {kind.kind}, whose text encoders or network have no ONNX export; "
             "export it with --format safetensors"
         )
-    one = load_student(student, source)
+    sampler = load_student(student, source)
     # Write the networks, draw with onnxruntime, and write the card with the difference.
     with staged(out, "exports to") as folder:
-        parity, usage = _write_files(one, source, folder)
+        parity, usage = _write_files(sampler, source, folder)
         text = model_card(
             student=student,
             teacher=source,
-            timestep=one.student.evaluation_point,
+            timestep=sampler.student.evaluation_point,
             parity=check_parity(parity, torch.float32),
             options=options,
             scores=scores,
@@ -71,18 +71,18 @@ def export_onnx(
     return {"out": str(out), "parity_max_abs_err": parity}
 
 
-def _write_files(one: OneStep, source: str, out: Path) -> tuple[float, OnnxUsage]:
+def _write_files(sampler: OneStepSampler, source: str, out: Path) -> tuple[float, OnnxUsage]:
     """Write the ONNX files and tokenizers. Returns their parity and how to use them."""
-    student = one.student
+    student = sampler.student
     latents_noise = noise(0, range(2), student.latent_shape)
-    expected = one.latents(latents_noise, one.examples)
+    expected = sampler.latents(latents_noise, sampler.examples)
 
     # Export the networks.
-    cond, exported_cond = _write_text_encoder(one, out)
-    scale = {"guidance": torch.full((2,), one.guidance)} if student.guided else {}
+    cond, exported_cond = _write_text_encoder(sampler, out)
+    scale = {"guidance": torch.full((2,), sampler.guidance)} if student.guided else {}
     inputs = {"noise": latents_noise, **cond, **scale}
     save_onnx(_OneStep(student), inputs, ["latents"], out / "student.onnx")
-    save_onnx(_Decoder(one.vae), {"latents": expected}, ["images"], out / "decoder.onnx")
+    save_onnx(_Decoder(sampler.vae), {"latents": expected}, ["images"], out / "decoder.onnx")
     tokenizers = [name for name in open_pipeline(source).components if name.startswith("tokenizer")]
     for name in tokenizers:
         pretrained.load_tokenizer(source, name).save_pretrained(out / name)
@@ -92,31 +92,31 @@ def _write_files(one: OneStep, source: str, out: Path) -> tuple[float, OnnxUsage
     (latents,) = run_onnx(out / "student.onnx", inputs)
     (images,) = run_onnx(out / "decoder.onnx", {"latents": latents})
     with torch.no_grad():
-        parity = max_abs_diff((latents, expected), (images, _Decoder(one.vae)(expected)))
+        parity = max_abs_diff((latents, expected), (images, _Decoder(sampler.vae)(expected)))
     usage = OnnxUsage(
         tokenizers=tuple(tokenizers),
         outputs=tuple(cond) if student.reads_text else (),
         latent_shape=student.latent_shape,
         guided=student.guided,
         reads_text=student.reads_text,
-        reads_labels=not student.reads_text and one.conditioner.kind == "label",
+        reads_labels=not student.reads_text and sampler.conditioner.kind == "label",
     )
     return parity, usage
 
 
-def _write_text_encoder(one: OneStep, out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _write_text_encoder(sampler: OneStepSampler, out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Write OUT/text_encoder.onnx if the student reads text.
 
     Returns the conditioning of the example prompts by input name of the network, once from the torch encoder
     and once from the exported file.
     """
-    conditioner = one.conditioner
+    conditioner = sampler.conditioner
     if conditioner.kind == "label":
-        labels = {"labels": conditioner.encode(one.examples).tensors["class_labels"]}
+        labels = {"labels": conditioner.encode(sampler.examples).tensors["class_labels"]}
         return labels, labels
     if not isinstance(conditioner, CLIPConditioner):
         return {}, {}
-    tokens = conditioner.tokens(one.examples)
+    tokens = conditioner.tokens(sampler.examples)
     with torch.no_grad():
         cond: Conditioning = conditioner(tokens)
     names = list(cond.tensors)

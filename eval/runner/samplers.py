@@ -19,7 +19,7 @@ from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.solvers import sample_ode
 from d2g.diffusion.teacher import PRECISIONS, Teacher, check_solver
 from d2g.diffusion.teacher_sampler import TeacherSampler
-from distill.sampling import OneStep, load_checkpoint, load_student, with_prior, with_psi
+from distill.sampling import OneStepSampler, load_checkpoint, load_student, with_prior, with_psi
 from distill.student_files import student_folder
 from eval.measure.latency import Parts
 from eval.measure.source import ImageSource, SampledBatch, views_of
@@ -82,7 +82,7 @@ def sampler_source(
 
 def one_step_source(
     name: str,
-    one: OneStep,
+    sampler: OneStepSampler,
     request: SamplingRequest,
     *,
     noise_scale: float = 1.0,
@@ -93,27 +93,29 @@ def one_step_source(
     """
 
     def scaled_noise(numbers: range) -> Tensor:
-        return noise(request.seed, numbers, one.student.noise_shape) * noise_scale
+        return noise(request.seed, numbers, sampler.student.noise_shape) * noise_scale
 
     @torch.no_grad()
     def sample(numbers: range, texts: list[str]) -> Tensor:
-        prior = one.prior_latents(request.seed, numbers, texts)
-        return decode(one.vae, one.latents(scaled_noise(numbers), texts, prior))
+        prior = sampler.prior_latents(request.seed, numbers, texts)
+        return decode(sampler.vae, sampler.latents(scaled_noise(numbers), texts, prior))
 
     # The parts that latency is measured of.
     def parts(batch: int) -> dict[str, Callable[[], object]]:
         texts, inputs = request.texts(range(batch)), scaled_noise(range(batch)).to(request.device)
-        cond, latents = one.conditioner.encode(texts), torch.zeros(batch, *one.student.latent_shape)
-        if (prior := one.prior_latents(request.seed, range(batch), texts)) is not None:
+        cond, latents = sampler.conditioner.encode(texts), torch.zeros(batch, *sampler.student.latent_shape)
+        if (prior := sampler.prior_latents(request.seed, range(batch), texts)) is not None:
             cond = cond.with_prior(prior)
         stage_before = (
-            {} if prior is None else {"prior": lambda: one.prior_latents(request.seed, range(batch), texts)}
+            {}
+            if prior is None
+            else {"prior": lambda: sampler.prior_latents(request.seed, range(batch), texts)}
         )
         return {
             **stage_before,
-            "text": lambda: one.conditioner.encode(texts),
-            "network": lambda: one.latents_of(inputs, cond),
-            "decoder": torch.no_grad()(lambda: to_uint8(decode(one.vae, latents.to(request.device)))),
+            "text": lambda: sampler.conditioner.encode(texts),
+            "network": lambda: sampler.latents_of(inputs, cond),
+            "decoder": torch.no_grad()(lambda: to_uint8(decode(sampler.vae, latents.to(request.device)))),
         }
 
     all_facts = {"kind": "student", "noise_scale": noise_scale, **(facts or {})}
@@ -140,14 +142,14 @@ def student_source(
     weights, named_teacher, timestep = student_folder(name)
     base = teacher or named_teacher
     if folder is None:
-        one, title = load_student(name, teacher, request.device), name
+        sampler, title = load_student(name, teacher, request.device), name
     else:
-        one = load_checkpoint(name, folder, base, request.device)
+        sampler = load_checkpoint(name, folder, base, request.device)
         title = f"{name}, {int(folder.name)} images"
-    one = with_psi(with_prior(one, name, prior), name, None if psi == 1 else psi)
-    one = one if guidance is None else replace(one, guidance=guidance)
+    sampler = with_psi(with_prior(sampler, name, prior), name, None if psi == 1 else psi)
+    sampler = sampler if guidance is None else replace(sampler, guidance=guidance)
     torch.nn.Module.to(
-        one.student.network, PRECISIONS[request.precision]
+        sampler.student.network, PRECISIONS[request.precision]
     )  # diffusers' own `to` warns without need
     facts = {
         "weights_sha256": _sha256((folder or weights) / "ema.safetensors"),
@@ -156,12 +158,12 @@ def student_source(
     }
     if psi != 1:
         facts["psi"] = psi
-    if one.student.guided:
-        facts["guidance"] = one.guidance
+    if sampler.student.guided:
+        facts["guidance"] = sampler.guidance
     if prior is not None:
         facts["prior_sha256"] = _sha256(student_folder(prior)[0] / "ema.safetensors")
         title = f"{title} after {prior}"
-    return one_step_source(title, one, request, noise_scale=noise_scale, facts=facts)
+    return one_step_source(title, sampler, request, noise_scale=noise_scale, facts=facts)
 
 
 def checkpoints(run: str) -> list[Path]:

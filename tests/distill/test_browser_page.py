@@ -18,18 +18,18 @@ from browser import Browser, chromium
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.teacher_sampler import SolverSettings
 from distill.browser_page import BrowserPage, DrawRequest, build_page, open_page
-from distill.sampling import OneStep, untrained_one_step
+from distill.sampling import OneStepSampler, untrained_one_step
 
 SETTINGS = SolverSettings(steps=2, guidance=1.0)
 
 
 @pytest.fixture(scope="module")
-def one(teacher: Path) -> OneStep:
+def one(teacher: Path) -> OneStepSampler:
     return untrained_one_step(str(teacher))
 
 
 @pytest.fixture(scope="module")
-def page(one: OneStep, teacher: Path) -> BrowserPage:
+def page(one: OneStepSampler, teacher: Path) -> BrowserPage:
     return open_page(one, "student", str(teacher), SETTINGS)
 
 
@@ -44,7 +44,7 @@ def request(**changes: Any) -> DrawRequest:
     return DrawRequest(**{**values, "guidance": 8.0, **changes})
 
 
-def test_the_page_draws_the_images_of_its_two_seeds(page: BrowserPage, one: OneStep) -> None:
+def test_the_page_draws_the_images_of_its_two_seeds(page: BrowserPage, one: OneStepSampler) -> None:
     prompts = ["a red cube"] * 2
     assert torch.equal(page.draw(request()).images, one(prompts, seed=3))
     assert (page.draw(request(position=1.0)).images.int() - one(prompts, seed=4)).abs().max() <= 1
@@ -52,13 +52,13 @@ def test_the_page_draws_the_images_of_its_two_seeds(page: BrowserPage, one: OneS
     assert (between != one(prompts, seed=3)).any() and (between != one(prompts, seed=4)).any()
 
 
-def test_the_teacher_has_the_noise_of_the_student(page: BrowserPage, one: OneStep) -> None:
+def test_the_teacher_has_the_noise_of_the_student(page: BrowserPage, one: OneStepSampler) -> None:
     assert page.teacher is not None
     latents = page.teacher.latents(3, range(2), ["a red cube"] * 2)
     assert torch.equal(page.draw_teacher(request()).images, one.decode(latents))
 
 
-def test_a_teacher_of_other_latents_is_refused(one: OneStep) -> None:
+def test_a_teacher_of_other_latents_is_refused(one: OneStepSampler) -> None:
     with pytest.raises(
         UserError, match=r"teacher miniature makes latents of shape .* give the teacher of this"
     ):

@@ -13,12 +13,12 @@ from torch import Tensor
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.diffusion.conditioning import LabelConditioner
-from distill.exploration import LENGTH_STEP, Walk, spherical, walk_positions
-from distill.sampling import OneStep, untrained_one_step
+from distill.exploration import LENGTH_STEP, Walk, interpolate_noise, walk_positions
+from distill.sampling import OneStepSampler, untrained_one_step
 
 
 @pytest.fixture(scope="module")
-def one(teacher: Path) -> OneStep:
+def one(teacher: Path) -> OneStepSampler:
     return untrained_one_step(str(teacher))
 
 
@@ -26,15 +26,15 @@ def test_an_arc_keeps_the_norm_and_an_angle_that_grows_evenly() -> None:
     # Two orthogonal noises of norm 2: the arc is known in closed form.
     a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     at = torch.linspace(0, 1, 5)
-    points = spherical(a.expand(5, -1), b.expand(5, -1), at)
+    points = interpolate_noise(a.expand(5, -1), b.expand(5, -1), at)
     angle = at * torch.pi / 2
     assert torch.allclose(points, 2 * torch.stack([angle.cos(), angle.sin()], 1), atol=1e-6)
     # Equal noises stay what they are.
     same = noise(0, range(3), (4, 2, 2))
-    assert torch.allclose(spherical(same, same, torch.tensor([0.0, 0.4, 1.0])), same, atol=1e-6)
+    assert torch.allclose(interpolate_noise(same, same, torch.tensor([0.0, 0.4, 1.0])), same, atol=1e-6)
 
 
-def test_a_walk_passes_its_points(one: OneStep) -> None:
+def test_a_walk_passes_its_points(one: OneStepSampler) -> None:
     prompts = ["a red cube", "a blue sphere", "a red cube"]
     noises = noise(0, range(3), one.student.latent_shape)
     walk = Walk(one, noises, prompts)
@@ -55,7 +55,7 @@ def test_every_point_has_a_frame(points: int, frames: int) -> None:
     assert counts.max() - counts.min() <= 1
 
 
-def test_the_path_length_of_a_known_distance(one: OneStep) -> None:
+def test_the_path_length_of_a_known_distance(one: OneStepSampler) -> None:
     def squared(a: Tensor, b: Tensor) -> Tensor:
         return (a - b).square().flatten(1).mean(1)
 
@@ -91,7 +91,7 @@ def test_the_commands_draw(d2g: Any, tmp_path: Path) -> None:
     assert np.abs(walked - sampled).max() <= 1  # batches of 3 and of 1 round differently
 
 
-def test_an_edit_goes_from_one_prompt_to_the_other_and_beyond(one: OneStep, tmp_path: Path) -> None:
+def test_an_edit_goes_from_one_prompt_to_the_other_and_beyond(one: OneStepSampler, tmp_path: Path) -> None:
     """The ends are the images of both prompts from the same noise; files are rows of the grid."""
     from distill.exploration import save_edits
 

@@ -46,7 +46,7 @@ from distill.models.style_layers import (
 from distill.planning.flops import flop_per_image
 from distill.planning.memory import predict
 from distill.planning.parameters import student_parameters
-from distill.sampling import OneStep, load_student, with_prior, with_psi
+from distill.sampling import OneStepSampler, load_student, with_prior, with_psi
 from distill.training.train import train
 from eval.runner.samplers import SamplingRequest, student_source
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
@@ -277,14 +277,14 @@ def test_truncation(teachers: Mapping[str, str]) -> None:
     torch.testing.assert_close(generator.map_truncated(x, 0.3), mean + 0.3 * (f - mean))
 
 
-def one_step(teacher: str, kind: str) -> OneStep:
+def one_step(teacher: str, kind: str) -> OneStepSampler:
     """A student whose spatial noise shows."""
     student = build(teacher, kind)
     for name, parameter in student.named_parameters():
         if name.endswith("noise_strength"):
             parameter.detach().fill_(0.5)
     vae, device = pretrained.load_vae(teacher), torch.device("cpu")
-    return OneStep(student.eval(), pretrained.load_conditioner(teacher), vae, device)
+    return OneStepSampler(student.eval(), pretrained.load_conditioner(teacher), vae, device)
 
 
 @pytest.mark.parametrize("kind", ["stylegan-t", "gigagan"])
