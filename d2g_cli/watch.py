@@ -29,7 +29,7 @@ def watch(
     """Show losses, logits per head, gradients, drift, speed and warnings until the run ends or Ctrl-C."""
     from d2g.core.tracking.run_directory import read_stats
     from distill.monitoring.plots import plot_health
-    from distill.monitoring.status import view
+    from distill.monitoring.status import read_status
 
     if not 0 < every < float("inf"):
         raise SettingError(f"--every is {every}; expected seconds above 0")
@@ -38,7 +38,7 @@ def watch(
             f"--png {png} is a folder; give the name of a file in it, for example {png / 'health.png'}"
         )
     # One look: a plot, JSON or a table.
-    status = view(folder)
+    status = read_status(folder)
     if png is not None:
         plot_health(read_stats(folder), png, str(folder))
     if as_json:
@@ -60,7 +60,7 @@ def watch(
             show()
             while not status.over:
                 time.sleep(every)
-                previous, status = status, view(folder)
+                previous, status = status, read_status(folder)
                 if has_news(previous, status, bool(live)):
                     show()
         except KeyboardInterrupt:  # stops watching; the run itself continues
@@ -75,7 +75,7 @@ def has_news(previous: Any, status: Any, live: bool) -> bool:
 
 
 def show_status(status: Any) -> None:
-    """Print a `distill.monitoring.status.View`: styled on a terminal, else as plain lines."""
+    """Print a `distill.monitoring.status.RunStatus`: styled on a terminal, else as plain lines."""
     if is_terminal(sys.stdout):
         Console().print(render(status))
         return
@@ -85,7 +85,7 @@ def show_status(status: Any) -> None:
 
 
 def render(status: Any) -> Group:
-    """A `distill.monitoring.status.View` as a table of its panels, with warnings below."""
+    """A `distill.monitoring.status.RunStatus` as a table of its panels, with warnings below."""
     table = Table(title=Text(printable(_title(status))), show_header=False, title_justify="left")
     for row in _rows(status):
         table.add_row(*(Text(printable(cell)) for cell in row))

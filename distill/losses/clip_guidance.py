@@ -1,5 +1,8 @@
-"""Guidance of the student by CLIP: squared spherical distance of image and text (StyleGAN-T, equation 2), or
-the contrastive loss that CLIP was trained with (GigaGAN, section 3.3)."""
+"""CLIP guidance: a loss between the student's decoded images and their text in CLIP's embedding space.
+
+It is the squared spherical distance of image and text (StyleGAN-T, equation 2), or the contrastive loss with
+which CLIP was trained (GigaGAN, section 3.3).
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,32 +21,32 @@ from d2g.vision.normalization import OPENAI
 from d2g.vision.transformers_vision import clip_on_meta, load_clip_model, load_clip_tokenizer
 from distill.config.clip_guidance import ClipGuidanceConfig
 
-LIMIT = 1 - 1e-6
-"""Cosines are clamped to this: the derivative of arccos is infinite at 1."""
+MAX_COSINE = 1 - 1e-6
+"""Cosines are clamped to [-MAX_COSINE, MAX_COSINE]: the derivative of arccos is infinite at 1."""
 
 
 def spherical_distance(image: Tensor, text: Tensor) -> Tensor:
-    """arccos(image . text)^2 of unit vectors [B, D] -> [B], fp32."""
+    """Compute arccos(image . text)^2 of unit vectors [B, D]: [B] in fp32."""
     cosine = (image.float() * text.float()).sum(1)
-    return cosine.clamp(-LIMIT, LIMIT).arccos().square()
+    return cosine.clamp(-MAX_COSINE, MAX_COSINE).arccos().square()
 
 
 def text_cross_entropy(image: Tensor, text: Tensor, texts: Tensor, scale: Tensor | float) -> Tensor:
-    """-log(exp(s image . text) / sum_n exp(s image . texts_n)) -> [B], fp32.
+    """Compute -log(exp(s image . text) / sum_n exp(s image . texts_n)): [B] in fp32.
 
-    image, text [B, D]: unit vectors of images and their own texts. texts [N, D]: of all texts of the batch,
-    the own ones among them. s: the inverse temperature that CLIP has learned.
+    image, text: unit vectors [B, D] of images and their texts. texts: unit vectors [N, D] of all texts of the
+    batch, `text` among them. scale: s, the inverse temperature that CLIP has learned.
     """
     with torch.autocast(image.device.type, enabled=False):
         image = image.float()
-        own = scale * (image * text.float()).sum(1)
-        return torch.logsumexp(scale * (image @ texts.float().T), dim=1) - own
+        positive = scale * (image * text.float()).sum(1)
+        return torch.logsumexp(scale * (image @ texts.float().T), dim=1) - positive
 
 
 class ClipGuidance(nn.Module):
-    """A frozen CLIP behind the autoencoder's decoder. `crop`: side in pixels of the crops that it sees.
+    """The loss of a frozen CLIP on decoded crops of latents.
 
-    `contrastive`: whether its loss is that one, and not the spherical distance.
+    crop: side of the crops in pixels. contrastive: use the contrastive loss instead of the spherical distance.
     """
 
     def __init__(self, model: Any, tokenizer: Any, vae: Any, crop: int, contrastive: bool = False) -> None:
@@ -54,7 +57,7 @@ class ClipGuidance(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """B texts -> unit vectors [B, D]."""
+        """Encode B prompts as unit vectors [B, D], fp32."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
@@ -68,14 +71,18 @@ class ClipGuidance(nn.Module):
         return F.normalize(embedding.float(), dim=1)
 
     def forward(self, latents: Tensor, text: Tensor, uniform: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Latents [B, C, h, w], unit vectors of the texts [B, D], places of the crops [B, 2] in [0, 1) -> the
-        mean of the loss over rows.
+        """Compute the mean loss over rows, a scalar in fp32.
 
-        texts [N, D]: those that the contrastive loss compares with, of the whole batch; None: `text`.
+        latents: scaled latents [B, C, h, w]. text: unit vectors [B, D] of their prompts. uniform: positions
+        of the crops [B, 2], in [0, 1). texts: unit vectors [N, D] of the whole batch, for the contrastive
+        loss; None uses `text`.
         """
+        # Decode a crop of each row and resize it for CLIP.
         pixels = decode(self.vae, crop_view(latents, self.side, uniform))
         size = self.model.config.vision_config.image_size
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+
+        # Compare image and text embeddings.
         mean, deviation = (torch.tensor(s, device=pixels.device).view(3, 1, 1) for s in OPENAI)
         output = self.model.vision_model(pixel_values=(pixels / 2 + 0.5 - mean) / deviation)
         image = F.normalize(self.model.visual_projection(output.pooler_output).float(), dim=1)
@@ -88,13 +95,16 @@ class ClipGuidance(nn.Module):
 def build_clip_guidance(
     config: ClipGuidanceConfig, teacher: str, device: torch.device | str = "cpu"
 ) -> ClipGuidance | None:
-    """The guidance of a run on a device; None with weight 0. On "meta" it has no weights and no tokenizer.
+    """Build the CLIP guidance of a run; None if its weight is 0.
 
-    Raises SettingError for a teacher without text or without pixels, and for crops that no latents fill;
-    UserError for a CLIP that is missing.
+    On the device "meta" it has no weights and no tokenizer. Raises SettingError for a teacher without text or
+    without a decoder to pixels, and for a crop that does not fit its latents; UserError if the CLIP is
+    missing.
     """
     if not config.weight:
         return None
+
+    # The teacher must have text and a decoder, and its images must contain the crop.
     family, kind = family_of(teacher), open_pipeline(teacher).kind
     if not family.reads_text or family.network not in ("unet", "transformer"):
         reason = "no text to guide by" if not family.reads_text else "no decoder to pixels"
@@ -113,6 +123,8 @@ def build_clip_guidance(
             f"clip_guidance.crop is {config.crop}, but images of {teacher} have {pixels} px; set it to "
             f"{pixels} or less"
         )
+
+    # Load CLIP and the autoencoder.
     contrastive = config.form == "contrastive"
     if torch.device(device).type == "meta":
         vae = pretrained.autoencoder_on_meta(teacher)

@@ -23,11 +23,13 @@ def sample_timesteps(
     """Sample D's time inputs [rows], int64, on the generator's device; None for a constant timestep.
 
     Without noise augmentation, t = T s u / (1 + (s - 1) u) with u ~ U(0, 1), T = `train_steps` and
-    s = timestep_shift (APT 3.3). With noise augmentation, t is the noise level: uniform over 0 to max - 1, or
-    for "small", max u^2, so that half of the levels are below max / 4.
+    s = timestep_shift (APT 3.3). With noise augmentation, t is the noise level, 0 to max - 1, where max is
+    noise_max_timestep. It is uniform, or max u^2 for "small": then half of the levels are below max / 4.
     """
     if config.noise_augment == "none" and config.timestep_mode == "constant":
         return None
+
+    # Shape the distribution of u, then scale it to integer timesteps.
     u = torch.rand(rows, generator=generator, device=generator.device)
     if config.noise_augment == "none":
         shift, length = config.timestep_shift, train_steps
@@ -39,16 +41,16 @@ def sample_timesteps(
 
 
 class NoiseAugmentation:
-    """Adds noise to the discriminator's inputs if the config asks for it; otherwise returns them unchanged.
+    """Adds noise to the discriminator's inputs if `gan.noise_augment` is set; otherwise changes nothing.
 
     The noise of a row depends only on the seed, the row number, and whether the row is real or fake.
     """
 
     def __init__(self, gan: DiscriminatorConfig | None, schedule: AnySchedule | None, seed: int) -> None:
-        """gan and schedule: discriminator settings and the teacher's schedule, None in the regression stage.
+        """gan: discriminator settings. schedule: the teacher's. Both are None in the regression stage.
 
-        Raises SettingError for timesteps that the schedule does not have. Those of an EDM are numbers of
-        noise levels.
+        Raises SettingError for timesteps that the schedule does not have. For an EDM schedule, timesteps are
+        indices of noise levels.
         """
         self.gan, self.seed = gan, seed
         self.active = gan is not None and gan.noise_augment != "none"
@@ -75,8 +77,9 @@ class NoiseAugmentation:
         return noise(generator(self.seed, Stream.NOISE_AUGMENTATION, stream).initial_seed(), rows, shape)
 
     def __call__(self, x: Tensor, t: Tensor | None, eps: Tensor | None) -> Tensor:
-        """Diffuse x [B, C, h, w] to levels t [B] with noise `eps` ~ N(0, 1), independent for real and fake
-        rows; return x unchanged if `eps` is None.
+        """Diffuse x [B, C, h, w] to levels t [B] with noise `eps` [B, C, h, w] from the method `eps`.
+
+        If `eps` is None, return x unchanged.
         """
         if eps is None:
             return x
@@ -87,10 +90,7 @@ class NoiseAugmentation:
 def build_noise_augmentation(
     gan: DiscriminatorConfig | None, teacher: str, seed: int, device: torch.device
 ) -> NoiseAugmentation:
-    """Build the noise augmentation of a run. gan: None in the regression stage.
-
-    The regression stage adds no noise and loads no schedule.
-    """
+    """Build the noise augmentation of a run. In the regression stage `gan` is None, and no noise is added."""
     if gan is None:
         return NoiseAugmentation(None, None, seed)
     schedule = pretrained.load_any_schedule(teacher)

@@ -1,4 +1,4 @@
-"""Status of a run, read from its folder during or after training, for `d2g distill watch`. Never writes."""
+"""Read the status of a run from its folder, during or after training, for `d2g distill watch`."""
 
 import time
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from distill.monitoring.collapse import Line, findings
 from distill.monitoring.plots import Row, health_rows
 
 PATIENCE = 600.0
-"""Seconds without a report before a run counts as silent, or five times the usual gap if that is longer."""
+"""Seconds without a report after which a run counts as silent; five times the usual gap if that is longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class RunStatus:
     """Status of a run at one moment."""
 
     out: str
@@ -33,13 +33,13 @@ class View:
     ended: str | None
     """How the run ended: done, minutes, stopped or failed. None while it runs, or if it was killed."""
     why: str
-    """Why it failed or was stopped."""
+    """Why it failed or was stopped; "" otherwise."""
     silent_minutes: int | None
     """Minutes since the last report, if that is longer than usual."""
     seconds_left: float | None
-    """Estimate from the last rate."""
+    """Estimate from the last images per second; None if the run makes no progress."""
     values: dict[str, float]
-    """Latest value of each key."""
+    """Latest value of each key of stats.jsonl."""
     warnings: list[str]
     checkpoint: str | None
     preview: str | None
@@ -57,14 +57,17 @@ class View:
         return {**data, "values": finite}
 
 
-def view(folder: Path, width: int = 24, now: float | None = None) -> View:
-    """Read the status of a run. `now`: time in seconds since 1970, by default the current time; `width`: of
-    the sparklines. Raises UserError for a folder that holds no run.
+def read_status(folder: Path, width: int = 24, now: float | None = None) -> RunStatus:
+    """Read the status of a run in `folder`.
+
+    width: characters per sparkline. now: seconds since 1970; the default is the current time. Raises
+    UserError for a folder that holds no run.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no run (no config.json); give the --out of `d2g distill`")
-    # What was asked for: stage and length.
+
+    # The run's config: stage and length.
     config = read_json_object(path, RESTORE_CONFIG_HINT)
     try:
         stage, length = str(config["stage"]), {**config["train"], **config.get("length", {})}
@@ -73,7 +76,8 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
         raise UserError(
             f"{folder} holds no run ({type(error).__name__}: {error}); give the --out of `d2g distill`"
         ) from error
-    # How far it is, how fast it was, and whether it still runs.
+
+    # Its progress, its speed, and whether it still runs.
     lines = read_stats(folder)
     latest = {"nimg": 0.0} | {name: value for line in lines for name, value in line.items()}
     nimg, rate = int(latest["nimg"]), latest.get("time/images_per_sec", 0.0)
@@ -82,10 +86,11 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
     if not (finished or ended):
         silent = _silent_minutes(folder, lines, time.time() if now is None else now)
     progressing = finished or not (ended or silent)
-    # What it left on the disk.
+
+    # Its checkpoints and previews.
     points = complete_points(folder / "checkpoints")
     previews = sorted((folder / "previews").glob("*.png"), key=lambda path: path.stem.rpartition("-")[2])
-    return View(
+    return RunStatus(
         out=str(folder),
         stage=stage,
         nimg=nimg,
@@ -104,7 +109,7 @@ def view(folder: Path, width: int = 24, now: float | None = None) -> View:
 
 
 def _ending(folder: Path) -> tuple[str | None, str]:
-    """How a run ended, and why. A killed run has no record of it."""
+    """How a run ended, and why; (None, "") while it runs and for a killed run, which records nothing."""
     path = folder / ENDED
     if not path.is_file():
         return None, ""

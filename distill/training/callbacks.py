@@ -1,6 +1,6 @@
-"""What happens after a step besides the method: when to stop, reports, checkpoints, validation.
+"""Callbacks after each step: reports, checkpoints and validation, and the decision when to stop.
 
-`train` calls the callbacks in this order after every step, on every rank: reports, checkpoints, validation.
+`train` calls the callbacks in this order after every step, on every rank.
 """
 
 import time
@@ -29,29 +29,29 @@ class StepEvent:
 
     nimg: int
     finished: bool
-    """The run has all its images, or its minutes are over."""
+    """Whether the run has seen all its images, or its time limit is over."""
     interrupted: bool
-    """Somebody asked to stop: Ctrl-C or SIGTERM on any rank."""
+    """Whether any rank received Ctrl-C or SIGTERM."""
     writing: bool
-    """Some rank is still writing the previous checkpoint."""
+    """Whether any rank is still writing the previous checkpoint."""
     due: bool
-    """A report, a checkpoint or a validation follows, or the run ends here."""
+    """Whether a report, a checkpoint or a validation follows, or the run ends here."""
     terms: Mapping[str, Tensor]
     microbatches: Sequence[MicroBatch]
 
 
 class Callback(Protocol):
-    """Something that is done after steps."""
+    """Called after each training step."""
 
     def after_step(self, event: StepEvent) -> None:
         """Called on every rank after every step."""
 
 
 class StopControl:
-    """Decides, together with all ranks, whether the run goes on.
+    """Decides, together with all ranks, whether the run continues.
 
-    Before anything is written, the ranks exchange their flags and wait for the result. After other steps they
-    start the exchange in the background and read its result one step later, so that no rank waits.
+    Before anything is written, the ranks exchange their flags and wait for the result. After other steps, the
+    exchange runs in the background and its result is read one step later, so that no rank waits.
     """
 
     def __init__(self, options: TrainConfig, stop: StopFlag, writer: Writer, owner: FolderOwner) -> None:
@@ -60,26 +60,34 @@ class StopControl:
         self.exchange: Callable[[], dict[str, bool]] | None = None
 
     def event(self, nimg: int, terms: Mapping[str, Tensor], microbatches: Sequence[MicroBatch]) -> StepEvent:
-        """The step that ended at `nimg` images. Call on every rank. Raises LostFolder."""
-        # What this process sees: another owner of the folder, and the time limit.
-        other = self.owner.lost_to() if process_group.rank() == 0 else ""
+        """Build the event of the step that ended at `nimg` images. Call it on every rank.
+
+        Raises LostFolder if another run has taken over the folder.
+        """
+        # This process's flags: whether another run owns the folder, and whether the time limit is over.
+        new_owner = self.owner.lost_to() if process_group.rank() == 0 else ""
         minutes = self.options.minutes
         late = minutes is not None and time.monotonic() - self.started > 60 * minutes
 
-        # All processes take the same decision: a flag of one process holds for all of them.
+        # Combine the flags, so that all processes decide alike: the flag of one counts for all.
         options = self.options
         intervals = (options.report_images, options.checkpoint_images, options.validate_images)
         due = nimg >= options.images or any(
             passed_interval(nimg, options.batch_size, interval) for interval in intervals if interval
         )
-        own = {"stop": bool(self.stop), "late": late, "writing": not self.writer.done, "lost": bool(other)}
-        flags = self._agree(own, due)
+        local = {
+            "stop": bool(self.stop),
+            "late": late,
+            "writing": not self.writer.done,
+            "lost": bool(new_owner),
+        }
+        flags = self._agree(local, due)
 
-        # Another run owns the folder now: leave before anything is written into it.
+        # Stop before writing into a folder that another run owns now.
         if flags["lost"]:
             raise LostFolder(
-                f"{process_group.gather_objects(other)[0]}, trains in {self.owner.folder} now, because this "
-                "run was suspended; nothing more was written here"
+                f"{process_group.gather_objects(new_owner)[0]}, trains in {self.owner.folder} now, because "
+                "this run was suspended; nothing more was written here"
             )
         return StepEvent(
             nimg=nimg,
@@ -91,19 +99,21 @@ class StopControl:
             microbatches=microbatches,
         )
 
-    def _agree(self, own: dict[str, bool], at_once: bool) -> dict[str, bool]:
-        """Combine the flags of all ranks. With `at_once`, exchange this step's flags and wait for the answer.
-        Otherwise start the exchange and return the flags of the previous step, unless one of them stops the
-        run: then this step's flags are exchanged at once, too."""
+    def _agree(self, local: dict[str, bool], at_once: bool) -> dict[str, bool]:
+        """Combine the flags of all ranks: a flag is set if any rank has set it.
+
+        With `at_once`, exchange this step's flags and wait. Otherwise start the exchange and return the flags
+        of the previous step, unless one of them stops the run: then exchange this step's flags at once, too.
+        """
         if not process_group.joined():
-            return own
-        before = {"stop": False, "late": False, "writing": True, "lost": False}
+            return local
+        previous = {"stop": False, "late": False, "writing": True, "lost": False}
         if self.exchange is not None:
-            before, self.exchange = self.exchange(), None
-        if at_once or before["stop"] or before["late"] or before["lost"]:
-            return process_group.any_of(own)
-        self.exchange = process_group.start_any_of(own)
-        return before
+            previous, self.exchange = self.exchange(), None
+        if at_once or previous["stop"] or previous["late"] or previous["lost"]:
+            return process_group.any_of(local)
+        self.exchange = process_group.start_any_of(local)
+        return previous
 
 
 class ReportCallback:
@@ -117,7 +127,7 @@ class ReportCallback:
         self.latest: dict[str, Tensor] = {}  # latest value of each term since the last report
 
     def after_step(self, event: StepEvent) -> None:
-        """Collect the step's terms, and report if it is time."""
+        """Collect the step's loss terms, and report if a report is due."""
         if not event.writing:
             self.writer.finish()
         self.latest |= event.terms
@@ -135,14 +145,14 @@ class CheckpointCallback:
         self.saved_at = -1
 
     def after_step(self, event: StepEvent) -> None:
-        """Save if it is time. This comes before validation, so that a stop by SIGTERM saves first."""
+        """Save if a checkpoint is due. It comes before validation, so that SIGTERM saves first."""
         due = passed_interval(event.nimg, self.options.batch_size, self.options.checkpoint_images)
         if due or event.finished or event.interrupted:
-            self.writer.finish()  # the previous checkpoint gets its name first: it may be the best one
+            self.writer.finish()  # the previous checkpoint may be the best one, so it must be complete
             self.save(event.nimg)
 
     def save(self, nimg: int) -> None:
-        """Save this point, unless it is saved already. Keeps the best checkpoint beside the newest ones."""
+        """Save a checkpoint at `nimg` images, unless it exists. The best checkpoint is not deleted."""
         if nimg == self.saved_at:
             return
         self.writer.spare = self.monitor.checkpoints_to_keep()
@@ -151,15 +161,15 @@ class CheckpointCallback:
 
 
 class ValidationCallback:
-    """Validates at each validation interval, and saves a checkpoint of a new best point."""
+    """Validates at each validation interval, and saves a checkpoint if it is the best so far."""
 
     def __init__(self, monitor: RunMonitor, checkpoints: CheckpointCallback, writer: Writer) -> None:
         self.monitor, self.checkpoints, self.writer = monitor, checkpoints, writer
 
     def after_step(self, event: StepEvent) -> None:
-        """Validate if it is time; then wait for the last checkpoint if the run ends here."""
+        """Validate if it is due. If the run ends here, wait until the last checkpoint is written."""
         if not event.interrupted and self.monitor.validation_due(event.finished):
-            self.writer.finish()  # what is being written is one of the points to choose from
+            self.writer.finish()  # the checkpoint that is being written may be the best one
             if self.monitor.validate():
                 self.checkpoints.save(event.nimg)
         if event.finished or event.interrupted:
@@ -167,5 +177,5 @@ class ValidationCallback:
 
 
 def passed_interval(nimg: int, size: int, interval: int) -> bool:
-    """Whether a multiple of `interval` lies in the last step's images: the same after a restart."""
+    """Whether the last step, of `size` images up to `nimg`, has passed a multiple of `interval`."""
     return nimg // interval > (nimg - size) // interval

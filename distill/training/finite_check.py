@@ -1,7 +1,7 @@
-"""Stops a run before an update with a loss or a gradient that is not finite.
+"""Stop a run at the first loss or gradient that is not finite, before an update uses it.
 
-The check runs on the device, where it switches the optimizers off. The host reads the result one step later,
-or before anything is written, so that it never waits for the device inside a step.
+The check runs on the device and disables the optimizers there. The host reads its result one step later, or
+before anything is written, so that it does not wait for the device within a step.
 """
 
 from collections.abc import Mapping
@@ -22,19 +22,19 @@ from pairgen.store.hdf5 import PairBatch
 
 @dataclass
 class _Step:
-    """What the error needs to know of a step."""
+    """Facts of a step for the error message."""
 
     number: int
     nimg: int
     batch: PairBatch
     updates: list[tuple[str, Tensor, dict[str, Tensor]]] = field(default_factory=list)
-    """Name of the gradient, its norm, and the loss terms so far, of each update."""
+    """Of each update: the name of the gradient, its norm, and the loss terms so far."""
     logits: LogitStats = field(init=False)
     stopped: HostCopy = field(init=False)
 
 
 class FiniteCheck:
-    """Stops all updates at the first loss or gradient that is not finite, and then the run.
+    """Disables all updates from the first loss or gradient on that is not finite, then stops the run.
 
     Call `begin_step` and `end_step` around each step, on every rank.
     """
@@ -59,9 +59,10 @@ class FiniteCheck:
         self.step = _Step(self.state.steps, self.state.nimg, batch)
 
     def stop_updates(self, name: str, norm: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-        """1 if `norm` or an earlier norm of this process is not finite, else 0: fp32 [] on the device.
+        """Return 1 if `norm`, or an earlier one, is not finite, else 0: an fp32 scalar on the device.
 
-        The norm is the same on every rank. A loss that is not finite makes it NaN (step.one_or_nan).
+        name: "grad/g" or "grad/d". norm: the gradient norm, equal on all ranks, which is NaN if the loss is
+        not finite (`step.one_or_nan`). terms: the step's loss terms, for the error message.
         """
         assert self.step is not None
         self.step.updates.append((name, norm, dict(terms)))
@@ -69,9 +70,9 @@ class FiniteCheck:
         return self.stopped
 
     def end_step(self, at_once: bool) -> None:
-        """Raise FloatingPointError if updates stopped in the previous step, or with `at_once` in this one.
+        """Raise FloatingPointError if updates were disabled in the previous step; with `at_once` in this one.
 
-        RUN/failure is written first.
+        It writes RUN/failure first.
         """
         assert self.step is not None
         self.step.logits, self.step.stopped = self.logit_stats.copy(), HostCopy(self.stopped)

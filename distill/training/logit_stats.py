@@ -1,7 +1,7 @@
 """Statistics of D's logits and of the student's latents for a report, over all rows of a step's batch.
 
-They are gathered row by row: means over the processes' last micro-batches would depend on how a batch is
-divided.
+Values are gathered row by row, so that they do not depend on how the batch is split over processes and
+micro-batches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from distill.training.microbatch import MicroBatch
 class LogitStats:
     """Latest discriminator logits on this rank, by input kind.
 
-    `real`: of the pairs; `fake`: of the generated rows, some of them mismatched; `student`: of the student's
-    rows after D's update, which not every step has.
+    The kinds are `real` (D's real rows), `fake` (D's fake rows, some of them mismatched real ones), and
+    `student` (the rows of G's loss, after D's update; missing in steps that do not update G).
     """
 
     def __init__(self) -> None:
@@ -25,30 +25,34 @@ class LogitStats:
         self._heads: list[str] = []
 
     def add(self, number: int, **logits_by_kind: Mapping[str, Tensor]) -> None:
-        """Logits [b, 1, h_s, w_s] of every head by kind, of micro-batch `number`. Does not wait for the
-        device."""
+        """Keep the mean logits of the rows of micro-batch `number`. Does not wait for the device.
+
+        Each keyword is a kind of input, with logits [b, 1, h_s, w_s] by head.
+        """
         for kind, logits in logits_by_kind.items():
             self._heads = list(logits)
             means = [v.detach().float().flatten(1).mean(1) for v in logits.values()]
             self._means.setdefault(kind, {})[number] = torch.stack(means, 1)
 
     def copy(self) -> "LogitStats":
-        """The same logits, which later steps do not replace."""
-        other = LogitStats()
-        other._heads, other._means = self._heads, {kind: dict(rows) for kind, rows in self._means.items()}
-        return other
+        """Return a copy, which later steps do not change."""
+        duplicate = LogitStats()
+        duplicate._heads = self._heads
+        duplicate._means = {kind: dict(means) for kind, means in self._means.items()}
+        return duplicate
 
     def latest(self) -> dict[str, dict[str, float]]:
-        """Mean logit of each head by kind, of this rank's rows."""
+        """Mean logit over this rank's rows, by kind and head."""
         return {
-            kind: dict(zip(self._heads, torch.cat([*rows.values()]).mean(0).tolist(), strict=True))
-            for kind, rows in self._means.items()
+            kind: dict(zip(self._heads, torch.cat([*means.values()]).mean(0).tolist(), strict=True))
+            for kind, means in self._means.items()
         }
 
     @torch.no_grad()
     def report(self, microbatches: Sequence[MicroBatch]) -> dict[str, float]:
-        """`logit/...`, `d/auc` and `latent/...` of a step, the same on every rank. Call on every rank.
-        Values that no row contributes to are left out.
+        """Compute `logit/...`, `d/auc` and `latent/...` of a step. Call it on every rank.
+
+        Every rank gets the same values. Values without rows are left out.
         """
         generated, targets = [m.generated.detach() for m in microbatches], [m.target for m in microbatches]
         report = contrast_and_color(generated, targets)
@@ -56,8 +60,8 @@ class LogitStats:
             report["latent/spread"] = spread(generated, targets)
         if self._means:
             mode = torch.cat([m.mix_mode for m in microbatches])
-            means = [torch.cat([*rows.values()]) for rows in self._means.values()]
-            # One exchange for all kinds.
+            means = [torch.cat([*by_microbatch.values()]) for by_microbatch in self._means.values()]
+            # Exchange all kinds at once: a column for the mode, then a column per kind and head.
             table = torch.cat(process_group.gather(torch.cat([mode[:, None], *means], 1).cpu()))
             by_kind = zip(self._means, table[:, 1:].chunk(len(means), 1), strict=True)
             report |= logit_report(dict(by_kind), self._heads, table[:, 0] == 0)
@@ -65,11 +69,11 @@ class LogitStats:
 
 
 def logit_report(logits: Mapping[str, Tensor], heads: Sequence[str], generated: Tensor) -> dict[str, float]:
-    """Report values from mean logits [B, heads] of the kinds `real`, `fake` and `student`.
+    """Compute report values from mean logits [B, heads] of the kinds `real`, `fake` and `student`.
 
-    `generated` [B] (bool): the rows of `fake` that are the student's; the others are mismatched real rows.
-    `logit/KIND/HEAD` are means over rows, `logit/KIND` means over heads. `d/auc` in [0, 1]: the share of
-    (real, generated) row pairs that D orders correctly, 0.5 by chance, for any GAN loss.
+    generated [B], bool: which rows of `fake` are the student's; the others are mismatched real rows.
+    `logit/KIND/HEAD` are means over rows, `logit/KIND` means over rows and heads. `d/auc` in [0, 1] is the
+    share of (real, generated) row pairs that D orders correctly: 0.5 by chance, for any GAN loss.
     """
     kinds = {**logits, "fake": logits["fake"][generated], "mismatched": logits["fake"][~generated]}
     report = {}
@@ -84,7 +88,7 @@ def logit_report(logits: Mapping[str, Tensor], heads: Sequence[str], generated: 
 
 
 def auc(real: Tensor, fake: Tensor) -> Tensor:
-    """The share of pairs (i, j) with real[i] > fake[j], ties counting half. NaN if one of them is empty."""
+    """Share of pairs (i, j) with real[i] > fake[j], for [N] and [M]; ties count half. NaN if one is empty."""
     difference = real[:, None] - fake[None]
     return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean()
 
@@ -92,19 +96,19 @@ def auc(real: Tensor, fake: Tensor) -> Tensor:
 def spread(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> float:
     """Variance of the student's latents over the batch, divided by the variance of the teacher's.
 
-    Both are given as this process's micro-batches [b, C, h, w], with the same b everywhere; the variances are
-    means over positions. Call on every rank. About 1 for a healthy student, 0 when all rows are equal.
-    Undefined for a single row.
+    student, teacher: this process's micro-batches [b, C, h, w], with the same b on all processes. Variances
+    over rows are averaged over positions. The result is about 1 for a healthy student, 0 if all rows are
+    equal, and undefined for a single row. Call it on every rank.
     """
     return float(_variance(student) / _variance(teacher).clamp(min=1e-12))
 
 
 def contrast_and_color(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> dict[str, float]:
-    """Two values that show oversaturated images, from micro-batches [b, C, h, w] as in `spread`.
+    """Compute two indicators of oversaturated images, from micro-batches [b, C, h, w] as in `spread`.
 
-    `latent/contrast`: the student's standard deviation over rows and positions divided by the teacher's, as a
-    mean over channels. `latent/color`: the largest distance between the means of a channel, in standard
-    deviations of the teacher. 1 and 0 for a perfect student. Call on every rank.
+    `latent/contrast`: the student's standard deviation over rows and positions divided by the teacher's,
+    averaged over channels; 1 for a perfect student. `latent/color`: the largest distance between the means of
+    a channel, in standard deviations of the teacher; 0 for a perfect student. Call it on every rank.
     """
     mean, std = _channel_moments(student)
     mean_teacher, std_teacher = _channel_moments(teacher)

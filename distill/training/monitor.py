@@ -45,7 +45,7 @@ from pairgen.store.hdf5 import PairBatch
 
 @dataclass(frozen=True)
 class StudentSampler:
-    """Draws latents with the student's current weights, with the precision of training."""
+    """Samples latents with the student's current weights, in the precision of training."""
 
     student: DistributedModule
     encode: Callable[[Sequence[str]], Conditioning]
@@ -56,8 +56,11 @@ class StudentSampler:
     def __call__(
         self, noise: Tensor, prompts: Sequence[str], *guidance: Tensor, prior: Tensor | None = None
     ) -> Tensor:
-        """noise [B, C, h, w], guidance [B] for a student that takes it, and latents of the stage before for a
-        later stage of a cascade -> latents [B, C, h, w]."""
+        """Sample scaled latents [B, C, h, w] from noise [B, *noise_shape] and B prompts.
+
+        guidance: a scale per row [B], for a student that takes it. prior: latents of the stage before, for a
+        later stage of a cascade.
+        """
         cond = self.encode(prompts)
         cond = cond if prior is None else cond.with_prior(prior)
         with self.autocast():
@@ -68,13 +71,13 @@ class StudentSampler:
 
 
 class RunMonitor:
-    """Reports and validations of one run. Call every method on every rank.
+    """Writes reports and previews of one run, and validates. Call every method on every rank.
 
-    reader: the rows of the run; `validate_pairs` of them are held out. shape: of the latents, (C, h, w).
-    distance: what validation measures beside PSNR. microbatch_size: rows of a validation's batch; those of
-    training are known to fit into memory. guidance: the scale of samples that have no pairs, for a student
-    that takes it.
-    vae: decodes previews; there are none without it.
+    reader: the rows of the run, of which `validate_pairs` are held out. shape: of the latents, (C, h, w).
+    distance: validation measures it beside PSNR, if there is one. microbatch_size: rows per batch in
+    validation, as in training, because that fits into memory. vae: decodes previews; None for no previews.
+    extra_validation: an additional measurement. guidance: guidance scale of samples without pairs, for a
+    student that takes it.
     """
 
     def __init__(
@@ -101,24 +104,26 @@ class RunMonitor:
 
     @contextmanager
     def record_ending(self) -> Iterator[None]:
-        """Context of the training loop: however it ends, close the loggers, draw the health panel, and write
-        how the run ended. A run that was finished before stays as it is.
+        """Context of the training loop, which records how the run ended in RUN/ended.json.
+
+        On exit it also closes the loggers and draws the health panel. A run that was finished before keeps
+        its record.
         """
-        # A finished run keeps its recorded end.
+        # A finished run keeps its record.
         if self.state.nimg >= self.options.images:
             yield
             return self.log.close()
         self.log.begin()
         try:
             yield
-        # Failed or stopped: record it, except in a folder that another run owns now.
+        # Failed or stopped: record it, unless another run owns the folder now.
         except BaseException as error:
             self.log.close()
             if isinstance(error, LostFolder):
                 raise
-            with suppress(UserError):  # the first error is more important than a full disk now
+            with suppress(UserError):  # a full disk must not hide the original error
                 self.log.end("stopped" if isinstance(error, Interrupted) else "failed", str(error))
-                if isinstance(error, Exception):  # not on Ctrl-C, when somebody waits
+                if isinstance(error, Exception):  # not on Ctrl-C, so that it ends quickly
                     self.panel()
             raise
 
@@ -144,16 +149,16 @@ class RunMonitor:
         if process_group.rank() == 0:
             findings = collapse.findings(self.log.read())
         warned = self.warned if process_group.rank() == 0 else set()
-        for of_rank_0 in process_group.gather_objects(findings)[:1]:  # a finding of rank 0 stops all ranks
-            quiet = None if process_group.rank() == 0 else _ignore
-            try:
-                collapse.act(of_rank_0, self.options.on_collapse, warned, quiet)
-            except collapse.Collapse:
-                writer.finish()  # keep the checkpoint that is being written
-                raise
+        findings = process_group.gather_objects(findings)[0]
+        warn = None if process_group.rank() == 0 else _ignore
+        try:
+            collapse.act(findings, self.options.on_collapse, warned, warn)
+        except collapse.Collapse:
+            writer.finish()  # keep the checkpoint that is being written
+            raise
 
     def _preview(self, nimg: int) -> dict[str, float]:
-        """Draw the preview, and return its statistics; none on other ranks, or without previews."""
+        """Write the preview and return its statistics, on rank 0; {} on other ranks and without previews."""
         if self.vae is None:
             return {}
         rows = range(len(self.reader))[-self.options.validate_pairs :][: self.options.preview_prompts]
@@ -204,14 +209,14 @@ class RunMonitor:
         )
 
     def validation_due(self, finished: bool) -> bool:
-        """Whether it is time to validate: at each interval, and when the run is finished."""
+        """Whether a validation is due: at each interval, and when the run is finished."""
         interval, nimg = self.options.validate_images, self.state.nimg
         return bool(interval) and (
             finished or nimg // interval > (nimg - self.options.batch_size) // interval
         )
 
     def validation_missed(self) -> bool:
-        """Whether the resumed checkpoint was due for validation, but the run was killed before it."""
+        """Whether the run was killed between saving the resumed checkpoint and validating it."""
         nimg = self.state.nimg
         done = any(
             line["nimg"] == nimg and any(name.startswith("val/") for name in line) for line in self.log.read()
@@ -219,7 +224,7 @@ class RunMonitor:
         return process_group.gather_objects(self.validation_due(nimg >= self.options.images) and not done)[0]
 
     def validate(self) -> bool:
-        """Validate the EMA student. Returns whether this point is a new best one that must be saved."""
+        """Validate the EMA student. Returns whether it is the best so far, so that it must be saved."""
         nimg, values = self.state.nimg, dict[str, float]()
         with self._ema_weights():
             if self.options.validate_pairs:
@@ -238,7 +243,7 @@ class RunMonitor:
         return self.options.keep_best and self.best_point(nimg) == nimg
 
     def best_point(self, nimg: int) -> int | None:
-        """The best validated point among the saved ones and `nimg`, as rank 0 sees it."""
+        """Images seen at the best validation among saved checkpoints and `nimg`, as rank 0 sees them."""
         images = None
         if process_group.rank() == 0 and (
             point := best_validation(self.log.read(), {*complete_points(self.folder), nimg})
@@ -247,15 +252,15 @@ class RunMonitor:
         return process_group.gather_objects(images)[0]
 
     def panel(self) -> None:
-        """Draw RUN/health.png from all reports so far, with `train.plot`."""
+        """Plot all reports so far to RUN/health.png, if `train.plot` is set."""
         if self.options.plot and process_group.rank() == 0 and (lines := self.log.read()):
             plot_health(lines, self.log.folder / "health.png", str(self.log.folder))
 
     def checkpoints_to_keep(self) -> set[str]:
-        """Names of the checkpoints to keep beside the newest ones when this point is saved."""
+        """Names of the checkpoints that must not be deleted when the current one is saved: the best one."""
         point = self.best_point(self.state.nimg) if self.options.keep_best else None
         return set() if point is None else {f"{point:09d}"}
 
 
 def _ignore(text: str) -> None:
-    """Other ranks print no warnings."""
+    """Print nothing: only rank 0 prints warnings."""

@@ -46,17 +46,17 @@ from distill.training.optim import optimizer
 N = TypeVar("N", bound=nn.Module)
 
 ADDED_LATER = ("channel_base", "channel_max", "feature_heads")
-"""Settings of `gan` that the first checkpoints of version 0.2.0 lack. Digests leave them out where they are
-at their defaults, which build the same networks as before. A new setting of `gan` belongs here too.
+"""Settings of `gan` that the first checkpoints of version 0.2.0 lack. Their defaults build the same networks
+as before, so digests leave them out at their defaults. Add each new setting of `gan` here.
 """
 GENERATOR_ADDED_LATER = ("residual", "second_order", "text_bypass")
-"""The same for `student.generator`."""
+"""Settings of `student.generator` that are left out at their defaults in the same way."""
 
 
 def _without_later(
     settings: dict[str, Any], later: tuple[str, ...], defaults: dict[str, Any]
 ) -> dict[str, Any]:
-    """Settings without those of `later` that are at their defaults."""
+    """Drop the settings named in `later` that are at their defaults."""
     return {name: value for name, value in settings.items() if name not in later or value != defaults[name]}
 
 
@@ -65,17 +65,18 @@ class NetworkDigests:
     """Digests of the teacher and the settings that determine the networks and their tensors."""
 
     by_content: str
-    """With digests of files: a checkpoint's networks are the same wherever the teacher and others lie."""
+    """Digest with the content of files instead of their paths, so that files may move."""
     earlier: tuple[str, ...]
-    """As checkpoints of earlier code have it: with paths of files; without digests of real images and feature
-    networks; and with every setting of `gan`, also those of `ADDED_LATER`.
+    """Digests that earlier versions of the code wrote into checkpoints. They include file paths, or the paths
+    of feature networks and real images, or all settings of `gan` with those of `ADDED_LATER`.
     """
 
     @classmethod
     def of(cls, config: DistillConfig) -> "NetworkDigests":
-        """The digests of a run's networks."""
+        """Compute the digests of a run's networks."""
+        # The student's settings. Checkpoints from before `student.kind` existed lack `kind` and `generator`.
         settings, teacher = to_json(config), pretrained.denoiser_sha256(config.teacher)
-        if config.student.is_diffusion:  # checkpoints of before student.kind lack these settings
+        if config.student.is_diffusion:
             settings["student"] = {
                 name: value
                 for name, value in settings["student"].items()
@@ -85,10 +86,10 @@ class NetworkDigests:
             settings["student"]["generator"] = _without_later(
                 settings["student"]["generator"], GENERATOR_ADDED_LATER, to_json(GeneratorConfig())
             )
-        # The discriminator's settings, without later ones that change nothing.
+        # The discriminator's settings, without those that were added later and are at their defaults.
         every_gan = settings["gan"]
         gan = settings["gan"] = _without_later(every_gan, ADDED_LATER, to_json(DiscriminatorConfig()))
-        # Real images may differ; feature networks count by content, where they are files.
+        # Real images may change between runs. Feature networks in files are identified by content.
         features = weights_sha256_of(config.gan.feature_networks) or gan["feature_networks"]
         by_content = {"real": "", "feature_networks": features}
         student = [settings[name] for name in ("stage", "seed", "student")]
@@ -104,9 +105,10 @@ class NetworkDigests:
 
 @dataclass
 class State:
-    """Everything that a checkpoint holds.
+    """The training state, which a checkpoint holds: networks, optimizers, EMA and progress.
 
-    `nimg` counts the images seen. Together with the seed it determines all rows and random numbers to come.
+    nimg: images seen. Together with the seed it determines all further rows and random numbers. steps: steps
+    taken. stage: ode, gan, text or cd.
     """
 
     stage: str
@@ -120,7 +122,10 @@ class State:
     steps: int = 0
 
     def save(self, writer: sharded_checkpoint.Writer) -> None:
-        """Write a checkpoint, or start writing it. Call it on every rank. Raises UserError."""
+        """Write a checkpoint, or start to write it in the background. Call it on every rank.
+
+        Raises UserError if it cannot be written.
+        """
         tensors = sharded_checkpoint.network_tensors("student", self.student.module)
         tensors |= sharded_checkpoint.optimizer_tensors("optim.student", self.optim_g, self.student.module)
         if self.discriminator is not None and self.optim_d is not None:
@@ -131,24 +136,24 @@ class State:
         meta = {"steps": self.steps, "stage": self.stage, "networks": self.networks.by_content}
         writer.save(self.nimg, tensors, {"ema": self.ema.tensors}, meta)
 
-    def load(self, last: Checkpoint) -> None:
-        """Load a checkpoint, written by any number of processes. Call it on every rank.
+    def load(self, saved: Checkpoint) -> None:
+        """Load a checkpoint that any number of processes has written. Call it on every rank.
 
         Raises UserError for a checkpoint of other networks, of an older version, or with damaged files.
         """
-        if not {"files", "steps"} <= last.meta.keys():
-            raise UserError(f"{last.folder} was written by an older version; start another --out with init")
-        if last.meta.get("networks") not in (self.networks.by_content, *self.networks.earlier):
+        if not {"files", "steps"} <= saved.meta.keys():
+            raise UserError(f"{saved.folder} was written by an older version; start another --out with init")
+        if saved.meta.get("networks") not in (self.networks.by_content, *self.networks.earlier):
             raise UserError(
-                f"{last.folder} is of a run with other networks (kind, teacher or seed); "
+                f"{saved.folder} is of a run with other networks (kind, teacher or seed); "
                 "delete the folder to continue from the checkpoint before it"
             )
-        sharded_checkpoint.verify(last)
-        sharded_checkpoint.load(last, "student", self.student.module, self.optim_g)
+        sharded_checkpoint.verify(saved)
+        sharded_checkpoint.load(saved, "student", self.student.module, self.optim_g)
         if self.discriminator is not None and self.optim_d is not None:
-            sharded_checkpoint.load(last, "discriminator", self.discriminator.module, self.optim_d)
-        self.ema.load(last.tensors("ema"))
-        self.nimg, self.steps = last.nimg, int(last.meta["steps"])
+            sharded_checkpoint.load(saved, "discriminator", self.discriminator.module, self.optim_d)
+        self.ema.load(saved.tensors("ema"))
+        self.nimg, self.steps = saved.nimg, int(saved.meta["steps"])
 
 
 def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -> State:
@@ -157,7 +162,7 @@ def new_state(config: DistillConfig, device: torch.device, fresh: bool = True) -
     With `fresh=False`, skip loading `config.init`: a checkpoint will overwrite it. Raises UserError for
     weights that do not fit the networks, SettingError for inconsistent settings.
     """
-    rng = generator(config.seed, Stream.DISCRIMINATOR_INIT)  # of the discriminator's new layers
+    rng = generator(config.seed, Stream.DISCRIMINATOR_INIT)  # for the discriminator's new layers
     return state_of(
         config,
         device,
@@ -202,7 +207,7 @@ def state_of(
         )
         _attach_pixel_features(kind, config, discriminator.module, device)
         optim_d = optimizer(discriminator.module, config.gan.optim, config.engine.offload_optimizer)
-    # The average starts as the student's own weights.
+    # The moving average starts at the student's weights.
     ema = EMA(student.module, config.train.ema_decay, config.train.ema_start_images)
     return State(
         stage=config.stage,
@@ -238,9 +243,9 @@ def _distribute(
 ) -> DistributedModule:
     """Wrap a network for the engine (DDP, FSDP2 or a single process).
 
-    load: builds the network with its weights. build_on_meta: builds it without weights. roots: modules that
-    hold the parameters outside the shard units. shard_units: modules that FSDP2 shards one by one, and whose
-    activations are recomputed with engine.activation_checkpointing.
+    load: build the network with its weights. build_on_meta: build it without weights. roots: modules that
+    hold the parameters outside the shard units. shard_units: modules that FSDP2 shards one at a time, and
+    whose activations engine.activation_checkpointing recomputes.
     """
     # With FSDP2, only rank 0 loads the full weights.
     if engine.parallel == "fsdp" and process_group.rank() != 0:
@@ -278,7 +283,7 @@ def _distribute(
 
 
 def _expect_kind(init: str, kind: str) -> None:
-    """Raise SettingError for a student to start from that is of another kind than the run's."""
+    """Raise SettingError if the student `init`, from which the run starts, is of another kind."""
     stored = kind_settings(init).kind
     if stored != kind:
         raise SettingError(
@@ -302,18 +307,18 @@ def _build_student(config: DistillConfig, fresh: bool) -> Student:
     if isinstance(student, DiffusionStudent):
         add_adapters(student, config.student, config.seed)
         if config.student.lora_rank and config.init not in ("", FROM_TEACHER) and fresh:
-            _go_on_with_adapters(student, config)
+            _continue_adapters(student, config)
         if conditioner is not None:
             student = TextStudent(student, conditioner)
     set_stage_trainable(student, config.teacher, config.stage, config.student)
     return student
 
 
-def _go_on_with_adapters(student: DiffusionStudent, config: DistillConfig) -> None:
-    """Train the adapters of the run `config.init` further, if this run has the same ones.
+def _continue_adapters(student: DiffusionStudent, config: DistillConfig) -> None:
+    """Load the adapters of the run `config.init`, if this run has adapters of the same rank and alpha.
 
-    Others stay merged into the weights below new adapters, which `load_student_weights` did. Bf16 storage
-    rounds such a sum, after which no adapters lead from the teacher to the student.
+    Other adapters have been merged into the frozen weights by `load_student_weights`. Storage in bf16 rounds
+    the merged weights, so that the student can no longer be exported as adapters of the teacher.
     """
     if load_same_adapters(student, config.init, config.student):
         logger.info("the adapters of %s are trained further", config.init)
@@ -328,15 +333,18 @@ def _go_on_with_adapters(student: DiffusionStudent, config: DistillConfig) -> No
 
 
 def _build_discriminator(config: DistillConfig, fresh: bool, rng: torch.Generator) -> nn.Module:
-    """The discriminator with its initial weights. In stage text, those of the run `config.init` if it has the
-    same one: the phase goes on with it (StyleGAN-T, section 3.3)."""
+    """Build the discriminator with its initial weights.
+
+    Stage text continues with the discriminator of the run `config.init`, if its tensors have the same shapes
+    (StyleGAN-T, section 3.3).
+    """
     network = DISCRIMINATORS[config.gan.discriminator].build(config.teacher, config.gan, rng)
     if config.stage != "text" or not fresh or config.init == FROM_TEACHER:
         return network
-    last = checkpoint.latest(Path(config.init) / "checkpoints")
-    start = "discriminator."
-    stored = sharded_checkpoint.read(last) if last is not None else {}
-    weights = {name.removeprefix(start): t for name, t in stored.items() if name.startswith(start)}
+    newest = checkpoint.latest(Path(config.init) / "checkpoints")
+    prefix = "discriminator."
+    stored = sharded_checkpoint.read(newest) if newest is not None else {}
+    weights = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
     shapes = {name: t.shape for name, t in network.state_dict().items()}
     if weights and {name: t.shape for name, t in weights.items()} == shapes:
         network.load_state_dict(weights)

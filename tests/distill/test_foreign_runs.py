@@ -10,7 +10,7 @@ import pytest
 from d2g.core.distributed.checkpoint import latest
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import RunLog, read_stats
-from distill.monitoring.status import view
+from distill.monitoring.status import read_status
 from distill.student_files import student_config, student_folder
 from eval.result import EvalResult
 from wrong_json import changed
@@ -40,7 +40,7 @@ def make_run(folder: Path) -> Path:
 
 
 READERS: list[Callable[[Path], object]] = [
-    view,
+    read_status,
     read_stats,
     lambda run: student_folder(str(run)),
     lambda run: student_config(str(run)),

@@ -14,7 +14,7 @@ from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import RunLog, read_stats
 from d2g_cli import main as cli
 from d2g_cli.watch import has_news
-from distill.monitoring.status import usual_gap, view
+from distill.monitoring.status import read_status, usual_gap
 from jobs import Running
 
 LINE = {"loss/g": 0.5, "loss/d": 1.0, "grad/g": 1.0, "logit/real": 0.2, "time/images_per_sec": 20.0}
@@ -47,7 +47,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_view_of_a_run(run: Path) -> None:
-    status = view(run)
+    status = read_status(run)
     assert (status.stage, status.nimg, status.images, status.finished) == ("gan", 40, 100, False)
     assert status.seconds_left == pytest.approx(60 / 20) and status.values["loss/g"] == 1 / 40
     assert status.checkpoint == str(run / "checkpoints" / "000000040")
@@ -94,7 +94,7 @@ def test_ctrl_c_ends_the_view_without_an_error(run: Path, tmp_path: Path) -> Non
 
 def test_a_run_without_reports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     RunLog(tmp_path, {"stage": "ode", "train": {"images": 50}})
-    assert view(tmp_path).nimg == 0 and view(tmp_path).seconds_left is None
+    assert read_status(tmp_path).nimg == 0 and read_status(tmp_path).seconds_left is None
     code, out, _ = watch(capfd, tmp_path, "--once")
     assert code == 0 and "no reports yet" in out
 
@@ -109,7 +109,7 @@ def test_folders_without_a_run_are_refused(tmp_path: Path, capfd: pytest.Capture
         if content is not None:
             (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match=message):
-            view(tmp_path)
+            read_status(tmp_path)
     code, _, err = watch(capfd, tmp_path, "--once")
     assert code == 1 and err.startswith("error: ") and "give the --out of `d2g distill`" in err
 
@@ -187,9 +187,9 @@ def test_a_run_without_new_reports_is_reported_as_silent(
     """A killed run writes no ended.json. After reports every 0.5 s, ten minutes without one are silence."""
     last = (run / "stats.jsonl").stat().st_mtime
     assert usual_gap(read_stats(run)) == 0.5
-    assert view(run, now=last + 590).silent_minutes is None
-    assert view(run, now=last + 590).seconds_left == 3
-    status = view(run, now=last + 14 * 60)
+    assert read_status(run, now=last + 590).silent_minutes is None
+    assert read_status(run, now=last + 590).seconds_left == 3
+    status = read_status(run, now=last + 14 * 60)
     assert status.silent_minutes == 14 and status.seconds_left is None and not status.over
     for file in ("stats.jsonl", "config.json"):
         os.utime(run / file, (last - 1000, last - 1000))
@@ -202,9 +202,11 @@ def test_a_run_without_new_reports_is_reported_as_silent(
 
 def test_a_clock_that_was_set_back_makes_no_run_silent(run: Path) -> None:
     last = (run / "stats.jsonl").stat().st_mtime
-    status = view(run, now=last - 5 * 3600)
+    status = read_status(run, now=last - 5 * 3600)
     assert status.silent_minutes is None and status.seconds_left == 3 and not status.over
-    assert view(run, now=last + 5 * 3600).silent_minutes == 300, "and set forward, it says so, and goes on"
+    assert read_status(run, now=last + 5 * 3600).silent_minutes == 300, (
+        "and set forward, it says so, and goes on"
+    )
 
 
 def test_rare_reports_do_not_count_as_silence(run: Path) -> None:
@@ -213,20 +215,20 @@ def test_rare_reports_do_not_count_as_silence(run: Path) -> None:
         log.write(nimg, {**LINE, "time/images_per_sec": 10 / 300})  # 300 seconds each
     last = (run / "stats.jsonl").stat().st_mtime
     assert usual_gap(read_stats(run)) == pytest.approx(300)
-    assert view(run, now=last + 1490).silent_minutes is None
-    assert view(run, now=last + 1510).silent_minutes == 25
+    assert read_status(run, now=last + 1490).silent_minutes is None
+    assert read_status(run, now=last + 1510).silent_minutes == 25
 
 
 def test_a_run_without_any_report_can_be_silent(tmp_path: Path) -> None:
     RunLog(tmp_path, {"stage": "ode", "train": {"images": 50}})
     start_time = (tmp_path / "config.json").stat().st_mtime
-    assert view(tmp_path, now=start_time + 599).silent_minutes is None
-    assert view(tmp_path, now=start_time + 700).silent_minutes == 11
+    assert read_status(tmp_path, now=start_time + 599).silent_minutes is None
+    assert read_status(tmp_path, now=start_time + 700).silent_minutes == 11
 
 
 def test_silence_is_printed_once_to_a_file_and_every_minute_to_a_terminal(run: Path) -> None:
     last = (run / "stats.jsonl").stat().st_mtime
-    active, silent, longer = (view(run, now=last + 60 * minutes) for minutes in (0, 11, 12))
+    active, silent, longer = (read_status(run, now=last + 60 * minutes) for minutes in (0, 11, 12))
     for live in (False, True):
         assert has_news(active, silent, live) and has_news(silent, active, live)
         assert not has_news(silent, silent, live) and has_news(silent, longer, live) == live
@@ -234,4 +236,4 @@ def test_silence_is_printed_once_to_a_file_and_every_minute_to_a_terminal(run: P
 
 def test_a_checkpoint_with_a_damaged_meta_does_not_end_the_view(run: Path) -> None:
     (run / "checkpoints" / "000000040" / "meta.json").write_text("{")
-    assert view(run).checkpoint == str(run / "checkpoints" / "000000040")
+    assert read_status(run).checkpoint == str(run / "checkpoints" / "000000040")

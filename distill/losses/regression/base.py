@@ -1,4 +1,4 @@
-"""What one regression loss consists of: a distance per row, and the facts that the rest of the code needs."""
+"""`RegressionLoss`: a distance per row, and how the rest of the code refers to it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from latent_lpips.augment import AugmentParams
 from latent_lpips.distance import LatentLPIPS
 
 Network = Literal["latent_lpips", "vae", "decoder"]
-"""Frozen networks that a loss may need: LatentLPIPS; the teacher's autoencoder, which is the identity for a
-teacher of pixels; the decoder of the autoencoder.
+"""Frozen networks that a loss may need. For a teacher in pixel space, `vae` is the identity, and there are no
+`latent_lpips` and `decoder`.
 """
 
 Transforms = list[AugmentParams] | None
@@ -22,7 +22,7 @@ Transforms = list[AugmentParams] | None
 
 @dataclass(frozen=True)
 class FrozenNetworks:
-    """The loaded networks of a loss's `needs`, on the run's device. Those it does not need are None."""
+    """The loaded networks that a loss `needs`, on the run's device; the others are None."""
 
     latent_lpips: LatentLPIPS | None = None
     vae: Any = None
@@ -35,7 +35,7 @@ class RowDistance(nn.Module):
     """
 
     def draw(self, rows: int, shape: tuple[int, int, int], rng: torch.Generator) -> Transforms:
-        """Random transforms for `rows` latents of `shape` (C, h, w); None if the distance has none."""
+        """Sample transforms for `rows` latents of `shape` (C, h, w); None if the distance has none."""
         return None
 
 
@@ -53,14 +53,16 @@ class FunctionDistance(RowDistance):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RegressionLoss:
-    """A name in `regression.losses`, defined at the top level of `distill/losses/regression/NAME.py`."""
+    """A loss of `regression.losses`, defined at the top level of `distill/losses/regression/NAME.py`."""
 
     name: str
     build: Callable[[RegressionConfig, FrozenNetworks], RowDistance]
+    """(settings, networks) -> the distance."""
     log_key: str
     """Name of the unweighted loss in stats.jsonl."""
     needs: frozenset[Network] = frozenset()
+    """Frozen networks that `build` receives."""
     settings: tuple[str, ...] = ()
     """Fields of RegressionConfig that only this loss reads."""
     describe: Callable[[RegressionConfig], str] = lambda config: ""
-    """Settings in words, appended to the name in a model card."""
+    """(settings) -> words that follow the name in a model card."""

@@ -15,8 +15,8 @@ from distill.config.regression import RegressionConfig
 from distill.losses.regression.base import FrozenNetworks, RegressionLoss, RowDistance, Transforms
 
 MAX_DEVIATION = 5.0
-"""Target features beyond this many standard deviations of their channel are left out. The paper masks
-outliers of the decoder's features too; this threshold is ours.
+"""Positions where a target feature is more than this many standard deviations from its channel's mean are
+masked. The paper masks outliers too; this threshold is ours.
 """
 EPSILON = 1e-6
 """Added to the variance of a channel, which may be constant."""
@@ -25,8 +25,9 @@ EPSILON = 1e-6
 class DecoderFeatures(RowDistance):
     """Squared distance of decoder features, normalized per channel, summed over blocks.
 
-    The features are those after the decoder's middle block and after its first `blocks` up blocks. A block
-    that enlarges the latents by r has the weight 1 / r.
+    It uses the features after the decoder's middle block and after its first `blocks` up blocks. The weight
+    of features that are r times as large as the latents is 1 / r. Raises SettingError for an autoencoder
+    without diffusers' decoder, and for more blocks than it has.
     """
 
     def __init__(self, vae: Any, blocks: int) -> None:
@@ -63,13 +64,13 @@ class DecoderFeatures(RowDistance):
             target_features = self.features(target)
         distance = pred.new_zeros(len(pred))
         for predicted, expected in zip(self.features(pred), target_features, strict=True):
-            # Both are normalized with the statistics of the target's channels.
+            # Normalize both with the statistics of the target's channels, and mask outliers.
             predicted, expected = predicted.float(), expected.float()
             variance, mean = torch.var_mean(expected, dim=(2, 3), keepdim=True, correction=0)
             scale = (variance + EPSILON).rsqrt()
             inlier = ((expected - mean) * scale).abs() <= MAX_DEVIATION
 
-            # Later blocks are larger and weigh less.
+            # Mean squared error, with less weight for larger features.
             error = ((predicted - expected) * scale).square() * inlier
             enlargement = predicted.shape[-1] / pred.shape[-1]
             distance = distance + error.mean(dim=(1, 2, 3)) / enlargement
@@ -77,7 +78,7 @@ class DecoderFeatures(RowDistance):
 
 
 def _build(config: RegressionConfig, networks: FrozenNetworks) -> DecoderFeatures:
-    """The distance with the decoder of the teacher's autoencoder."""
+    """Build the distance with the decoder of the teacher's autoencoder."""
     return DecoderFeatures(networks.vae, config.decoder_blocks)
 
 

@@ -11,7 +11,7 @@ from latent_lpips.distance import ELatentLPIPS, LatentLPIPS
 
 
 class EnsembleDistance(RowDistance):
-    """E-LatentLPIPS with transforms that the caller draws, `draws` of them per row."""
+    """E-LatentLPIPS with `draws` transforms per row, which the caller samples with `draw`."""
 
     def __init__(self, metric: LatentLPIPS, families: str, draws: int) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class EnsembleDistance(RowDistance):
         self.ensemble = ELatentLPIPS(metric, AugmentConfig(families=families), draws=draws)
 
     def draw(self, rows: int, shape: tuple[int, int, int], rng: torch.Generator) -> Transforms:
-        """One set of transforms for `rows` latents (C, h, w) per draw, on the metric's device."""
+        """Sample transforms for `rows` latents of `shape` (C, h, w), once per draw, on the metric's device."""
         device = next(self.metric.parameters()).device
         return [
             augment.sample_transforms(self.ensemble.augment, rows, shape[1:], rng, device)
@@ -27,13 +27,13 @@ class EnsembleDistance(RowDistance):
         ]
 
     def forward(self, pred: Tensor, target: Tensor, transforms: Transforms) -> Tensor:
-        """pred, target [B, C, h, w], transforms of these rows -> distance of each row [B]."""
+        """pred, target [B, C, h, w] scaled latents, and the transforms of these rows -> distance [B]."""
         distance: Tensor = self.ensemble(pred, target, transforms=transforms)
         return distance
 
 
 def _build(config: RegressionConfig, networks: FrozenNetworks) -> EnsembleDistance:
-    """The ensemble with the transforms of `regression.augment`."""
+    """Build E-LatentLPIPS with the transforms of `regression.augment`."""
     assert networks.latent_lpips is not None
     return EnsembleDistance(networks.latent_lpips, config.augment, config.draws)
 

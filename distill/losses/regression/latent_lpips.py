@@ -5,7 +5,7 @@ from distill.losses.regression.base import FrozenNetworks, FunctionDistance, Reg
 
 
 def _build(config: RegressionConfig, networks: FrozenNetworks) -> FunctionDistance:
-    """LatentLPIPS of the latents as they are."""
+    """Build LatentLPIPS without transforms."""
     assert networks.latent_lpips is not None
     return FunctionDistance(networks.latent_lpips)
 

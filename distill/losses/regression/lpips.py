@@ -1,4 +1,4 @@
-"""LPIPS of the decoded images; for a teacher of pixels, of the pixels themselves."""
+"""LPIPS of the decoded images, or of the pixels themselves for a teacher in pixel space."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from latent_lpips.lpips import PixelLPIPS
 
 
 def _build(config: RegressionConfig, networks: FrozenNetworks) -> FunctionDistance:
-    """The published LPIPS network behind the autoencoder's decoder."""
+    """Build the published LPIPS on images decoded by the teacher's autoencoder."""
     metric = PixelLPIPS(
         config.lpips_net,
         config.lpips_weights or None,

@@ -13,7 +13,7 @@ from distill.losses.regression.base import Network, RegressionLoss
 
 
 def _load(name: str) -> RegressionLoss:
-    """The one `RegressionLoss` at the top level of the module `name`."""
+    """Return the `RegressionLoss` at the top level of the module `name`."""
     module = import_module(f"distill.losses.regression.{name}")
     (loss,) = (value for value in vars(module).values() if isinstance(value, RegressionLoss))
     assert loss.name == name, f"{name}.py defines the loss {loss.name}"
@@ -21,7 +21,7 @@ def _load(name: str) -> RegressionLoss:
 
 
 REGRESSION_LOSSES: dict[str, RegressionLoss] = {name: _load(name) for name in get_args(RegressionName)}
-"""Entries by their name in `regression.losses`."""
+"""Regression losses by their name in `regression.losses`."""
 
 
 def regression_networks(config: RegressionConfig) -> frozenset[Network]:

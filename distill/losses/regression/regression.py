@@ -1,4 +1,4 @@
-"""The regression loss of both stages: a distance between the student's and the teacher's latents."""
+"""The regression loss of both stages: a weighted sum of distances between student's and teacher's latents."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ from latent_lpips.distance import ELatentLPIPS
 from latent_lpips.weights import load_lpips
 
 NEEDS_LATENTS: frozenset[Network] = frozenset({"latent_lpips", "decoder"})
-"""Networks that exist only for a teacher of latents."""
+"""Networks that exist only for teachers in a latent space."""
 
 
 class Regression(nn.Module):
@@ -33,21 +33,21 @@ class Regression(nn.Module):
 
     @property
     def validation_distance(self) -> ELatentLPIPS | None:
-        """The distance that validation measures beside PSNR; None if the run has no E-LatentLPIPS."""
+        """The run's E-LatentLPIPS, which validation measures beside PSNR; None if it has none."""
         ensembles = [d.ensemble for d in self.distances.values() if isinstance(d, EnsembleDistance)]
         return ensembles[0] if ensembles else None
 
     def draw(self, rows: int, shape: tuple[int, int, int], rng: torch.Generator) -> Transforms:
-        """Random transforms of `rows` latents of `shape` (C, h, w); None for losses without transforms."""
+        """Sample transforms for `rows` latents of `shape` (C, h, w); None for losses without transforms."""
         transforms = [distance.draw(rows, shape, rng) for distance in self.distances.values()]
-        return next((t for t in transforms if t is not None), None)
+        return next((sampled for sampled in transforms if sampled is not None), None)
 
     def forward(
         self, pred: Tensor, target: Tensor, transforms: Transforms
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """pred, target [B, C, h, w] scaled latents -> (weighted sum, unweighted terms by log key).
+        """Compute (weighted sum of the losses, unweighted losses by log key), all scalars.
 
-        All are means over the batch. transforms: of these rows, from `draw`.
+        pred, target: scaled latents [B, C, h, w]. transforms: those of these rows, from `draw`.
         """
         total, terms = pred.new_zeros(()), {}
         for name, weight in self.weights.items():
@@ -58,12 +58,12 @@ class Regression(nn.Module):
 
 
 def build_regression(config: DistillConfig, channels: int, device: torch.device | str = "cpu") -> Regression:
-    """The regression loss of a run, with its frozen networks loaded. channels: of the latents.
+    """Build the regression loss of a run and load its frozen networks. channels: channels of the latents.
 
-    Raises UserError for weights that are missing or of another latent space, SettingError for a distance of
-    latents where the teacher generates pixels.
+    Raises UserError for weights that are missing or belong to another latent space, and SettingError for a
+    loss that does not exist in the teacher's space (latents or pixels).
     """
-    _require_latents(config.teacher, config.regression)
+    _check_space(config.teacher, config.regression)
     needs, latent_lpips = regression_networks(config.regression), None
     if "latent_lpips" in needs:
         folder = config.lpips or str(pretrained.resolve(config.teacher) / "latent_lpips")
@@ -73,19 +73,19 @@ def build_regression(config: DistillConfig, channels: int, device: torch.device 
     return Regression(config.regression, FrozenNetworks(latent_lpips, vae)).to(device)
 
 
-def _require_latents(teacher: str, config: RegressionConfig) -> None:
+def _check_space(teacher: str, config: RegressionConfig) -> None:
+    """Raise SettingError for losses that need networks which the teacher's space does not have."""
     family = family_of(teacher)
     if family.autoencoder is not None:
         return
-    # Pixels have no distance of latents, and latents that are no images none of pixels.
-    excluded: set[str] = set(NEEDS_LATENTS) if family.draws_images else {"vae", "decoder"}
-    unfitting = [name for name, loss in REGRESSION_LOSSES.items() if loss.needs & excluded]
-    unfit = [name for name in config.names if name in unfitting]
-    if not unfit:
+    # Pixels have no latent distance. Latents without an autoencoder have no distance of decoded images.
+    missing: set[str] = set(NEEDS_LATENTS) if family.draws_images else {"vae", "decoder"}
+    unsupported = [name for name in config.names if REGRESSION_LOSSES[name].needs & missing]
+    if not unsupported:
         return
-    *others, last = [name for name in REGRESSION_LOSSES if name not in unfitting]
+    *others, last = [name for name, loss in REGRESSION_LOSSES.items() if not loss.needs & missing]
     output = "pixels" if family.draws_images else "latents that no autoencoder decodes"
     raise SettingError(
-        f"teacher {teacher} generates {output}, for which there is no {unfit[0]}; expected regression.losses "
+        f"teacher {teacher} generates {output}, for which there is no {unsupported[0]}; expected regression.losses "
         f"of {', '.join(others)} or {last}"
     )
