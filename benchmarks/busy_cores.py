@@ -59,13 +59,13 @@ def worker() -> None:
     from d2g.core.distributed import process_group
     from distill.config.presets import DISTILL_PRESETS
     from pairgen.config import PAIR_PRESETS
-    from pairgen.job import open_job, with_choices
+    from pairgen.job import open_job, resolve_auto
 
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("\n".join(f"a red sphere number {number}" for number in range(BATCH)))
         pairs = override(PAIR_PRESETS["miniature"], [f"prompts={prompts}", "compile=false"])
-        job = open_job(with_choices(pairs, "fp32", False), torch.device("cpu"))
+        job = open_job(resolve_auto(pairs, "fp32", False), torch.device("cpu"))
         noise = torch.zeros(BATCH, *job.spec.latent_shape)
         texts = job.texts(list(range(BATCH)))
         cond = job.encode(list(range(BATCH))).cond

@@ -1,4 +1,4 @@
-"""Generating pairs: the loop from a teacher to stored (noise, latents, prompt) rows."""
+"""Generate pairs: the loop from a teacher to stored (noise, latents, prompt) rows."""
 
 import re
 import time
@@ -17,7 +17,7 @@ from d2g.core.signals import StopFlag
 from d2g.diffusion import pretrained
 from pairgen.config import PairConfig
 from pairgen.grow import grow_store
-from pairgen.job import Job, batched, config_of, log_supported_stages, open_job
+from pairgen.job import Job, batched, config_from_spec, log_supported_stages, open_job
 from pairgen.object_place import ObjectPlace
 from pairgen.place import FolderPlace, StorePlace
 from pairgen.speed import choose_speed, fastest_batch
@@ -36,21 +36,21 @@ CHECK_BAD_AFTER = 256  # rows; fewer say little about the share of bad rows
 
 @dataclass(frozen=True, kw_only=True)
 class PairSummary:
-    """Result of `generate_pairs`. `pairs`: rows in the store; `new_pairs`: rows that all ranks have added."""
+    """Result of `generate_pairs`."""
 
     out: str
-    pairs: int
-    new_pairs: int
-    shards: int
+    pairs: int  # rows in the store
+    new_pairs: int  # rows that all ranks have added
+    shards: int  # complete shards in the store
     seconds: float
     pairs_per_sec: float
-    complete: bool  # all shards of the spec are present
+    complete: bool  # whether all shards of the spec are present
     batch_size: int
-    quarantined: list[int]  # pairs without finite latents; their records are in DIR/quarantine
+    quarantined: list[int]  # numbers of pairs without finite latents; their records are in DIR/quarantine
 
 
 class Tally:
-    """Counts rows written and rows whose latents are not finite; stops the job when there are too many."""
+    """Writes rows and counts those without finite latents; stops the job if their share exceeds `max_bad`."""
 
     def __init__(self, max_bad: float) -> None:
         self.written, self.bad, self.max_bad = 0, 0, max_bad
@@ -64,16 +64,22 @@ class Tally:
         index: list[int],
         condition: Tensor | None = None,
     ) -> None:
-        before = len(writer.quarantined)
+        """Append rows to a shard, as `PairWriter.append` does.
+
+        Raises FloatingPointError if more than `max_bad` of the rows so far are not finite.
+        """
+        quarantined = len(writer.quarantined)
         writer.append(noise, latents, prompts, index, condition)
         self.written += len(index)
-        self.bad += len(writer.quarantined) - before
+        self.bad += len(writer.quarantined) - quarantined
         if self.written >= CHECK_BAD_AFTER and self.bad > self.max_bad * self.written:
-            last = list(writer.quarantined.values())[-1]
-            writer.flush()  # after an error, no further call of the thread that writes runs
+            latest = list(writer.quarantined.values())[-1]
+            # Save now: after an error, the background thread runs no further calls.
+            writer.flush()
             raise FloatingPointError(
-                f"{self.bad} of {self.written} latents are not finite, the last that of pair {last['index']} "
-                f"({last['prompt']!r}); max_bad is {self.max_bad}: try another precision, or raise max_bad"
+                f"{self.bad} of {self.written} latents are not finite, the last that of pair "
+                f"{latest['index']} ({latest['prompt']!r}); max_bad is {self.max_bad}: try another precision, "
+                "or raise max_bad"
             )
 
 
@@ -82,12 +88,14 @@ def generate_pairs(
 ) -> PairSummary:
     """Generate every pair that the store `out` does not hold yet: noise -> ODE solver -> latents -> HDF5.
 
-    `out`: a folder, or a URL s3://, gs://, az:// or file:// (`pairgen.object_place`). Calling it again
-    resumes. Ranks under torchrun, and jobs on other machines that use the same folder or URL, share the work:
-    each claims one shard at a time (`d2g.core.claims`). `retry`: generate quarantined rows of a folder
-    again. Raises UserError for bad input or a folder with another spec, Interrupted on Ctrl-C with all
-    finished rows saved, and FloatingPointError if more than `config.max_bad` of the latents are not finite.
-    Source: method.md "Pair data sets".
+    Call it again to resume. Ranks under torchrun, and jobs on other machines that use the same folder or URL,
+    share the work: each claims one shard at a time (`d2g.core.claims`). Source: method.md "Pair data sets".
+
+    out: a folder, or a URL s3://, gs://, az:// or file:// (`pairgen.object_place`). retry: generate the
+    quarantined rows of a folder again.
+
+    Raises UserError for bad input or a folder with another spec; Interrupted on Ctrl-C, after saving all
+    finished rows; and FloatingPointError if more than `config.max_bad` of the latents are not finite.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -104,22 +112,25 @@ def generate_pairs(
     started = time.monotonic()
     device = process_group.init(long_waits=True)
     log_supported_stages(config)
-    # Check everything before the first file is written.
+
+    # Load the teacher and check all inputs before the first file is written.
     place = open_place(out, config.scratch)
     job = open_store(config, place, device)
     spec, tally = job.spec, Tally(config.max_bad)
     batch_size = config.batch_size or fastest_batch(job)
     offload = config.text_cache > 0 and device.type != "cpu"
+
     # With `retry`, each rank takes its share of the shards with quarantined rows.
     quarantined = sorted(place.quarantined_rows(spec)) if retry else []
     retry_shards = quarantined[process_group.rank() :: process_group.world_size()]
     queued: set[int] = set()  # shards whose commit is queued in the writer thread
-    # Take shards until none is left. The teacher computes while a thread writes.
+
+    # Claim shards until none is left. The teacher computes while a thread writes.
     with StopFlag() as stop, place.claims(config.patience) as claims, BackgroundWriter() as background:
         while (shard := next_shard(claims, place, spec, retry_shards, stop)) is not None:
             _check_not_grown(place, spec)
             writer = PairWriter(place.folder, spec, shard, retry=shard in retry_shards)
-            retry_shards = [other for other in retry_shards if other != shard]
+            retry_shards = [number for number in retry_shards if number != shard]
             present = place.pairs_present(spec, queued)
             try:
                 # Encode prompts in large chunks, sample in batches, and write in the background.
@@ -138,17 +149,20 @@ def generate_pairs(
             except BaseException:
                 background.submit(writer.flush)  # save finished rows, whatever the error is
                 raise
-            # Ctrl-C: save what is finished, and say how much that is.
+
+            # On Ctrl-C, save the finished rows and report their number.
             if stop:
                 background.submit(writer.flush)
                 background.submit(place.save_rows, shard)
                 background.finish()
-                safe = place.pairs_present(spec) + len(spec.rows(shard)) - len(writer.missing)
+                saved = place.pairs_present(spec) + len(spec.rows(shard)) - len(writer.missing)
                 raise Interrupted(
-                    f"stopped; {safe} of {spec.num_pairs} pairs are safe in {out}; "
+                    f"stopped; {saved} of {spec.num_pairs} pairs are safe in {out}; "
                     "run the same command again to generate the rest"
                 )
-            if not claims.lost(shard):  # otherwise this job stalled and another one has taken the shard over
+
+            # Put the shard in place, unless this job stalled and another job has taken the shard over.
+            if not claims.lost(shard):
                 background.submit(commit, writer, place, claims, shard)
                 queued.add(shard)
         # Wait for the last commits before anything is counted.
@@ -178,14 +192,14 @@ def _summary(
 
 
 def open_place(out: Path | str, scratch: Path | str = "") -> StorePlace:
-    """The place of a store at a path or URL. `scratch`: the folder in which shards for a URL are made.
+    """Return the place of a store at a path or URL. scratch: local folder in which shards for a URL are made.
 
-    Raises UserError for a URL at which no store can be written.
+    Raises UserError for a URL to which no store can be written.
     """
-    # A Path merges the slashes of a URL.
     name = str(out)
     if name.startswith("file:"):
         return FolderPlace(Path(url2pathname("/" + name.removeprefix("file:").lstrip("/"))))
+    # A Path has merged the two slashes of a URL.
     url = re.sub("^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", name)
     if not is_url(url):
         return FolderPlace(Path(out))
@@ -193,7 +207,7 @@ def open_place(out: Path | str, scratch: Path | str = "") -> StorePlace:
 
 
 def open_store(config: PairConfig, place: StorePlace, device: torch.device) -> Job:
-    """Rank 0 resolves the config and creates the store; the other ranks read its spec and its prompts."""
+    """Open the job of a store: rank 0 resolves the config and creates the store, others read its spec."""
     if process_group.rank() == 0:
         exists = place.open()
         config = choose_speed(config, device, place.read_spec() if exists else None)
@@ -212,9 +226,9 @@ def open_store(config: PairConfig, place: StorePlace, device: torch.device) -> J
 def next_shard(
     claims: WorkClaims, place: StorePlace, spec: StoreSpec, retry_shards: list[int], stop: StopFlag
 ) -> int | None:
-    """Claim an unfinished shard, or one of `retry_shards`; None when live jobs hold all that are left.
+    """Claim an unfinished shard, or one of `retry_shards`. Returns None if live jobs hold all of them.
 
-    Waits while a claim may belong to a dead job: its shard then has to be finished here.
+    It waits while a claim may belong to a dead job, whose shard this job would have to finish.
     """
     while not stop:
         # List again each time: other jobs finish shards meanwhile.
@@ -234,10 +248,10 @@ def next_shard(
 
 def _check_not_grown(place: StorePlace, spec: StoreSpec) -> None:
     """Raise UserError if another job has grown the store: the claimed shard may have more rows now."""
-    if (now := place.read_spec()) != spec:
+    if (current := place.read_spec()) != spec:
         raise UserError(
-            f"{place.name} has grown to {now.num_pairs} pairs and {now.num_prompts} prompts while this job "
-            "ran; its shards are safe; run the command that made it grow to make the rest"
+            f"{place.name} has grown to {current.num_pairs} pairs and {current.num_prompts} prompts while "
+            "this job ran; its shards are safe; run the command that made it grow to make the rest"
         )
 
 
@@ -251,22 +265,22 @@ def commit(writer: PairWriter, place: StorePlace, claims: WorkClaims, shard: int
 def regenerate(
     folder: Path, prompts: Path | None = None, teacher: str | None = None, progress: Progress = quiet
 ) -> int:
-    """Generate the rows that a store lacks, including quarantined ones, with the settings of its own spec.
+    """Generate the rows that a store lacks, quarantined ones included, with the settings of its spec.
 
-    `prompts`: the prompt file, for a store without its own prompt list. `teacher`: where the teacher is, if
-    not where it was. Returns the number of new rows. Raises UserError if the teacher or the prompts are not
-    those that the store was made with.
+    prompts: the prompt file, for a store without a prompt list. teacher: the teacher's new path, if it has
+    moved. Returns the number of new rows. Raises UserError if the teacher or the prompts are not those of the
+    store.
     """
     spec = read_spec(folder)
     name = find_teacher(folder, spec, teacher)
-    config = config_of(spec, teacher=name, prompts=str(prompts or ""))
+    config = config_from_spec(spec, teacher=name, prompts=str(prompts or ""))
     return generate_pairs(config, folder, progress, retry=True).new_pairs
 
 
 def find_teacher(folder: Path, spec: StoreSpec, teacher: str | None) -> str:
-    """The name of the teacher that made a store: `teacher`, by default the one in its spec.
+    """Return the name of the teacher that made a store: `teacher`, by default that in the store's spec.
 
-    Raises UserError for a teacher that is missing, or not the one that made the store.
+    Raises UserError if the teacher is missing or has other weights than the store's.
     """
     name = teacher or spec.teacher
     try:
@@ -284,7 +298,7 @@ def find_teacher(folder: Path, spec: StoreSpec, teacher: str | None) -> str:
 
 
 def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> float:
-    """Sample `count` evenly spread stored rows again and return the largest absolute difference of latents.
+    """Sample `count` evenly spaced rows again and return the largest absolute difference from stored latents.
 
     Raises UserError if the teacher's weights are not those that the store was made with.
     """
@@ -292,8 +306,9 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
     reader = PairReader(folder)
     spec = reader.spec
     name = find_teacher(folder, spec, teacher_name)
-    # Sample the rows again from their indices alone: noise, prompts and settings follow from the spec.
-    job = open_job(config_of(spec, teacher=name), process_group.init(), folder, spec)
+
+    # Sample the rows again from their numbers alone: noise, prompts and settings follow from the spec.
+    job = open_job(config_from_spec(spec, teacher=name), process_group.init(), folder, spec)
     positions = evenly_spread(len(reader), count)
     worst = 0.0
     for batch in batched(positions, job.spec.shard_size):

@@ -1,4 +1,4 @@
-"""Growing a pair store: more pairs, or prompts appended to its list. Rows that are there stay as they are.
+"""Grow a pair store: add pairs, or append prompts to its list. Existing rows do not change.
 
 Pair i depends on the seed, on i, and on its prompt alone, so a larger store begins with the smaller one.
 """
@@ -16,13 +16,13 @@ from pairgen.store.spec import StoreSpec, differing_facts
 
 
 def grow_store(place: StorePlace, spec: StoreSpec, prompts: PromptList, patience: float = 120.0) -> None:
-    """Raise the number of pairs and prompts of an existing store to those of `spec`.
+    """Grow an existing store to the number of pairs and prompts of `spec`.
 
-    Does nothing for a store of that size, and for one that differs in more than its size, which
-    `create_store` refuses. `patience`: of its claims. Raises UserError when the rows of the store would get
-    other prompts, and while another job makes its last shard.
+    It does nothing for a store of that size, and for one whose spec differs in more than its size:
+    `create_store` reports that. patience: seconds without a sign of life after which a claim counts as dead.
+    Raises UserError if rows of the store would get other prompts, and while another job makes its last shard.
     """
-    # Stop here unless the store differs from the wanted one in its size alone, and is smaller.
+    # Return unless the store is smaller and its spec equal in everything else.
     old = place.read_spec()
     small = replace(
         spec, num_pairs=old.num_pairs, num_prompts=old.num_prompts, prompts_sha256=old.prompts_sha256
@@ -35,7 +35,8 @@ def grow_store(place: StorePlace, spec: StoreSpec, prompts: PromptList, patience
         return
     if appended:
         _check_appended(place.name, old, prompts)
-    # The larger spec remembers the prompt lists that the store had before.
+
+    # The new spec, which also records the earlier prompt lists.
     history = (*old.earlier_prompts, (old.num_prompts, old.prompts_sha256))
     new = replace(
         old,
@@ -44,16 +45,17 @@ def grow_store(place: StorePlace, spec: StoreSpec, prompts: PromptList, patience
         prompts_sha256=spec.prompts_sha256,
         earlier_prompts=history if appended else old.earlier_prompts,
     )
-    # A short last shard is opened again. The spec is written last, so that a kill leaves the old store.
+
+    # Reopen a last shard that gets more rows. The spec is written last, so that a kill leaves the old store.
     with place.claims(patience) as claims:
-        if (short := _short_shard(old, new)) is not None:
-            _claim(claims, short, place.name)
+        if (incomplete := _last_shard_to_extend(old, new)) is not None:
+            _claim(claims, incomplete, place.name)
         if unchanged := place.read_spec() == old:
-            if short is not None:
-                place.reopen(short, old)
+            if incomplete is not None:
+                place.reopen(incomplete, old)
             place.write_grown(new, prompts if appended else None)
     if not unchanged:
-        return grow_store(place, spec, prompts, patience)  # another job made it grow while this one waited
+        return grow_store(place, spec, prompts, patience)  # another job has grown it meanwhile
     logger.info(
         "%s grows from %d to %d pairs and from %d to %d prompts",
         *(place.name, old.num_pairs, new.num_pairs, old.num_prompts, new.num_prompts),
@@ -75,15 +77,15 @@ def _check_appended(folder: str, old: StoreSpec, prompts: Sequence[str]) -> None
         )
 
 
-def _short_shard(old: StoreSpec, new: StoreSpec) -> int | None:
-    """The last shard of the smaller store, if it gets more rows."""
+def _last_shard_to_extend(old: StoreSpec, new: StoreSpec) -> int | None:
+    """The last shard of the old store if it has more rows in the new one, else None."""
     last = old.num_shards - 1
     return last if len(new.rows(last)) > len(old.rows(last)) else None
 
 
 def _claim(claims: WorkClaims, shard: int, folder: str) -> None:
     while claims.take([shard]) is None:
-        # Its owner may be gone: that shows when its counter does not increase.
+        # The owner may be dead, which shows after `patience` seconds without an increase of its counter.
         if claims.is_alive_here(shard) or not claims.undecided([shard]):
             raise UserError(
                 f"{folder} cannot grow now: {claims.owner(shard)} makes its last shard; wait for it or stop "

@@ -1,4 +1,4 @@
-"""A pair job: the teacher, prompts and spec of a config, and how it computes rows."""
+"""A pair job: the teacher, prompts and spec of a config, and the computation of rows."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ PairPrecision = Literal["fp32", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class Job:
-    """A teacher on one device, the prompts, and the store's spec: all that is needed to compute rows."""
+    """Everything that computes rows: a teacher on one device, the prompts, and the store's spec."""
 
     teacher: Teacher
     prompts: PromptList
@@ -47,17 +47,19 @@ class Job:
         `offload`: move the text encoders to the teacher's device for this call only.
         """
         unique = list(dict.fromkeys(self.texts(indices)))
-        with_encoders = self.teacher.encoders if offload else []
-        for encoder in with_encoders:
+        offloaded = self.teacher.encoders if offload else []
+        for encoder in offloaded:
             encoder.to(self.teacher.device)
         cond = self.teacher.encode(unique)
-        for encoder in with_encoders:
+        for encoder in offloaded:
             encoder.to("cpu")
         return EncodedPrompts({text: row for row, text in enumerate(unique)}, cond)
 
     def condition(self, indices: Sequence[int]) -> Tensor | None:
-        """Latents [B, C', h', w'] of the stage before that condition these rows, rounded as they are stored;
-        None without such a stage."""
+        """Read the latents [B, C', h', w'] of a cascade's earlier stage that condition these rows, fp32.
+
+        They are rounded to the stored type. None if the teacher is not a later stage.
+        """
         if self.prior is None:
             return None
         return self.prior.read(indices).latents.to(self.spec.torch_dtype).float()
@@ -68,11 +70,10 @@ class Job:
         encoded: "EncodedPrompts | None" = None,
         condition: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[str]]:
-        """Compute rows: noise fp32 [B, C, h, w] on the CPU, latents of that shape on the teacher's device,
-        and B prompts.
+        """Compute rows: (noise [B, C, h, w] fp32 on the CPU, latents [B, C, h, w] on the device, B prompts).
 
         The noise is rounded to the stored type before sampling, so that the file holds exactly what the
-        teacher received. `condition`: that of the rows, if the caller has it already.
+        teacher received. encoded, condition: results of `encode` and `condition`, if the caller has them.
         """
         texts, spec = self.texts(indices), self.spec
         encoded = encoded or self.encode(indices)
@@ -94,7 +95,7 @@ class Job:
         return noise_rows, latents, texts
 
     def _churn(self, indices: Sequence[int]) -> Churn | None:
-        """Fresh noise of the solver's steps: a function of the seed, the step and the pair."""
+        """The solver's churn: new noise in each step, a function of the seed, the step and the pair."""
         spec = self.spec
         if not spec.churn:
             return None
@@ -108,14 +109,14 @@ class Job:
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Encoded prompts. `position`: the row of `cond` of each prompt."""
+    """Encoded distinct prompts. `position` maps a prompt to its row in `cond`."""
 
     position: dict[str, int]
     cond: Conditioning
 
 
 def log_supported_stages(config: PairConfig) -> None:
-    """Log in one line which stages support the teacher, before anything is spent on its pairs.
+    """Log in one line which training stages support the teacher.
 
     Raises UserError for a teacher that neither stage of training supports.
     """
@@ -130,13 +131,14 @@ def open_job(
     store: Path | None = None,
     spec: StoreSpec | None = None,
 ) -> Job:
-    """Load the teacher and prompts of a config and check them, before anything is written.
+    """Load the teacher and prompts of a config and check them; nothing is written.
 
-    Prompts come from `config.prompts`, otherwise from the prompt list of `store`, otherwise they are all
-    classes of the teacher. `spec`: the store's, if it is known to match. Settings that are still `auto` (see
-    `pairgen.speed`) are those of a short job: fp32, not compiled. Raises UserError and SettingError.
+    Prompts come from `config.prompts`, or else from the prompt list of `store`, or else they are all classes
+    of the teacher. spec: the store's spec, if it is known to match. Settings that are still `auto` (see
+    `pairgen.speed`) become those of a short job: fp32, not compiled. Raises UserError and SettingError for
+    inputs that are missing or do not fit together.
     """
-    config = with_choices(config, "fp32", False)
+    config = resolve_auto(config, "fp32", False)
     if not config.teacher:
         raise SettingError("teacher is not set; give --teacher")
     # Load and check the teacher and the prompts with all settings.
@@ -152,7 +154,7 @@ def open_job(
     solver = teacher.default_solver if config.solver == "teacher" else config.solver
     size = (config.latent_size, config.latent_size) if config.latent_size else None
     check_solver(teacher, solver, config.steps, config.guidance, config.guidance_rescale, size)
-    # Settings that change the speed only.
+    # Apply the settings that change the speed only.
     if config.channels_last:
         teacher.network.to(memory_format=torch.channels_last)
     if config.compile:
@@ -160,8 +162,8 @@ def open_job(
     return Job(teacher, prompts, spec or resolve_spec(config, teacher, prompts, solver, prior), prior)
 
 
-def with_choices(config: PairConfig, precision: PairPrecision, compiled: bool) -> PairConfig:
-    """`config` with these values in place of `auto`."""
+def resolve_auto(config: PairConfig, precision: PairPrecision, compiled: bool) -> PairConfig:
+    """Replace `auto` in the settings `precision` and `compile` by these values."""
     return replace(
         config,
         precision=precision if config.precision == "auto" else config.precision,
@@ -192,13 +194,16 @@ def resolve_spec(
     solver: Solver,
     prior: PairReader | None = None,
 ) -> StoreSpec:
-    """The spec of a config, with the settings that are left to the teacher, or to the store `prior` that
-    conditions the rows, filled in."""
+    """Build the spec of a config. Open settings are filled in from the teacher and the store `prior`.
+
+    `prior` is the store that conditions the rows of a later stage of a cascade.
+    """
     # A size other than the network's own is allowed where `check_solver` accepts it.
     channels, height, width = teacher.latent_shape
     if config.latent_size:
         height = width = config.latent_size
-    # Resolved values and digests: whatever decides a row must be in the spec.
+
+    # Resolved values and digests: everything that determines a row must be in the spec.
     digests = pretrained.teacher_digests(config.teacher)
     per_prompt = config.per_prompt if prior is None else prior.spec.per_prompt
     num_pairs = config.num_pairs or (len(prompts) * per_prompt if prior is None else len(prior))
@@ -230,7 +235,8 @@ def resolve_spec(
         noise=config.noise,
         shard_size=config.shard_size,
     )
-    # A later stage of a cascade also names the store that conditions its rows.
+
+    # A later stage of a cascade also records the store that conditions its rows.
     if prior is None:
         return spec
     return replace(
@@ -242,9 +248,9 @@ def resolve_spec(
     )
 
 
-def config_of(spec: StoreSpec, **changes: Any) -> PairConfig:
-    """The config that generates more rows of the store with this spec."""
-    # Resolved values, so that a changed default or scheduler file cannot change the rows.
+def config_from_spec(spec: StoreSpec, **changes: Any) -> PairConfig:
+    """Return the config that generates more rows of the store with this spec. changes: other settings."""
+    # All values are given, so that a changed default or scheduler file cannot change the rows.
     config = PairConfig(
         teacher=spec.teacher,
         condition=spec.condition,
@@ -258,7 +264,7 @@ def config_of(spec: StoreSpec, **changes: Any) -> PairConfig:
         guidance_rescale=spec.guidance_rescale,
         churn=spec.churn,
         precision=spec.precision,
-        compile=False,  # for few rows
+        compile=False,  # compilation is not worth its time for few rows
         seed=spec.seed,
         dtype=spec.dtype,
         noise=spec.noise,

@@ -21,9 +21,9 @@ from d2g.data.prompt_files import prompt_cells, prompt_text
 from pairgen.store.spec import write_through_scratch, writing
 
 NEWLINE, QUOTE = 10, 34
-SCAN = 1 << 24  # bytes of a saved list that are scanned at once
-KEY = 16  # bytes of a prompt's hash: among 12M prompts, two of one hash are expected once in 10^24 files
-COMPACTED = 1 << 16  # prompts that are moved at once
+SCAN_BYTES = 1 << 24  # bytes of a saved list that are scanned at once
+HASH_BYTES = 16  # of a prompt's hash: among 12M prompts, a collision is expected once in 10^24 files
+BLOCK_PROMPTS = 1 << 16  # prompts that are moved or decoded at once
 RESTORE = "restore it from the job's prompt file"
 
 json_string = json.JSONEncoder(ensure_ascii=False).encode
@@ -59,7 +59,8 @@ class PromptList(Sequence[str]):
         # Find the ends of all lines in blocks, so that a file of gigabytes needs little memory.
         values = np.frombuffer(lines, np.uint8)
         blocks = (
-            np.flatnonzero(values[at : at + SCAN] == NEWLINE) + at + 1 for at in range(0, len(values), SCAN)
+            np.flatnonzero(values[at : at + SCAN_BYTES] == NEWLINE) + at + 1
+            for at in range(0, len(values), SCAN_BYTES)
         )
         ends = np.concatenate([np.zeros(1, np.int64), *blocks])
         # Each line must be a quoted string that ends with a newline.
@@ -101,8 +102,8 @@ class PromptList(Sequence[str]):
         return _decoded(self._lines[int(self._ends[number]) : int(self._ends[number + 1])])
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), COMPACTED):
-            ends = self._ends[start : start + COMPACTED + 1].tolist()
+        for start in range(0, len(self), BLOCK_PROMPTS):
+            ends = self._ends[start : start + BLOCK_PROMPTS + 1].tolist()
             yield from (_decoded(self._lines[a:b]) for a, b in pairwise(ends))
 
     def __eq__(self, other: object) -> bool:
@@ -123,12 +124,12 @@ class PromptList(Sequence[str]):
 
 
 def read_prompts(path: Path, column: str | None = None) -> PromptList:
-    """The prompts of a .txt, .jsonl, .csv, .tsv, COCO captions .json or .parquet file, of standard input, or
-    the captions of an image folder.
+    """Read the prompts of a file (.txt, .jsonl, .csv, .tsv, COCO's .json, .parquet), of standard input, or of
+    an image folder.
 
-    Prompts are stripped; blank ones and exact duplicates are dropped, and the first of equal prompts stays.
-    A prompt's position in the list is its id. 12M prompts of 60 bytes take 0.9 GB, and 1.3 GB while they are
-    read. `column`: the column of the prompts (`d2g.data.columns`). Raises UserError for a file that is
+    Prompts are stripped, and blank ones are dropped. Of equal prompts, the first is kept. A prompt's position
+    in the list is its id. 12M prompts of 60 bytes take 0.9 GB, and 1.3 GB while they are read. `column`: the
+    column of the prompts (`d2g.data.columns`). Raises UserError for a file that is
     missing, empty, not UTF-8, without a prompt column, damaged or of another kind.
     """
     path = Path(path)
@@ -140,12 +141,14 @@ def read_prompts(path: Path, column: str | None = None) -> PromptList:
 
 
 def distinct(texts: Iterable[str]) -> PromptList:
-    """These strings in this order without duplicates: the first of equal strings stays."""
-    lines, ends, keys = _encode_lines(texts, lambda line: hashlib.blake2b(line, digest_size=KEY).digest())
+    """Return these strings in this order without duplicates: of equal strings, the first is kept."""
+    lines, ends, keys = _encode_lines(
+        texts, lambda line: hashlib.blake2b(line, digest_size=HASH_BYTES).digest()
+    )
     numbers = _as_numbers(ends)
-    first = _first_occurrence(np.frombuffer(keys, np.uint64).reshape(-1, 2))
-    if not first.all():
-        numbers = _compact(lines, numbers, first)
+    is_first = _first_occurrence(np.frombuffer(keys, np.uint64).reshape(-1, 2))
+    if not is_first.all():
+        numbers = _compact(lines, numbers, is_first)
     return PromptList(lines, numbers)
 
 
@@ -224,9 +227,9 @@ def _first_occurrence(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         column = keys[:, half][order]
         repeats &= column[1:] == column[:-1]
     # Only rows that repeat their predecessor in this order are duplicates.
-    first = np.ones(len(keys), np.bool_)
-    first[order[1:][repeats]] = False
-    return first
+    is_first = np.ones(len(keys), np.bool_)
+    is_first[order[1:][repeats]] = False
+    return is_first
 
 
 def _compact(lines: bytearray, ends: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -234,9 +237,9 @@ def _compact(lines: bytearray, ends: NDArray[np.int64], keep: NDArray[np.bool_])
     lengths, stop = np.diff(ends), 0
     values = np.frombuffer(lines, np.uint8)
     # Lines move towards the front, so a block never overwrites lines that are still to be read.
-    for start in range(0, len(keep), COMPACTED):
-        rows = slice(start, start + COMPACTED)
-        block = values[ends[start] : ends[min(start + COMPACTED, len(keep))]]
+    for start in range(0, len(keep), BLOCK_PROMPTS):
+        rows = slice(start, start + BLOCK_PROMPTS)
+        block = values[ends[start] : ends[min(start + BLOCK_PROMPTS, len(keep))]]
         remaining = block[np.repeat(keep[rows], lengths[rows])]
         values[stop : stop + len(remaining)] = remaining
         stop += len(remaining)

@@ -1,7 +1,7 @@
-"""Settings that a pair job chooses by measuring on this machine: batch size, precision, compilation.
+"""Measure the fastest batch size, precision and compilation of a pair job on this machine.
 
-A precision changes the stored numbers, and compilation their rounding. So both are chosen once, when a store
-is created; the store's spec keeps the choice, and every later or parallel job of the store follows it.
+Precision changes the stored numbers, and compilation their rounding. Both are therefore chosen once, when a
+store is created. The store's spec records the choice, and all later or parallel jobs of the store follow it.
 """
 
 import time
@@ -12,7 +12,7 @@ import torch
 from d2g.core.distributed import process_group
 from d2g.core.logs import logger
 from pairgen.config import PairConfig
-from pairgen.job import Job, open_job, with_choices
+from pairgen.job import Job, open_job, resolve_auto
 from pairgen.store.spec import StoreSpec
 
 LARGEST_BATCH = 1024
@@ -22,35 +22,36 @@ BF16_FROM, COMPILE_FROM = 60.0, 600.0  # seconds of a job; shorter ones stay in 
 
 
 def choose_speed(config: PairConfig, device: torch.device, stored: StoreSpec | None = None) -> PairConfig:
-    """Decide the settings `precision` and `compile` of a config where they are `auto`.
+    """Replace `auto` in the settings `precision` and `compile` of a config.
 
-    `stored`: the spec of an existing store, whose choice stays. Otherwise evaluations of the network are
-    timed, and one line logs the choice. Raises UserError as `open_job`.
+    stored: the spec of an existing store, whose choice is kept. For a new store, evaluations of the network
+    are timed, and the choice is logged. Raises UserError as `open_job` does.
     """
     if stored is not None:
-        return with_choices(config, stored.precision, stored.compiled)
+        return resolve_auto(config, stored.precision, stored.compiled)
     if "auto" not in (config.precision, config.compile):
         return config
-    # Short jobs are exact, and are not worth a measurement.
-    chosen = with_choices(config, "fp32", False)
-    seconds = _job_seconds(chosen, device)
-    before, notes = seconds, []
+    # Start from fp32 without compilation, which is best for short jobs.
+    best = resolve_auto(config, "fp32", False)
+    seconds = fp32_seconds = _job_seconds(best, device)
+    notes: list[str] = []
+    # Try bf16 and then compilation, where the job is long enough to gain from them.
     if config.precision == "auto" and seconds >= BF16_FROM:
-        rounded = with_choices(config, "bf16", False)
-        if (faster := _job_seconds(rounded, device)) * BF16_GAIN < seconds:
-            notes.append(f"bf16 is {seconds / faster:.2f} times as fast as fp32")
-            chosen, seconds = rounded, faster
+        in_bf16 = resolve_auto(config, "bf16", False)
+        if (bf16_seconds := _job_seconds(in_bf16, device)) * BF16_GAIN < seconds:
+            notes.append(f"bf16 is {seconds / bf16_seconds:.2f} times as fast as fp32")
+            best, seconds = in_bf16, bf16_seconds
     if config.compile == "auto" and seconds >= COMPILE_FROM:
-        compiled = replace(chosen, compile=True)
-        if (faster := _job_seconds(compiled, device)) * GAIN < seconds:
-            notes.append(f"compilation is {seconds / faster:.2f} times as fast")
-            chosen, seconds = compiled, faster
+        compiled = replace(best, compile=True)
+        if (compiled_seconds := _job_seconds(compiled, device)) * GAIN < seconds:
+            notes.append(f"compilation is {seconds / compiled_seconds:.2f} times as fast")
+            best, seconds = compiled, compiled_seconds
     logger.info(
         "precision=%s compile=%s for this store, about %.0f s of computing%s",
-        *(chosen.precision, str(bool(chosen.compile)).lower(), seconds),
-        f" (measured: {', '.join(notes)}; fp32 alone {before:.0f} s)" if notes else "",
+        *(best.precision, str(bool(best.compile)).lower(), seconds),
+        f" (measured: {', '.join(notes)}; fp32 alone {fp32_seconds:.0f} s)" if notes else "",
     )
-    return chosen
+    return best
 
 
 def _job_seconds(config: PairConfig, device: torch.device) -> float:

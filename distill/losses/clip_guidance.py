@@ -46,7 +46,7 @@ def text_cross_entropy(image: Tensor, text: Tensor, texts: Tensor, scale: Tensor
 class ClipGuidance(nn.Module):
     """The loss of a frozen CLIP on decoded crops of latents.
 
-    crop: side of the crops in pixels. contrastive: use the contrastive loss instead of the spherical distance.
+    crop: side of the crops in pixels. contrastive: use the contrastive loss, not the spherical distance.
     """
 
     def __init__(self, model: Any, tokenizer: Any, vae: Any, crop: int, contrastive: bool = False) -> None:

@@ -17,7 +17,7 @@ from d2g.diffusion.scheduler_files import load_any_schedule
 from d2g.diffusion.solvers import evaluations_per_sample
 from d2g.diffusion.teacher import Teacher, check_solver, describe_teacher, load_teacher
 from pairgen.config import PAIR_PRESETS, PairConfig
-from pairgen.job import config_of, open_job
+from pairgen.job import config_from_spec, open_job
 
 LABELS = ["1", "9", "1"]
 DPM = diffusers.EDMDPMSolverMultistepScheduler
@@ -120,7 +120,7 @@ def test_a_pair_spec_records_the_schedule(edm: Path) -> None:
     job = open_job(config)
     assert (job.spec.solver, job.spec.spacing, job.spec.final_alpha_one) == ("heun", "linspace", True)
     assert job.spec.teacher_facts == describe_teacher(str(edm))["facts"]
-    assert open_job(config_of(job.spec)).spec == job.spec, "a store tells how to make more of it"
+    assert open_job(config_from_spec(job.spec)).spec == job.spec, "a store tells how to make more of it"
     z, latents, texts = job.rows([0, 3])
     assert 0.5 < z.std() < 2 and texts == ["0", "3"] and latents.isfinite().all()
     published = PAIR_PRESETS["cifar10"]

@@ -19,7 +19,7 @@ from pairgen import speed
 from pairgen.config import PAIR_PRESETS, PairConfig
 from pairgen.cost import GPU_COUNTS, plan_pairs
 from pairgen.generate import generate_pairs, regenerate, resimulate
-from pairgen.job import config_of, open_job
+from pairgen.job import config_from_spec, open_job
 from pairgen.speed import fastest_batch
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import read_spec, shards_present
@@ -354,7 +354,7 @@ def test_a_store_can_be_regenerated_from_its_own_prompts(
     out = tmp_path / "pairs"
     generate_pairs(config, out)
     (out / "shards" / "pairs-00001.h5").unlink()
-    assert config_of(read_spec(out)).prompts == "" and regenerate(out) == 5
+    assert config_from_spec(read_spec(out)).prompts == "" and regenerate(out) == 5
     assert_equal_stores(out, pairs)
 
 

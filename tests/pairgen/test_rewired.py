@@ -15,7 +15,7 @@ from d2g.diffusion.solvers import Churn, sample_ode
 from distill.training.train import train
 from jobs import BATCH, distill_config, make_pairs
 from pairgen.config import PairConfig
-from pairgen.job import config_of, open_job
+from pairgen.job import config_from_spec, open_job
 from pairgen.store.reader import PairReader
 from pairgen.store.rewired import RewiredReader
 
@@ -105,7 +105,7 @@ def test_rows_with_churn_depend_on_seed_and_pair_alone(edm: str) -> None:
     _, plain, _ = open_job(replace(config, churn=0.0)).rows([0, 1, 2])
     assert not torch.allclose(plain, latents, atol=1e-2)
     # The store records it; deterministic stores are as before there was such a field.
-    assert job.spec.churn == 4.0 and open_job(config_of(job.spec)).spec == job.spec
+    assert job.spec.churn == 4.0 and open_job(config_from_spec(job.spec)).spec == job.spec
     assert "churn" not in open_job(replace(config, churn=0.0)).spec.as_json()
 
 

@@ -19,7 +19,7 @@ class EnsembleDistance(RowDistance):
         self.ensemble = ELatentLPIPS(metric, AugmentConfig(families=families), draws=draws)
 
     def draw(self, rows: int, shape: tuple[int, int, int], rng: torch.Generator) -> Transforms:
-        """Sample transforms for `rows` latents of `shape` (C, h, w), once per draw, on the metric's device."""
+        """Sample transforms for `rows` latents of `shape` (C, h, w), per draw, on the metric's device."""
         device = next(self.metric.parameters()).device
         return [
             augment.sample_transforms(self.ensemble.augment, rows, shape[1:], rng, device)

@@ -86,6 +86,6 @@ def _check_space(teacher: str, config: RegressionConfig) -> None:
     *others, last = [name for name, loss in REGRESSION_LOSSES.items() if not loss.needs & missing]
     output = "pixels" if family.draws_images else "latents that no autoencoder decodes"
     raise SettingError(
-        f"teacher {teacher} generates {output}, for which there is no {unsupported[0]}; expected regression.losses "
-        f"of {', '.join(others)} or {last}"
+        f"teacher {teacher} generates {output}, for which there is no {unsupported[0]}; expected "
+        f"regression.losses of {', '.join(others)} or {last}"
     )
