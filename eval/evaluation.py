@@ -17,13 +17,14 @@ from eval.result import EvalResult
 from eval.summary import check_reference, digest_of_prompts, summarize
 
 GetReference = Callable[[], Reference | None]
+"""Builds the reference statistics when they are needed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The numbers, the measured rows they come from (one per image), and the reference statistics.
+    """Result of `evaluate`: the numbers, the measured rows (one per image), and the reference statistics.
 
-    With several processes only rank 0 computes the numbers; the `result` of the others holds none.
+    With several processes, only rank 0 computes the numbers; the `result` of other ranks is empty.
     """
 
     result: EvalResult
@@ -45,14 +46,16 @@ def evaluate(
     resamples: int = 200,
     progress: Progress = quiet,
 ) -> Evaluation:
-    """Measure the images of `source` under `protocol` and compute `metrics` (none: the protocol's).
+    """Measure the images of `source` under `protocol` and compute metrics. Call it on every rank.
 
-    `reference`: statistics of real images, or a function that builds them once everything else is checked.
-    `other`: a second source from the same noise, for paired metrics. `count`: the number of images, where the
-    protocol leaves it open; further images are ignored. Fewer images than the protocol's are refused unless
-    `allow_fewer`, and then the result says so. `resamples`: bootstrap resamples (0: no such intervals). All
-    processes of a group must call it; each measures its share. Raises SettingError when a metric lacks what
-    it needs, UserError when networks, reference or counts are not the protocol's.
+    metrics: names; () for the protocol's. reference: statistics of real images, or a function that builds
+    them after everything else is checked. other: a second source of images from the same noise, for paired
+    metrics. count: number of images, where the protocol leaves it open; further images are ignored.
+    allow_fewer: accept fewer images than the protocol's, which the result states. work: batch size, and the
+    folder for finished parts. resamples: bootstrap resamples; 0 for no bootstrap intervals.
+
+    Raises SettingError if a metric lacks an input, UserError if networks, reference or counts are not the
+    protocol's, and Interrupted on Ctrl-C.
 
     >>> import torch
     >>> from eval import FeatureNet, Networks, Protocol, batch_source, build_reference
@@ -72,7 +75,8 @@ def evaluate(
     real = reference() if callable(reference) else reference
     if real is not None:
         real.check(protocol, networks.compared)
-    # Draw and measure the images; all processes share them.
+
+    # Sample and measure the images, shared by all processes. Rank 0 computes the metrics.
     rows, more = _measure(source, range(number), protocol, networks, metrics, other, work, progress)
     resolved = _resolve(protocol, networks, rows)
     if process_group.rank() != 0:
@@ -102,7 +106,7 @@ def _measure(
     work: MeasureOptions | None,
     progress: Progress,
 ) -> tuple[MeasuredRows, MeasuredRows | None]:
-    """The rows of every image, and of further images of the same prompts where a metric needs them."""
+    """Measure every image: (rows of all images, rows of more images per prompt if a metric needs them)."""
     measures, pairs = measures_of(networks, protocol, metrics)
     rows = measure_source(source, numbers, measures, pairs=pairs, other=other, work=work, progress=progress)
     if source.count is not None or not any(all_metrics()[name].repeats_prompts for name in metrics):
@@ -139,7 +143,7 @@ def _check_request(
     if paired and other is None:
         raise SettingError(f"metric {paired[0]!r} needs images to compare with; give --against")
     check_networks(protocol, networks)
-    # Every image needs its partner, and some metrics a least number of images.
+    # Every image needs its partner, and some metrics have a minimum number of images.
     number = image_count(source, protocol, count, allow_fewer)
     if paired and other is not None and other.count is not None and other.count < number:
         raise UserError(
@@ -169,7 +173,7 @@ def check_networks(protocol: Protocol, networks: Networks) -> None:
 
 
 def image_count(source: ImageSource, protocol: Protocol, count: int, allow_fewer: bool) -> int:
-    """How many images to measure. Raises UserError for fewer than the protocol's number, or than two."""
+    """Number of images to measure. Raises UserError for fewer than the protocol's number, or than two."""
     target = protocol.images or count or source.count or 0
     number = min(target, count or target, target if source.count is None else source.count)
     if number < target and not allow_fewer:

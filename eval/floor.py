@@ -15,7 +15,7 @@ from eval.protocols.protocol import Protocol
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Floor:
-    """Numbers of held-out real pictures against training pictures, by key. `note`: what was compared."""
+    """Metrics of real pictures against other real pictures, by key. `note`: what was compared."""
 
     numbers: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
@@ -28,14 +28,15 @@ def real_floor(
     metrics: tuple[str, ...],
     images: int,
 ) -> Floor:
-    """Compute the reference's metrics of `metrics` between two sets of real pictures.
+    """Compute those of `metrics` that compare with a reference between two sets of real pictures.
 
-    With `training`, statistics of the training pictures: the reference against them. Without, as many random
-    pictures of the reference as were measured (`images`), at most half, against the others. Protocols with
-    a reference of their own have no floor, nor has a reference that is too small to be split.
+    With `training` (statistics of the training pictures), the sets are the reference and the training
+    pictures. Otherwise the reference is split at random: as many pictures as were measured (`images`), at
+    most half, and the others. There is no floor for protocols that make their own reference, and for a reference
+    that is too small to split.
     """
-    # Metrics of features that the reference has.
-    chosen = [
+    # The metrics whose features the reference has.
+    reference_metrics = [
         metric
         for metric in all_metrics().values()
         if metric.name in metrics
@@ -44,12 +45,12 @@ def real_floor(
         and reference is not None
         and set(metric.networks) <= reference.stats.keys()
     ]
-    if reference is None or not chosen or protocol.reference != "given":
+    if reference is None or not reference_metrics or protocol.reference != "given":
         return Floor()
     # The two sets: the reference and the training pictures, or two parts of the reference.
     if training is not None:
-        held_out, others = dict(reference.stats), dict(training.stats)
-        what = "training pictures"
+        held_out, compared = dict(reference.stats), dict(training.stats)
+        compared_with = "training pictures"
     else:
         rows = len(next(iter(reference.stats.values())).rows)
         count = min(images, rows // 2)
@@ -57,16 +58,19 @@ def real_floor(
             return Floor(note=f"no floor: {rows} reference images are too few to split them")
         order = torch.randperm(rows, generator=generator(protocol.seed, EvalStream.FLOOR))
         held_out = {name: _part(stats, order[:count]) for name, stats in reference.stats.items()}
-        others = {name: _part(stats, order[count:]) for name, stats in reference.stats.items()}
-        what = "others of the reference"
-    # Compute them as for samples, with one set in the place of the generated images.
-    inputs = MetricInputs(protocol=protocol, rows={}, prompts=(), generated=held_out, real=others)
+        compared = {name: _part(stats, order[count:]) for name, stats in reference.stats.items()}
+        compared_with = "others of the reference"
+    # Compute the metrics as for samples, with one set in place of the generated images.
+    inputs = MetricInputs(protocol=protocol, rows={}, prompts=(), generated=held_out, real=compared)
     numbers = {
-        key: estimate.value for metric in chosen for key, estimate in metric.compute(inputs).estimates.items()
+        key: estimate.value
+        for metric in reference_metrics
+        for key, estimate in metric.compute(inputs).estimates.items()
     }
-    counts = [next(iter(stats.values())).count for stats in (held_out, others)]
+    counts = [next(iter(stats.values())).count for stats in (held_out, compared)]
     return Floor(
-        numbers=numbers, note=f"floor: {counts[0]:,} held-out real pictures against {counts[1]:,} {what}"
+        numbers=numbers,
+        note=f"floor: {counts[0]:,} held-out real pictures against {counts[1]:,} {compared_with}",
     )
 
 

@@ -78,8 +78,8 @@ class Tally:
             writer.flush()
             raise FloatingPointError(
                 f"{self.bad} of {self.written} latents are not finite, the last that of pair "
-                f"{latest['index']} ({latest['prompt']!r}); max_bad is {self.max_bad}: try another precision, "
-                "or raise max_bad"
+                f"{latest['index']} ({latest['prompt']!r}); max_bad is {self.max_bad}: try another "
+                "precision, or raise max_bad"
             )
 
 

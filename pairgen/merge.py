@@ -1,4 +1,4 @@
-"""Merging pair stores of one spec that were generated on different machines."""
+"""Merge pair stores of one spec that were generated on different machines."""
 
 import mmap
 import os
@@ -35,13 +35,14 @@ from pairgen.verify import FileCheck, check_file, in_threads, record_fault, stor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeReport:
-    """Result of `merge_stores`. `pairs` and `shards` are those of the merged store."""
+    """Result of `merge_stores`."""
 
-    pairs: int
-    shards: int
+    pairs: int  # rows of the merged store
+    shards: int  # complete shards of the merged store
     copied: int  # shards copied or linked by this call
     differing: list[dict[str, Any]]
-    """Shards of several stores that differ by rounding: {"shard", "kept", "left_out", "max_abs_err"}."""
+    """Shards that several stores hold, which may differ by rounding: {"shard", "kept", "left_out",
+    "max_abs_err"}."""
 
 
 def merge_stores(
@@ -55,33 +56,39 @@ def merge_stores(
 ) -> MergeReport:
     """Copy the complete shards of stores with one spec to `out`, with prompts and quarantine records.
 
-    Stores may have grown to different sizes: `out` gets the largest. The last shard of a smaller store is
-    left out if it is a longer one in `out`, and the log says so.
-    Every shard is checked as `verify_store` does. Of a shard that several stores hold (`out` counts first),
-    the first with the fewest quarantined rows is kept. Rows that it shares with the others must have equal
-    noise and prompts, and latents that differ by at most `tolerance`. Run again to resume after a crash.
-    `link`: make hard links in place of copies. Raises UserError for different specs (naming the keys),
-    conflicting rows (naming both files) and damage.
+    Stores may have grown to different sizes; `out` gets the largest. The last shard of a smaller store is
+    left out if the largest store has more rows in it, and the log says so. Every shard is checked as
+    `verify_store` does.
+
+    If several stores hold a shard (`out` counts first), the first with the fewest quarantined rows is kept.
+    Rows that it shares with the others must have equal noise and prompts, and latents that differ by at most
+    `tolerance`.
+
+    link: make hard links instead of copies. workers: threads, 0 for the default. Call it again to resume.
+    Raises UserError for different specs (naming the keys), conflicting rows (naming both files) and damage.
     """
     if not folders:
         raise UserError("nothing to merge: got no pair folders, expected at least one")
     out, sources = Path(out), [Path(folder) for folder in folders]
-    # All stores must have the same spec, apart from their size; `out` may hold shards from an earlier call.
+
+    # All stores must have the same spec, apart from their size. `out` may hold shards from an earlier call.
     specs = {folder: read_spec(folder) for folder in sources}
     spec = max(specs.values(), key=lambda spec: (spec.num_pairs, spec.num_prompts))
-    for folder, own in specs.items():
-        require_same_or_earlier_spec(folder, own, spec)
+    for folder, source_spec in specs.items():
+        require_same_or_earlier_spec(folder, source_spec, spec)
     create_store(out, spec)
     prompts = _merge_prompts({out: spec, **specs}, out, spec)
-    # Shards are independent of each other, so threads merge them in any order.
+
+    # Merge the shards in threads: they are independent of each other.
     places = _shard_places(specs, spec)
     merge = partial(_merge_shard, out, places, spec, prompts, link, tolerance)
-    work, copied, differing = sorted(places), 0, []
-    for done, (new, others) in enumerate(in_threads(merge, work, workers)):
-        copied += new
-        differing += others
+    work, copied, differing = sorted(places), 0, list[dict[str, Any]]()
+    for done, (copies, differences) in enumerate(in_threads(merge, work, workers)):
+        copied += copies
+        differing += differences
         progress("merge", done + 1, len(work))
-    # A merge that was killed has left these; `out` belongs to this one now.
+
+    # Delete what a killed merge has left in `out`.
     remove_leftovers(out, spec)
     for leftover in (
         path for stem in ("store", "prompts") for path in (out / "partial").glob(f"{stem}.*.tmp")
@@ -92,33 +99,33 @@ def merge_stores(
 
 
 def _shard_places(specs: Mapping[Path, StoreSpec], spec: StoreSpec) -> dict[int, list[Path]]:
-    """Shard number -> the stores that have it with all rows of `spec`. Logs which are too short."""
+    """Map each shard to the stores that have it with all rows of `spec`. Logs shards with fewer rows."""
     places: dict[int, list[Path]] = {}
-    for folder, own in specs.items():
-        for shard in shards_present(folder, own):
-            if own.rows(shard) == spec.rows(shard):
+    for folder, source_spec in specs.items():
+        for shard in shards_present(folder, source_spec):
+            if source_spec.rows(shard) == spec.rows(shard):
                 places.setdefault(shard, []).append(folder)
             else:
                 logger.info(
                     "%s: left out, because it has %d rows and %d in a store of %d pairs",
-                    *(shard_path(folder, shard), len(own.rows(shard)), len(spec.rows(shard))),
+                    *(shard_path(folder, shard), len(source_spec.rows(shard)), len(spec.rows(shard))),
                     spec.num_pairs,
                 )
     return places
 
 
 def _merge_prompts(specs: Mapping[Path, StoreSpec], out: Path, spec: StoreSpec) -> PromptList | None:
-    """Save the first prompt list of `spec` that a store has in `out`, and return it."""
-    first = None
-    for folder, own in specs.items():
-        prompts, reason = stored_prompts(folder, own)
+    """Save the prompt list of `spec` in `out`, from the first store that has it, and return it."""
+    merged = None
+    for folder, source_spec in specs.items():
+        prompts, reason = stored_prompts(folder, source_spec)
         if reason:
             raise _damaged_file(folder, prompts_path(folder), reason)
-        if first is None and own.prompts_sha256 == spec.prompts_sha256:
-            first = prompts
-    if first is not None and not prompts_path(out).exists():
-        first.save(prompts_path(out))
-    return first
+        if merged is None and source_spec.prompts_sha256 == spec.prompts_sha256:
+            merged = prompts
+    if merged is not None and not prompts_path(out).exists():
+        merged.save(prompts_path(out))
+    return merged
 
 
 def _damaged_file(folder: Path, path: Path, reason: str) -> UserError:
@@ -134,9 +141,9 @@ def _merge_shard(
     tolerance: float,
     shard: int,
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Copy the best file of a shard to `out`, from one of the stores that `places` names for it.
+    """Copy the best file of a shard to `out`, from one of the stores in `places[shard]`.
 
-    Returns 1 if the shard was copied, 0 if it was there already, and a comparison with each other file.
+    Returns (1 if the shard was copied, 0 if `out` had it, comparisons of the best file with the others).
     """
     # Check every distinct file of the shard.
     checks: list[FileCheck] = []
@@ -146,11 +153,14 @@ def _merge_shard(
             if check.reason:
                 raise _damaged_file(path.parents[1], path, check.reason)
             checks.append(check)
-    # The others must agree with the best file in all common rows.
-    best = min(checks, key=lambda check: len(check.quarantined))  # the first of equals
+
+    # Choose the best file, and compare the others with it in all common rows.
+    best = min(checks, key=lambda check: len(check.quarantined))  # the first, if several are best
     differing = [
         _compare_files(best.path, other.path, spec, tolerance) for other in checks if other is not best
     ]
+
+    # Copy it, with its quarantine record.
     source = best.path.parents[1]
     record, target = quarantine_path(out, shard), shard_path(out, shard)
     with writing(out, "the stores merged from are untouched, and what was merged stays"):
@@ -173,31 +183,33 @@ def _same_content(a: Path, b: Path) -> bool:
     """Whether two paths are the same file, or have equal lengths and the same sha256 in their first bytes."""
     if a.samefile(b):
         return True
-    with a.open("rb") as first, b.open("rb") as second:
-        return a.stat().st_size == b.stat().st_size and first.read(SEAL) == second.read(SEAL)
+    with a.open("rb") as file_a, b.open("rb") as file_b:
+        return a.stat().st_size == b.stat().st_size and file_a.read(SEAL) == file_b.read(SEAL)
 
 
 def _compare_files(best: Path, other: Path, spec: StoreSpec, tolerance: float) -> dict[str, Any]:
     """Compare the common rows of two intact files of a shard. Raises UserError beyond `tolerance`."""
-    rows, worst, same = load_rows(best, spec), 0.0, True
+    rows, max_error, same_inputs = load_rows(best, spec), 0.0, True
     # A file may lack quarantined rows, so compare by pair index.
     position = {number: row for row, number in enumerate(rows.index.tolist())}
     for block in read_blocks(other, spec):
-        theirs = [row for row, number in enumerate(block.index.tolist()) if number in position]
-        ours = [position[number] for number in block.index[theirs].tolist()]
-        if theirs:
-            same &= torch.equal(rows.noise[ours], block.noise[theirs])
-            same &= [rows.prompts[row] for row in ours] == [block.prompts[row] for row in theirs]
-            difference = rows.latents[ours].float() - block.latents[theirs].float()
-            worst = max(worst, float(difference.abs().max()))
-    # Rounding differs between machines; other noise or prompts mean another job.
-    if not same or worst > tolerance:
-        what = f"latents up to {worst:.3g} apart, tolerance {tolerance}" if same else "other noise or prompts"
+        in_other = [row for row, number in enumerate(block.index.tolist()) if number in position]
+        in_best = [position[number] for number in block.index[in_other].tolist()]
+        if in_other:
+            same_inputs &= torch.equal(rows.noise[in_best], block.noise[in_other])
+            same_inputs &= [rows.prompts[row] for row in in_best] == [block.prompts[row] for row in in_other]
+            difference = rows.latents[in_best].float() - block.latents[in_other].float()
+            max_error = max(max_error, float(difference.abs().max()))
+
+    # Latents may differ by rounding between machines. Other noise or prompts come from another job.
+    if not same_inputs or max_error > tolerance:
+        apart = f"latents up to {max_error:.3g} apart, tolerance {tolerance}"
+        difference_text = apart if same_inputs else "other noise or prompts"
         raise UserError(
-            f"{best} and {other} hold different rows for the same pairs ({what}); merge only one of them"
-            + (", or raise --tolerance" if same else "")
+            f"{best} and {other} hold different rows for the same pairs ({difference_text}); merge only one "
+            "of them" + (", or raise --tolerance" if same_inputs else "")
         )
-    return {"shard": best.name, "kept": str(best), "left_out": str(other), "max_abs_err": worst}
+    return {"shard": best.name, "kept": str(best), "left_out": str(other), "max_abs_err": max_error}
 
 
 def _copy(source: Path, target: Path, scratch: Path) -> None:

@@ -23,17 +23,19 @@ BINS = 32
 OUTLIER = 6.0  # standard deviations
 MAX_LISTED = 100  # outliers listed at most
 LATENT_STD_RANGE = (0.3, 3.0)  # of scaled latents
-COPIED = 0.9  # correlation of latents with their own noise: a network that predicts nothing returns its input
-LEAST_CORRELATION = 0.1  # of noise and the next row's latents; smaller ones harm no training
-MOST_OUTLIERS, MOST_CUT = 0.01, 0.2  # shares of the rows
+MAX_OWN_CORRELATION = 0.9  # of latents and their noise; an untrained network returns its input, with about 1
+MAX_NEXT_CORRELATION = 0.1  # of noise and the next row's latents; smaller ones do not harm training
+MAX_OUTLIER_SHARE, MAX_TRUNCATED_SHARE = 0.01, 0.2  # of the rows
 
 FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of noise (0) and latents (1) by channel: number of values, mean [C, 2], and sums of products of
-    deviations [C, 2, 2]."""
+    """Joint moments of noise (index 0) and latents (index 1) by channel.
+
+    count: values per channel. mean: [C, 2]. products: sums of products of deviations [C, 2, 2].
+    """
 
     count: int
     mean: FloatArray
@@ -41,12 +43,12 @@ class Moments:
 
     @staticmethod
     def of(noise: FloatArray, latent: FloatArray) -> "Moments":
-        """noise, latent: [B, C, H, W]."""
-        # [C, 2, values]: noise and latents of each channel side by side.
-        both = np.stack([noise, latent]).transpose(2, 0, 1, 3, 4).reshape(noise.shape[1], 2, -1)
-        mean = both.mean(axis=-1)
-        deviations = both - mean[..., None]
-        return Moments(both.shape[-1], mean, deviations @ deviations.transpose(0, 2, 1))
+        """Compute the moments of noise and latents [B, C, H, W]."""
+        # Noise and latents of each channel side by side, [C, 2, B H W].
+        values = np.stack([noise, latent]).transpose(2, 0, 1, 3, 4).reshape(noise.shape[1], 2, -1)
+        mean = values.mean(axis=-1)
+        deviations = values - mean[..., None]
+        return Moments(values.shape[-1], mean, deviations @ deviations.transpose(0, 2, 1))
 
     def merged(self, other: "Moments") -> "Moments":
         """Moments of the union of both samples (Chan, Golub and LeVeque 1983, eq. 1.5, also for products)."""
@@ -71,10 +73,10 @@ class Moments:
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """Statistics of a few rows: `own` pairs each noise with its own latents, `other` with the next row's."""
+    """Statistics of B rows."""
 
-    own: Moments
-    other: Moments | None  # None for a single row
+    own: Moments  # of noise and latents of the same row
+    next_row: Moments | None  # of noise and the next row's latents; None for a single row
     norms: FloatArray  # [B, 2] of noise and latents
     index: IntArray
     prompts: list[str]
@@ -85,10 +87,11 @@ class BlockStatistics:
 def store_statistics(
     folder: Path, rows: int = 0, teacher: str | None = None, progress: Progress = quiet, workers: int = 0
 ) -> dict[str, Any]:
-    """Compute the statistics that docs/pair-format.md lists, over all rows or over `rows` evenly spread ones.
+    """Compute the statistics that docs/pair-format.md lists.
 
-    teacher: folder or hub id with the tokenizer, if it is not the name in the store; without a tokenizer,
-    tokens are not counted. Raises UserError for an empty store, damage, and a `teacher` without a tokenizer.
+    rows: number of evenly spaced rows to read, 0 for all. teacher: folder or hub id with the tokenizer, by
+    default the teacher that the store names. Without a tokenizer, tokens are not counted. workers: threads, 0
+    for the default. Raises UserError for an empty store, damage, and a `teacher` without a tokenizer.
     """
     reader = PairReader(folder)
     if not len(reader):
@@ -96,7 +99,8 @@ def store_statistics(
     spec = reader.spec
     text = spec.conditioning == "text"
     tokenizer, tokens_missing = _tokenizer(teacher, spec.teacher) if text else (None, None)
-    # Blocks of rows with at least two, because noise is also paired with the next row's latent.
+
+    # Statistics of blocks of at least two rows: noise is also compared with the next row's latents.
     positions = evenly_spread(len(reader), rows)
     size = max(2, BLOCK_VALUES // prod(spec.latent_shape))
     batches = (reader.read(positions[start : start + size]) for start in range(0, len(positions), size))
@@ -105,12 +109,14 @@ def store_statistics(
         tokens = _token_counts(tokenizer, block.prompts)  # here, because tokenizers are not thread-safe
         blocks.append(replace(block, prompts=[], tokens=tokens))
         progress("stats", sum(len(b.index) for b in blocks), len(positions))
+
     # Combine the blocks: moments by Chan's update, other values by concatenation.
     own = reduce(Moments.merged, [block.own for block in blocks])
-    others = [block.other for block in blocks if block.other is not None]
+    next_row = [block.next_row for block in blocks if block.next_row is not None]
     noise_norm, latent_norm = np.concatenate([block.norms for block in blocks]).T
     index = np.concatenate([block.index for block in blocks])
-    # Only text has a length in characters and tokens.
+
+    # Prompts. Only text has a length in characters and tokens.
     prompts = prompt_use(spec.prompt_of(index))  # type: ignore[arg-type]  # arithmetic, on all at once
     if text:
         prompts["characters"] = _lengths(np.concatenate([block.characters for block in blocks]))
@@ -125,7 +131,7 @@ def store_statistics(
         "noise_norm": noise_norm_summary(noise_norm, prod(spec.latent_shape)),
         "correlation": {
             "noise_latent": own.correlation.tolist(),
-            "noise_next_latent": reduce(Moments.merged, others).correlation.tolist() if others else None,
+            "noise_next_latent": reduce(Moments.merged, next_row).correlation.tolist() if next_row else None,
             "standard_error": 1 / sqrt(own.count),
         },
         "prompts": prompts,
@@ -136,7 +142,10 @@ def store_statistics(
 
 
 def store_faults(statistics: Mapping[str, Any]) -> list[str]:
-    """What makes pairs unfit for training, one line each, from `store_statistics`; empty for good ones."""
+    """List what makes pairs unfit for training, one line each; empty for usable pairs.
+
+    statistics: the result of `store_statistics`.
+    """
     faults = []
     # The teacher's latents.
     std = sum(statistics["latent"]["std"]) / len(statistics["latent"]["std"])
@@ -144,26 +153,28 @@ def store_faults(statistics: Mapping[str, Any]) -> list[str]:
         faults.append(f"latents have standard deviation {std:.3g}, expected about 1: is the teacher trained?")
     correlation = statistics["correlation"]
     own = sum(correlation["noise_latent"]) / len(correlation["noise_latent"])
-    if abs(own) > COPIED:
+    if abs(own) > MAX_OWN_CORRELATION:
         faults.append(
             f"latents are their own noise (correlation {own:.2f}): the teacher is not trained, see `d2g "
             "teacher info`"
         )
-    # The noise: standard normal, and unrelated to the latents of other rows.
+
+    # The noise must be standard normal, and unrelated to the latents of other rows.
     if abs(statistics["noise_norm"]["sigmas"]) > OUTLIER:
         norm = statistics["noise_norm"]
         faults.append(
             f"noise has mean norm {norm['mean']:.4g}, standard normal has {norm['expected_mean']:.4g}"
         )
-    others = correlation["noise_next_latent"] or [0.0]
-    if max(map(abs, others)) > max(LEAST_CORRELATION, OUTLIER * correlation["standard_error"]):
-        faults.append(f"noise correlates with the latents of the next row ({max(others, key=abs):.2f})")
+    by_channel = correlation["noise_next_latent"] or [0.0]
+    if max(map(abs, by_channel)) > max(MAX_NEXT_CORRELATION, OUTLIER * correlation["standard_error"]):
+        faults.append(f"noise correlates with the latents of the next row ({max(by_channel, key=abs):.2f})")
+
     # Rows and prompts.
     rows, outliers = statistics["rows"], statistics["outliers"]["count"]
-    if outliers > MOST_OUTLIERS * rows:
+    if outliers > MAX_OUTLIER_SHARE * rows:
         faults.append(f"{outliers:,} of {rows:,} rows are outliers")
     tokens = statistics["prompts"].get("tokens")
-    if tokens and tokens["cut_share"] > MOST_CUT:
+    if tokens and tokens["cut_share"] > MAX_TRUNCATED_SHARE:
         faults.append(
             f"{tokens['cut_share']:.0%} of the prompts are longer than the {tokens['limit']} tokens"
         )
@@ -184,7 +195,7 @@ def _verdict(statistics: Mapping[str, Any], faults: Sequence[str]) -> str:
 
 
 def evenly_spread(size: int, count: int) -> Sequence[int]:
-    """`count` evenly spread positions out of 0 to size - 1, including both ends; all of them for 0."""
+    """Return `count` evenly spaced positions in [0, size), including both ends; all positions for 0."""
     if not 0 < count < size:
         return range(size)
     return sorted({round(i * (size - 1) / max(1, count - 1)) for i in range(count)})
@@ -195,7 +206,7 @@ def _block(batch: PairBatch) -> BlockStatistics:
     norms = [np.sqrt(np.square(values).sum(axis=(1, 2, 3))) for values in (noise, latent)]
     return BlockStatistics(
         own=Moments.of(noise, latent),
-        other=Moments.of(noise[:-1], latent[1:]) if len(noise) > 1 else None,
+        next_row=Moments.of(noise[:-1], latent[1:]) if len(noise) > 1 else None,
         norms=np.stack(norms, axis=1),
         index=batch.index.numpy(),
         prompts=batch.prompts,
@@ -208,8 +219,10 @@ def _block(batch: PairBatch) -> BlockStatistics:
 
 
 def distribution(values: FloatArray, edges: FloatArray | None = None) -> dict[str, Any]:
-    """Mean, standard deviation, extremes, median, and a histogram over `edges`, by default BINS equal bins.
-    Values outside are in none of the `counts`."""
+    """Compute mean, standard deviation, extremes, median, and a histogram of values [N].
+
+    edges: of the histogram's bins, by default BINS equal bins. `counts` leave out values beyond the edges.
+    """
     counts, edges = np.histogram(values, BINS if edges is None else edges)
     return {
         "mean": float(values.mean()),
@@ -223,7 +236,7 @@ def distribution(values: FloatArray, edges: FloatArray | None = None) -> dict[st
 
 
 def whole_edges(values: FloatArray) -> FloatArray:
-    """Edges of at most BINS histogram bins that contain equally many integers each."""
+    """Edges of at most BINS histogram bins of equal width, each with the same number of integers."""
     low, high = float(values.min()), float(values.max())
     width = ceil((high - low + 1) / BINS)
     return np.arange(low, high + width + 1, width) - 0.5
@@ -236,16 +249,19 @@ def chi_moments(degrees: int) -> tuple[float, float]:
 
 
 def chi_cdf(values: FloatArray, degrees: int) -> FloatArray:
-    """P(norm <= value)."""
+    """P(norm <= value) for each of `values`, for the norm of `degrees` independent standard normals."""
     half = torch.full((len(values),), degrees / 2, dtype=torch.float64)
     probabilities: FloatArray = torch.special.gammainc(half, torch.from_numpy(values).square() / 2).numpy()
     return probabilities
 
 
 def noise_norm_summary(norms: FloatArray, degrees: int) -> dict[str, Any]:
-    """`distribution` over 6 standard deviations of the chi distribution about its mean, with `expected_mean`,
-    `expected_std`, `expected` counts, and how many standard errors the mean is off, `sigmas`."""
-    # The histogram spans 6 standard deviations; the chi distribution gives the expected counts.
+    """Compare the norms [N] of noise with the chi distribution of `degrees` degrees of freedom.
+
+    Returns `distribution` of the norms, with `expected_mean`, `expected_std` and `expected` counts, and
+    `sigmas`: the deviation of the mean in standard errors.
+    """
+    # The histogram spans OUTLIER standard deviations on either side of the expected mean.
     mean, std = chi_moments(degrees)
     edges = np.linspace(max(0.0, mean - OUTLIER * std), mean + OUTLIER * std, BINS + 1)
     summary = distribution(norms, edges)
@@ -261,9 +277,12 @@ def noise_norm_summary(norms: FloatArray, degrees: int) -> dict[str, Any]:
 def _outliers(
     reader: PairReader, positions: Sequence[int], latent_norm: FloatArray, noise_norm: FloatArray
 ) -> dict[str, Any]:
-    """Rows whose latent's norm lies more than OUTLIER standard deviations from the mean, or whose noise's
-    norm from that of chi: how many, and the MAX_LISTED farthest."""
-    # Deviations in standard deviations: of noise from chi, of latents from their own distribution.
+    """Count the rows whose norm of latents or noise is an outlier, and list the MAX_LISTED farthest.
+
+    An outlier is more than OUTLIER standard deviations from the mean: of all latents for latents, of the chi
+    distribution for noise.
+    """
+    # Deviations from the means, in standard deviations.
     mean, std = chi_moments(prod(reader.spec.latent_shape))
     noise_sigmas = (noise_norm - mean) / std
     latent_sigmas = (latent_norm - latent_norm.mean()) / (float(latent_norm.std()) or 1.0)
@@ -290,9 +309,9 @@ def _outliers(
 
 
 def prompt_use(numbers: IntArray) -> dict[str, Any]:
-    """Number of distinct prompts, and the share of pairs whose prompt another pair has too.
+    """Count distinct prompts, and compute the share of pairs that share their prompt with another pair.
 
-    numbers: the prompt number of each pair.
+    numbers: the prompt number of each pair [N].
     """
     distinct, counts = np.unique(numbers, return_counts=True)
     return {"distinct": len(distinct), "repeated_share": float(counts[counts > 1].sum() / len(numbers))}
@@ -325,7 +344,7 @@ def _token_counts(tokenizer: Any, prompts: Sequence[str]) -> FloatArray:
 
 
 def _token_summary(tokenizer: Any, counts: FloatArray) -> dict[str, Any] | None:
-    """`distribution` with the teacher's token `limit` and the share of rows whose prompt it truncates."""
+    """`distribution` of token counts, the teacher's token `limit`, and the share of truncated prompts."""
     if tokenizer is None:
         return None
     limit = int(tokenizer.model_max_length)

@@ -51,17 +51,20 @@ def measure_source(
     work: MeasureOptions | None = None,
     progress: Progress = quiet,
 ) -> MeasuredRows:
-    """Measure the images `numbers` of a source. Processes share the parts; every process gets all rows.
+    """Measure the images `numbers` of a source. Call it on every rank; every rank gets all rows.
 
-    A part is sampled, measured and saved as a unit, so a killed run resumes with the same rows. Raises
-    UserError for an image without the prompt that a measure needs, a source with too few images, and rows
-    that are not finite. Raises Interrupted on Ctrl-C, with finished parts saved.
+    measures, pairs: measures of single images, and of images beside those of the source `other`, by the name
+    of their rows. work: batch size, size of a part, and the folder of finished parts. A part is sampled,
+    measured and saved as a unit, so a killed run resumes with the same rows.
+
+    Raises UserError for an image without the prompt that a measure needs, a source with too few images, and
+    rows that are not finite. Raises Interrupted on Ctrl-C, after saving the finished parts.
     """
     work, pairs = work or MeasureOptions(), pairs or {}
     done: list[MeasuredRows] = []
     with StopFlag() as stop:
         for part in work.parts(numbers)[process_group.rank() :: process_group.world_size()]:
-            # A part that is on disk was measured before.
+            # Load the part if it was measured before.
             path = work.path(part)
             if path is not None and path.is_file():
                 done.append(load_part(path))
@@ -77,7 +80,7 @@ def measure_source(
                 min(sum(map(len, done)) * process_group.world_size(), len(numbers)),
                 len(numbers),
             )
-    # Every process gets the rows of all.
+    # Exchange the rows of all processes.
     return gather_parts(done, numbers)
 
 
