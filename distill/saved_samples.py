@@ -112,8 +112,8 @@ def save_both_samples(
         steps = f"{settings.steps}" if prior is None else f"{settings.prior_steps} + {settings.steps}"
         names = ("one step" if prior is None else "two steps", f"teacher, {steps} steps")
         titles = [f"{name}: {text}" for text in prompts for name in names]
-        same = kind_settings(student).is_diffusion
-        shared = "on the same noise" if same else "with noise of their own"
+        same_noise = kind_settings(student).is_diffusion
+        shared = "on the same noise" if same_noise else "with noise of their own"
         heading = f"{Path(student).name} and its teacher {Path(teacher).name} {shared}, seed {seed}"
         across = 2 if len(rows) <= 16 else 8
         save_png(captioned_grid(torch.stack(rows[:64]), titles[:64], heading, across), out / "grid.png", {})

@@ -32,8 +32,8 @@ def real_floor(
 
     With `training` (statistics of the training pictures), the sets are the reference and the training
     pictures. Otherwise the reference is split at random: as many pictures as were measured (`images`), at
-    most half, and the others. There is no floor for protocols that make their own reference, and for a reference
-    that is too small to split.
+    most half, and the others. There is no floor for protocols that make their own reference, nor for a
+    reference that is too small to split.
     """
     # The metrics whose features the reference has.
     reference_metrics = [

@@ -52,10 +52,10 @@ class ObjectPlace(StorePlace):
         self._spec_version: Version = {}  # of store.json, when it was read last
 
     def open(self) -> bool:
-        found = self.store.read("store.json")
-        if found is None:
+        stored = self.store.read("store.json")
+        if stored is None:
             return False
-        spec = parse_spec(found[0], f"{self.name}/store.json")
+        spec = parse_spec(stored[0], f"{self.name}/store.json")
         self._enter_scratch(spec)
         if not prompts_path(self.folder).exists():
             try:
@@ -66,13 +66,13 @@ class ObjectPlace(StorePlace):
         return True
 
     def read_spec(self) -> StoreSpec:
-        found = self.store.read("store.json")
-        if found is None:
+        stored = self.store.read("store.json")
+        if stored is None:
             raise UserError(
                 f"{self.name} is not a pair store: it has no store.json; create one with `d2g pairs generate`"
             )
-        self._spec_version = found[1]
-        return parse_spec(found[0], f"{self.name}/store.json")
+        self._spec_version = stored[1]
+        return parse_spec(stored[0], f"{self.name}/store.json")
 
     def create(self, spec: StoreSpec, prompts: PromptList) -> StoreSpec:
         self._check_conditions()
@@ -115,13 +115,13 @@ class ObjectPlace(StorePlace):
 
     def write_grown(self, spec: StoreSpec, prompts: PromptList | None) -> None:
         # The caller decided by the spec that it read. Two jobs may grow the store at once to one size.
-        content, found = encode_spec(spec), self.store.read("store.json")
-        same = found is not None and (found[1] == self._spec_version or found[0] == content)
+        content, stored = encode_spec(spec), self.store.read("store.json")
+        unchanged = stored is not None and (stored[1] == self._spec_version or stored[0] == content)
         self._enter_scratch(spec)
-        if same and prompts is not None:
+        if unchanged and prompts is not None:
             prompts.save(prompts_path(self.folder))
             self.store.write("prompts.jsonl", prompts_path(self.folder))
-        if not same or self.store.replace("store.json", content, self._spec_version) is None:
+        if not unchanged or self.store.replace("store.json", content, self._spec_version) is None:
             raise UserError(
                 f"{self.name} was changed by another job meanwhile; run the same command again to compare"
             )
@@ -143,16 +143,16 @@ class ObjectPlace(StorePlace):
             if shard < spec.num_shards
         }
 
-    def _record(self, shard: int, file: str, listed: ListedObject) -> list[dict[str, Any]]:
+    def _record(self, shard: int, file: str, entry: ListedObject) -> list[dict[str, Any]]:
         """The rows of a record, which is read again only when it has changed."""
-        known = self._records.get(file)
-        if known is None or known[0] != listed.e_tag:
+        cached = self._records.get(file)
+        if cached is None or cached[0] != entry.e_tag:
             name = f"quarantine/{file}"
             remedy = "delete it and the shard, then run `d2g pairs generate` again"
-            found = self.store.read(name)
-            rows = parse_record(found[0], shard, f"{self.name}/{name}", remedy) if found else []
-            known = self._records[file] = listed.e_tag, rows
-        return known[1]
+            stored = self.store.read(name)
+            rows = parse_record(stored[0], shard, f"{self.name}/{name}", remedy) if stored else []
+            cached = self._records[file] = entry.e_tag, rows
+        return cached[1]
 
     def claims(self, patience: float) -> ObjectClaims:
         return ObjectClaims(self.store, "claims", "pairs", patience)

@@ -188,9 +188,9 @@ def _wrong_rows(block: PairBatch, spec: StoreSpec, prompts: PromptList | None) -
     """The first row whose noise or prompt is wrong, in words; "" if none."""
     numbers = block.index.tolist()
     if spec.noise == "stored":
-        other = (block.noise != redraw(spec, numbers)).flatten(1).any(dim=1)
-        if other.any():
-            return f"noise of pair {numbers[int(other.nonzero()[0])]} is not that of (seed, index)"
+        differs = (block.noise != redraw(spec, numbers)).flatten(1).any(dim=1)
+        if differs.any():
+            return f"noise of pair {numbers[int(differs.nonzero()[0])]} is not that of (seed, index)"
     if prompts is not None:
         for number, prompt in zip(numbers, block.prompts, strict=True):
             if prompt != (expected := prompts[spec.prompt_of(number)]):
@@ -203,9 +203,9 @@ def _wrong_index(index: IntArray, quarantined: Sequence[int], rows: range, compl
         return "" if (np.diff(index) > 0).all() else "its pairs are not in order"
     if not complete and len(index) and set(index.tolist()) <= set(rows) and (np.diff(index) > 0).all():
         return ""
-    got = f"{index.min()} to {index.max()} ({len(index)} rows)" if len(index) else "no rows"
+    present = f"{index.min()} to {index.max()} ({len(index)} rows)" if len(index) else "no rows"
     without = f" and quarantines {len(quarantined)}" if quarantined else ""
-    return f"holds pairs {got}{without}, its name says {rows.start} to {rows.stop - 1}"
+    return f"holds pairs {present}{without}, its name says {rows.start} to {rows.stop - 1}"
 
 
 def _duplicates(

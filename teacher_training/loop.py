@@ -188,14 +188,14 @@ def _update(
     """
     # Gradients; a loss that is not finite stops every rank.
     losses = [loss] if adversarial_loss is None else [loss, adversarial_loss]
-    for each in losses:
-        each.backward()
-    if process_group.any_rank(not all(torch.isfinite(each) for each in losses)):
-        last = checkpoint.latest(state.folder)
-        where = f"last good checkpoint: {last.folder}" if last else "no checkpoint was written before"
-        values = " and ".join(str(each.item()) for each in losses)
+    for term in losses:
+        term.backward()
+    if process_group.any_rank(not all(torch.isfinite(term) for term in losses)):
+        newest = checkpoint.latest(state.folder)
+        remedy = f"last good checkpoint: {newest.folder}" if newest else "no checkpoint was written before"
+        values = " and ".join(str(term.item()) for term in losses)
         raise FloatingPointError(
-            f"{label}: loss is {values} at image {state.nimg}; {where}; "
+            f"{label}: loss is {values} at image {state.nimg}; {remedy}; "
             "lower the learning rate in another --out"
         )
     # One update on the mean gradient of all ranks, of the modules and of their discriminator.

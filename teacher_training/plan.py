@@ -145,8 +145,8 @@ def save_request(out: Path, config: TeacherConfig, request: Request, stages: Seq
     repeated."""
     if process_group.rank() == 0 and request != Request():
         lengths = _chosen_lengths(out, request)
-        chosen = [stage for stage in network_of(config).stages[1:] if stage in stages]
-        lengths |= {length_setting(stage): stage_length(config, stage) for stage in chosen}
+        network_stages = [stage for stage in network_of(config).stages[1:] if stage in stages]
+        lengths |= {length_setting(stage): stage_length(config, stage) for stage in network_stages}
         if "lpips" in stages:
             lengths["lpips.triplets"] = config.lpips.triplets
         content = {"request": asdict(request), "lengths": lengths}
@@ -156,8 +156,8 @@ def save_request(out: Path, config: TeacherConfig, request: Request, stages: Seq
 def _chosen_lengths(out: Path, request: Request) -> dict[str, int]:
     """Lengths by setting that were chosen for the same request before, for the stages of that start."""
     file = out / TRAINING / "plan.json"
-    known = read_json_object(file, f"delete {file} to choose the lengths again") if file.is_file() else {}
-    return dict(known["lengths"]) if known.get("request") == asdict(request) else {}
+    stored = read_json_object(file, f"delete {file} to choose the lengths again") if file.is_file() else {}
+    return dict(stored["lengths"]) if stored.get("request") == asdict(request) else {}
 
 
 def _with_lengths(
@@ -174,13 +174,13 @@ def _with_lengths(
     finished = [stage for stage in done if stage not in open_stages and done[stage]]
     lengths = {length_setting(stage): done[stage] for stage in finished}
     # The same request again: the same lengths.
-    known = _chosen_lengths(out, request)
-    if finished and not known:
+    chosen_lengths = _chosen_lengths(out, request)
+    if finished and not chosen_lengths:
         logger.info("finished stages keep their length: %s", ", ".join(finished))
-    lengths |= known
+    lengths |= chosen_lengths
     shares = {stage: HELPER_SHARES.get(stage, NETWORK_SHARE) for stage in open_stages}
     for stage in open_stages:
-        if length_setting(stage) in known:
+        if length_setting(stage) in chosen_lengths:
             continue
         if request.images is not None:
             count = round(stage_length(config, stage) * request.images / config.denoiser.fit.images)

@@ -55,21 +55,28 @@ def autoencoder_previews(
 ) -> Previews:
     """Report the PSNR, and the perceptual distance if one is given, and draw pictures above their
     reconstructions, as FOLDER/reconstructions-*.png."""
-    shown, measured = images[spread_rows(len(images), SAMPLES)], images[spread_rows(len(images))]
+    sheet_images, validation_images = (
+        images[spread_rows(len(images), SAMPLES)],
+        images[spread_rows(len(images))],
+    )
 
     def draw(modules: Mapping[str, nn.Module], nimg: int) -> None:
         vae: Any = modules["vae"]
         # Reconstructions do not depend on the scaling of the latents.
-        quality, _ = reconstruction_psnr(vae, measured)
-        values, said = {"preview/psnr": quality}, f"a PSNR of {quality:.1f} dB"
+        quality, _ = reconstruction_psnr(vae, validation_images)
+        values, description = {"preview/psnr": quality}, f"a PSNR of {quality:.1f} dB"
         if perceptual is not None:
-            distance = mean_feature_distance(perceptual, measured, reconstructions(vae, measured))
+            distance = mean_feature_distance(
+                perceptual, validation_images, reconstructions(vae, validation_images)
+            )
             values["preview/perceptual"] = distance
-            said += f" and a perceptual distance of {distance:.3f}"
+            description += f" and a perceptual distance of {distance:.3f}"
         file = folder / f"reconstructions-{nimg:09d}.png"
-        save_png(two_row_sheet(shown, reconstructions(vae, shown)), file, {"psnr": f"{quality:.2f}"})
+        save_png(
+            two_row_sheet(sheet_images, reconstructions(vae, sheet_images)), file, {"psnr": f"{quality:.2f}"}
+        )
         log.write(nimg, values)
-        logger.info("vae: %d images, reconstructions have %s: %s", nimg, said, file)
+        logger.info("vae: %d images, reconstructions have %s: %s", nimg, description, file)
 
     return Previews(draw=draw, minutes=minutes)
 
@@ -93,19 +100,21 @@ def network_previews(
     pipeline: a folder with everything but trained weights. inputs: as `TrainableNetwork.loss` takes them.
     """
     teacher, vae, images = load_teacher(pipeline), pretrained.load_vae(pipeline), pictures.images
-    shown, measured = spread_rows(len(images), SAMPLES), spread_rows(len(images))
-    texts, measured_texts = ([pictures.prompts[row] for row in rows.tolist()] for rows in (shown, measured))
-    latents = as_latents(inputs[measured])
+    sheet_rows, validation_rows = spread_rows(len(images), SAMPLES), spread_rows(len(images))
+    texts, validation_texts = (
+        [pictures.prompts[row] for row in rows.tolist()] for rows in (sheet_rows, validation_rows)
+    )
+    latents = as_latents(inputs[validation_rows])
     gaussian, _ = gaussian_loss(latents, teacher.schedule)
 
     @torch.no_grad()
     def draw(modules: Mapping[str, nn.Module], nimg: int) -> None:
         trained = network.teacher(teacher, modules)
         # The loss of the averaged weights, on the same rows and noise each time.
-        loss = denoising_loss(trained, trained.conditioner.encode(measured_texts), latents)
+        loss = denoising_loss(trained, trained.conditioner.encode(validation_texts), latents)
         samples = torch.cat(list(decode_uint8(vae, draw_samples(trained, texts))))
         file = folder / f"samples-{nimg:09d}.png"
-        save_png(two_row_sheet(images[shown], samples), file, {"loss": f"{loss:.4f}"})
+        save_png(two_row_sheet(images[sheet_rows], samples), file, {"loss": f"{loss:.4f}"})
         log.write(nimg, {"preview/loss": loss})
         name = log.folder.name
         logger.info(

@@ -166,8 +166,8 @@ class FileClaims(WorkClaims):
 
     def lost(self, number: int) -> bool:
         with self._guard:
-            own = self._on_held(number, os.fstat)
-        return own is None or _state(self._path(number), inode_only=True) != (own.st_ino, 0)
+            status = self._on_held(number, os.fstat)
+        return status is None or _state(self._path(number), inode_only=True) != (status.st_ino, 0)
 
     def release(self, number: int) -> None:
         with self._exclusive() if self.folder.is_dir() else nullcontext():  # somebody may delete the folder

@@ -142,8 +142,8 @@ def _rebuild(config: Any, values: Mapping[tuple[str, ...], Any], path: str) -> A
     for group in dict.fromkeys(names[0] for names in values if len(names) > 1):
         members = {names[1:]: value for names, value in values.items() if names[0] == group}
         # The group may be given as a whole, too: then that one is changed.
-        whole = changes.get(group, getattr(config, group))
-        changes[group] = _rebuild(whole, members, _join(path, group))
+        current = changes.get(group, getattr(config, group))
+        changes[group] = _rebuild(current, members, _join(path, group))
     with _errors_at(path):
         return replace(config, **changes) if changes else config
 
@@ -287,8 +287,8 @@ def with_values_of(
     """A JSON-able dict with the values that `other` has under these dotted names."""
     result = dict(values)
     for name in names:
-        first, dot, rest = name.partition(".")
-        result[first] = with_values_of(result.get(first, {}), other[first], [rest]) if dot else other[first]
+        group, dot, member = name.partition(".")
+        result[group] = with_values_of(result.get(group, {}), other[group], [member]) if dot else other[group]
     return result
 
 

@@ -97,26 +97,28 @@ def permuted_blocks(
     """
     assert block >= 1 and window >= 1, f"block {block} and window {window}; expected 1 or more"
     seed, tweak, places = _arguments(seed, epoch, size, positions)
-    others = -(-size // block) - 1  # number of blocks before the last, all complete
-    missing = (others + 1) * block - size  # rows that the last block lacks
-    window = min(window, others + 1)
+    complete = -(-size // block) - 1  # number of blocks before the last, all complete
+    padding = (complete + 1) * block - size  # rows that the last block lacks
+    window = min(window, complete + 1)
     span = window * block
     # Choose the slot of the last, short block; the other blocks are permuted over the remaining slots.
-    slot = (_mix(tweak ^ _keys(seed, 1)[0]) % (others + 1)).astype(np.int64)
-    short = slot // window  # the window of this slot
+    slot = (_mix(tweak ^ _keys(seed, 1)[0]) % (complete + 1)).astype(np.int64)
+    short_window = slot // window  # the window of this slot
     # For each position: its window, the window's first position and its number of rows.
-    number = (places + missing * (places >= (short + 1) * span - missing)) // span
-    first = number * span - missing * (number > short)
-    window_rows = np.minimum(span, (others + 1) * block - number * span) - missing * (number == short)
+    number = (places + padding * (places >= (short_window + 1) * span - padding)) // span
+    first = number * span - padding * (number > short_window)
+    window_rows = np.minimum(span, (complete + 1) * block - number * span) - padding * (
+        number == short_window
+    )
     place = first + _shuffled(
         _keys(seed, 2), window_rows, places - first, _mix(tweak ^ number.astype(np.uint64))
     )
     # For each position: its slot, and the block that the permutation puts there.
-    place += missing * (place >= (slot + 1) * block - missing)
+    place += padding * (place >= (slot + 1) * block - padding)
     slots, row = np.divmod(place, block)
     rank = np.maximum(slots - (slots >= slot), 0)  # index among the other slots
-    order = _shuffled(_keys(seed, 3), np.array([max(others, 1)]), rank, tweak)
-    return np.asarray(np.where(slots == slot, others, order) * block + row)
+    order = _shuffled(_keys(seed, 3), np.array([max(complete, 1)]), rank, tweak)
+    return np.asarray(np.where(slots == slot, complete, order) * block + row)
 
 
 def permuted_batch(

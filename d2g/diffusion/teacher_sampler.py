@@ -120,10 +120,10 @@ def _sampler(
     precision: str,
 ) -> TeacherSampler:
     teacher = load_teacher(name, device, precision)
-    chosen = teacher.default_solver if solver == "teacher" else solver
+    resolved_solver = teacher.default_solver if solver == "teacher" else solver
     scale = teacher.default_guidance if guidance is None else guidance
-    check_solver(teacher, chosen, steps, scale)
-    return TeacherSampler(teacher, steps, scale, chosen)
+    check_solver(teacher, resolved_solver, steps, scale)
+    return TeacherSampler(teacher, steps, scale, resolved_solver)
 
 
 def stage_before(

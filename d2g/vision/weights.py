@@ -65,10 +65,10 @@ def load_strict(net: nn.Module, file: str | Path, what: str) -> None:
 
 def fill_parameters(net: nn.Module, state: Mapping[str, Tensor], file: str | Path, what: str) -> None:
     """Load the state that was read from `file` into a network. Names and shapes must agree."""
-    own = net.state_dict()
-    missing = sorted(n for n in own.keys() - state.keys() if not n.endswith("num_batches_tracked"))
-    unknown = sorted(state.keys() - own.keys())
-    reshaped = sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape)
+    expected = net.state_dict()
+    missing = sorted(n for n in expected.keys() - state.keys() if not n.endswith("num_batches_tracked"))
+    unknown = sorted(state.keys() - expected.keys())
+    reshaped = sorted(n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape)
     if missing or unknown or reshaped:
         first = (missing + unknown + reshaped)[0]
         raise UserError(

@@ -21,7 +21,7 @@ def ledger_rows(
 
     Raises UserError as `ledger_row` does, and for a result of none of the students.
     """
-    own: dict[str, list[str]] = {student: [] for student in students}
+    scores_of: dict[str, list[str]] = {student: [] for student in students}
     for file in scores:
         owners = [student for student in students if is_own_result(student, file)]
         if not owners:
@@ -29,8 +29,8 @@ def ledger_rows(
                 f"--scores {file} is of none of the students; make one with `d2g eval run --student`"
             )
         for owner in owners:
-            own[owner].append(file)
-    return [ledger_row(student, files, options, pair_hours) for student, files in own.items()]
+            scores_of[owner].append(file)
+    return [ledger_row(student, files, options, pair_hours) for student, files in scores_of.items()]
 
 
 def ledger_row(

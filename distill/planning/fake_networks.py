@@ -39,9 +39,11 @@ from latent_lpips.weights import read_lpips_config
 
 
 @contextmanager
-def known_teacher(config: DistillConfig, model: str) -> Iterator[DistillConfig | None]:
-    """The config with a teacher whose configs can be read: its own, or if it is not on this disk, the
-    networks of `model`, a key of NAMES; None if `model` is unknown as well.
+def planning_config(config: DistillConfig, model: str) -> Iterator[DistillConfig | None]:
+    """Yield the config with a teacher whose config files can be read; None if there is none.
+
+    It is the run's own teacher, or, if that is not on this disk, the published networks of `model`, a key of
+    NAMES.
     """
     if config.teacher in pretrained.SHIPPED or Path(config.teacher or "-").is_dir():
         yield config

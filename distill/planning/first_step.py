@@ -6,7 +6,7 @@ from pathlib import Path
 from d2g.diffusion import pretrained
 from d2g.diffusion.schedule import FlowSchedule, Schedule
 from distill.config.run import DistillConfig
-from distill.planning.fake_networks import known_teacher
+from distill.planning.fake_networks import planning_config
 from pairgen.store.spec import StoreSpec, read_spec
 
 
@@ -22,8 +22,8 @@ def first_step_notes(config: DistillConfig, model: str) -> list[str]:
     # A generator with noise of its own has no timestep.
     if not stores or not config.student.is_diffusion:
         return []
-    with known_teacher(config, model) as known:
-        schedule = pretrained.load_any_schedule(known.teacher) if known is not None else None
+    with planning_config(config, model) as planned:
+        schedule = pretrained.load_any_schedule(planned.teacher) if planned is not None else None
     # EDM and cascades start at pure noise, pairs as well as students.
     if not isinstance(schedule, Schedule | FlowSchedule):
         return []

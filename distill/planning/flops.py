@@ -29,9 +29,9 @@ from distill.planning.fake_networks import (
     discriminator_input,
     fake_batch,
     fake_forward,
-    known_teacher,
     latent_metric,
     pixel_features_of,
+    planning_config,
     to_fake,
 )
 from latent_lpips.distance import LatentLPIPS
@@ -192,12 +192,12 @@ def gpu_days(config: DistillConfig, evaluations: int, model: str = "") -> float 
     An estimate from the operations of the student's network: a backward pass costs two forward passes, and a
     GPU reaches UTILIZATION of its peak. Losses, text encoders and reading are not counted.
     """
-    with known_teacher(config, model) as known:
-        if known is None:
+    with planning_config(config, model) as planned:
+        if planned is None:
             return None
-        student = build_meta_student(known)
+        student = build_meta_student(planned)
         with FakeTensorMode():
             to_fake(student)
-            forward = _student_forward(known, student)
+            forward = _student_forward(planned, student)
     passes = evaluations + 2 * evaluations / PASSES.get(config.stage, 1)
     return forward * passes / (UTILIZATION * A100_BF16) / 86_400

@@ -38,9 +38,9 @@ from distill.planning.fake_networks import (
     discriminator_input,
     fake_batch,
     fake_forward,
-    known_teacher,
     latent_metric,
     pixel_features_of,
+    planning_config,
     to_fake,
 )
 from distill.planning.reference_models import NAMES
@@ -199,11 +199,11 @@ def forecast(config: DistillConfig, gpus: int, model: str = "") -> dict[str, Any
     If the teacher is not on this disk, the networks of `model`, a key of NAMES, stand in for it, and
     `assumed` says so. Returns None if `model` is unknown as well.
     """
-    with known_teacher(config, model) as known:
-        if known is None:
+    with planning_config(config, model) as planned:
+        if planned is None:
             return None
-        memory = _rounded(predict(known, gpus))
-    if known.teacher == config.teacher:
+        memory = _rounded(predict(planned, gpus))
+    if planned.teacher == config.teacher:
         return memory
     return {**memory, "assumed": f"{NAMES[model]}'s networks; the teacher is not on this disk"}
 

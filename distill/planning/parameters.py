@@ -1,7 +1,7 @@
 """Parameters of a student that is no teacher's network, for --dry-run, by part."""
 
 from distill.config.run import DistillConfig
-from distill.planning.fake_networks import build_meta_student, known_teacher
+from distill.planning.fake_networks import build_meta_student, planning_config
 
 GENERATOR_PARTS = {
     "styles": ".affine.",
@@ -20,10 +20,10 @@ def student_parameters(config: DistillConfig, model: str = "") -> dict[str, floa
     and for an unknown teacher. model: a key of `reference_models.NAMES`, which stands in for a teacher that
     is not on this disk.
     """
-    with known_teacher(config, model) as known:
-        if known is None or known.student.is_diffusion:
+    with planning_config(config, model) as planned:
+        if planned is None or planned.student.is_diffusion:
             return None
-        student = build_meta_student(known)
+        student = build_meta_student(planned)
     counts: dict[str, int] = {}
     for name, parameter in student.network.named_parameters():
         part = next((part for part, inside in GENERATOR_PARTS.items() if inside in name), "other")

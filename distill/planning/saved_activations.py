@@ -24,9 +24,9 @@ class SavedBytes:
     row: float
 
     @classmethod
-    def from_batches(cls, one: float, two: float) -> Self:
-        """Separate the two parts, given the bytes of a batch of one row and of two rows."""
-        return cls(fixed=2 * one - two, row=two - one)
+    def from_batches(cls, one_row: float, two_rows: float) -> Self:
+        """Separate the two parts, from the bytes of a batch of one row and of a batch of two rows."""
+        return cls(fixed=2 * one_row - two_rows, row=two_rows - one_row)
 
     def of(self, rows: float) -> float:
         """Bytes for a batch of `rows`."""
@@ -39,11 +39,11 @@ def saved_bytes(network: nn.Module, run: Callable[[], Any], bf16: bool) -> float
 
 
 def saved_parts(network: nn.Module, run: Callable[[], Any], bf16: bool) -> tuple[float, float]:
-    """Bytes of the storages that autograd saves during `run`, without the network's own weights; and what
-    the largest layer under activation checkpointing saves, since backward recomputes one layer at a time.
+    """Measure the memory that autograd keeps for backward during `run`: (saved bytes, recomputed bytes).
 
-    Each storage counts once. Of layers under activation checkpointing the first number has the inputs.
-    `bf16`: run under autocast.
+    Saved bytes are those of all saved storages except the network's weights; each storage counts once. Layers
+    under activation checkpointing save their inputs only. Recomputed bytes are what the largest of these
+    layers saves, because backward recomputes one layer at a time. bf16: run under autocast.
     """
     # Weights are counted elsewhere; views of one storage count once.
     weights = {p.untyped_storage()._cdata for p in network.parameters()}
@@ -71,7 +71,7 @@ def saved_parts(network: nn.Module, run: Callable[[], Any], bf16: bool) -> tuple
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
         warnings.catch_warnings(),
     ):
-        # Of speed, which shapes do not have: FLUX's norms have fp32 weights under autocast.
+        # This warns about speed, which does not matter here: FLUX's norms have fp32 weights under autocast.
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         run()
     for hook in hooks:
@@ -80,17 +80,17 @@ def saved_parts(network: nn.Module, run: Callable[[], Any], bf16: bool) -> tuple
 
 
 class _StorageCounter:
-    """A saved-tensor hook that adds up the sizes of storages, except those in `known`.
+    """A saved-tensor hook that adds up the sizes of storages, except those in `excluded`.
 
     It keeps the storages alive, because the key of a freed storage could be reused.
     """
 
-    def __init__(self, known: Collection[int]) -> None:
-        self.known, self.sizes, self.storages = known, dict[int, int](), list[Any]()
+    def __init__(self, excluded: Collection[int]) -> None:
+        self.excluded, self.sizes, self.storages = excluded, dict[int, int](), list[Any]()
 
     def __call__(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.known and storage._cdata not in self.sizes:
+        if storage._cdata not in self.excluded and storage._cdata not in self.sizes:
             self.sizes[storage._cdata] = storage.nbytes()
             self.storages.append(storage)
         return tensor
@@ -101,8 +101,7 @@ class _StorageCounter:
 
 
 def peak_bytes(run: Callable[[], Any], existing: Iterable[Tensor] = ()) -> float:
-    """Bytes of the storages that `run` creates, at their peak. existing: tensors that it does not create, but
-    views or updates."""
+    """Peak bytes of the storages that `run` creates. existing: tensors that it only views or updates."""
     live = LiveBytes()
     live.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
     with live:

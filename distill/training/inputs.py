@@ -1,7 +1,7 @@
-"""What the inputs of a run are, wherever they lie: recorded in RUN/config.json and compared at a resume.
+"""Identify the inputs of a run by content: recorded in RUN/config.json, and compared when a run resumes.
 
-Digests and specs identify a teacher, pair stores, an initial student, frozen networks and real images. Their
-paths are notes.
+Digests and specs identify the teacher, pair stores, the initial student, frozen networks and real images.
+Paths may change.
 """
 
 import os
@@ -36,11 +36,14 @@ INPUTS = ("teacher", "pairs", "init", "gan.real", *FROZEN_NETWORKS)
 def describe_inputs(
     config: DistillConfig, reader: PairRows | ImageRows, real: RealImages | None
 ) -> dict[str, Any]:
-    """The inputs of a run as JSON, beside the paths in its config.
+    """Describe the inputs of a run as JSON.
 
-    Digest of the teacher without its autoencoder, specs of the pair stores, digest of the initial student (""
-    without one, or if it is gone), digest of the CLIP that guides, if one does, digests of `real`, the images
-    of gan.real, and of frozen networks by setting, and the number of images of a run without pairs.
+    - images: their number, in a run without pairs.
+    - teacher: digest of the teacher without its autoencoder.
+    - pairs: specs of the pair stores.
+    - init: digest of the initial student; "" without one, or if it is gone.
+    - clip: digest of the CLIP of CLIP guidance, if it is used.
+    - files: digests of frozen networks by setting, and of `real`, the images of gan.real.
     """
     files = {name: weights_sha256_of(_paths(to_json(config), name)) for name in FROZEN_NETWORKS}
     if real is not None:
@@ -56,13 +59,13 @@ def describe_inputs(
 
 
 def store_specs(reader: PairRows | ImageRows) -> list[StoreSpec]:
-    """The specs of the stores that a reader reads, in order; none for a run without pairs."""
+    """List the specs of the stores that a reader reads, in order; [] for a run without pairs."""
     if isinstance(reader, ImageRows):
         return []
     if isinstance(reader, RewiredReader):
         reader = reader.reader
     readers = reader.readers if isinstance(reader, JoinedReader) else [reader]
-    return [one.spec for one in readers]
+    return [store.spec for store in readers]
 
 
 class StoreFacts(TypedDict):
@@ -91,10 +94,10 @@ class RunInputs(TypedDict):
 def same_inputs(
     out: Path, config: DistillConfig, reader: PairRows | ImageRows, inputs: dict[str, Any]
 ) -> list[str]:
-    """The settings of INPUTS whose inputs are those that the run in `out` started with, whatever their paths.
+    """List the settings of INPUTS whose inputs are the same as when the run in `out` started, at any path.
 
-    Raises UserError if a pair store is at its old path, but holds other pairs now, and for another number of
-    images in a run without pairs.
+    Raises UserError if a pair store at its old path holds other pairs now, and for another number of images
+    in a run without pairs.
     """
     # A new run has nothing to compare with.
     if not (out / "config.json").is_file():
@@ -104,14 +107,16 @@ def same_inputs(
 
     # The same path, or the same digest at another path.
     settings = to_json(config)
-    same = [name for name in INPUTS if _same_paths(_paths(written, name), _paths(settings, name))]
-    same += [name for name in ("teacher", "init") if inputs[name] and before.get(name) == inputs[name]]
+    unchanged = [name for name in INPUTS if _same_paths(_paths(written, name), _paths(settings, name))]
+    unchanged += [name for name in ("teacher", "init") if inputs[name] and before.get(name) == inputs[name]]
     files, files_before = inputs["files"], before.get("files", {})
-    same += [name for name in files if files_before.get(name) == files[name]]
+    unchanged += [name for name in files if files_before.get(name) == files[name]]
 
-    # Other content at the old path is used, as it was always; the run does not hide it.
+    # A file that has changed at its old path is used anyway, and reported.
     started = any((out / name).exists() for name in ("checkpoints", "stats.jsonl"))
-    changed = [name for name in files if name in same and files_before.get(name, files[name]) != files[name]]
+    changed = [
+        name for name in files if name in unchanged and files_before.get(name, files[name]) != files[name]
+    ]
     for name in changed if started and process_group.rank() == 0 else ():
         logger.info(
             "%s: %s has changed since the run in %s started", name, ",".join(_paths(settings, name)), out
@@ -129,14 +134,14 @@ def same_inputs(
         specs = store_specs(reader)
         differing = _differing_stores(specs, before["pairs"])
         if not differing:
-            same.append("pairs")
+            unchanged.append("pairs")
             _log_growth(config.pairs, specs, before["pairs"])
-        elif "pairs" in same and started:
+        elif "pairs" in unchanged and started:
             raise UserError(
                 f"{config.pairs} holds other pairs than when the run in {out} started: {differing}; "
                 "restore them, or give another --out"
             )
-    return same
+    return unchanged
 
 
 def _differing_stores(specs: list[StoreSpec], before: Sequence[Mapping[str, Any]]) -> str:

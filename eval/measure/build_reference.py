@@ -33,9 +33,9 @@ def reference_files(folder: Path, protocol: Protocol) -> tuple[ImageFiles, list[
     if not (folder / "annotations").is_dir() and protocol.reference == split:
         return open_images(folder), []
     coco = read_coco(folder, name)
-    chosen = chosen_images(coco, protocol.images, protocol.seed)
-    prompts = chosen_captions(coco, chosen)
-    images = chosen if protocol.reference.endswith("-prompted") else sorted(coco.files)
+    selected = chosen_images(coco, protocol.images, protocol.seed)
+    prompts = chosen_captions(coco, selected)
+    images = selected if protocol.reference.endswith("-prompted") else sorted(coco.files)
     return image_files(coco, images), prompts
 
 

@@ -98,15 +98,15 @@ def load_networks(
     options = NetworkOptions(
         protocol=protocol, features=features, clip=clip, weights=weights, teacher=teacher, device=device
     )
-    chosen = [metric for metric in all_metrics().values() if metric.name in metrics]
+    requested = [metric for metric in all_metrics().values() if metric.name in metrics]
     networks = Networks()
     # Load in the order of LOADERS, so that the first missing file does not depend on the order of metrics.
-    needed = {name for metric in chosen for name in metric.networks}
+    needed = {name for metric in requested for name in metric.networks}
     for name, load in LOADERS.items():
         if name in needed:
             networks = load(networks, options)
     # A metric of class probabilities needs a classifier.
-    for metric in chosen:
+    for metric in requested:
         if metric.needs_classes and networks.sets["features"].classifier is None:
             raise SettingError(
                 f"metric {metric.name!r} needs a network with classes, and "

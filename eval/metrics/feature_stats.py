@@ -75,8 +75,8 @@ class FeatureStats:
         rows = self.rows
         if count in (0, len(rows)) or count > len(rows):
             return rows
-        chosen = torch.randperm(len(rows), generator=generator(seed, len(rows)))[:count]
-        return rows[chosen.sort().values]
+        numbers = torch.randperm(len(rows), generator=generator(seed, len(rows)))[:count]
+        return rows[numbers.sort().values]
 
     def update(self, features: Tensor, indices: Tensor | None = None) -> None:
         """Add rows [B, D] of the images `indices` [B]. Raises UserError when a value is not finite."""

@@ -71,8 +71,8 @@ def _polynomial(x: Tensor, y: Tensor) -> Tensor:
 def _delta_error(x: Tensor, y: Tensor) -> float:
     """Standard error of `polynomial_mmd`, from 2 (mean k(row, other x) - mean k(row, y)) of each row of x."""
     within = _polynomial(x, x)
-    others = (within.sum(1) - within.diagonal()) / (len(x) - 1)
-    return 2 * float((others - _polynomial(x, y).mean(1)).std()) / math.sqrt(len(x))
+    within_means = (within.sum(1) - within.diagonal()) / (len(x) - 1)
+    return 2 * float((within_means - _polynomial(x, y).mean(1)).std()) / math.sqrt(len(x))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

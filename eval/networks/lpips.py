@@ -44,8 +44,8 @@ def load_pixel_lpips(
     metric = PixelLPIPS(net, find_weights(pick(TRUNKS, net, "LPIPS network"), trunk)).to(device).eval()
 
     @torch.no_grad()
-    def distance(images: Tensor, others: Tensor) -> Tensor:
-        values: Tensor = metric(from_uint8(images.to(device)), from_uint8(others.to(device)))
+    def distance(images: Tensor, targets: Tensor) -> Tensor:
+        values: Tensor = metric(from_uint8(images.to(device)), from_uint8(targets.to(device)))
         return values.double().cpu()
 
     return distance

@@ -125,19 +125,19 @@ def register_metric(metric: Metric) -> None:
 
     Raises SettingError when another metric has its name or one of its keys.
     """
-    known = _built_in() | _REGISTERED
-    if known.get(metric.name) == metric:
+    registered = _built_in() | _REGISTERED
+    if registered.get(metric.name) == metric:
         return
-    keys = {number.key for one in known.values() for number in one.numbers}
-    if metric.name in known or keys & {number.key for number in metric.numbers}:
+    keys = {number.key for existing in registered.values() for number in existing.numbers}
+    if metric.name in registered or keys & {number.key for number in metric.numbers}:
         raise SettingError(f"metric {metric.name!r}: its name or a key is taken; choose another")
     _REGISTERED[metric.name] = metric
 
 
 def all_metrics() -> dict[str, Metric]:
     """Every metric by name: first those that compare with a reference, last those that compare pairs."""
-    known = _built_in() | _REGISTERED
-    return dict(sorted(known.items(), key=lambda item: (item[1].paired, not item[1].needs_reference)))
+    metrics = _built_in() | _REGISTERED
+    return dict(sorted(metrics.items(), key=lambda item: (item[1].paired, not item[1].needs_reference)))
 
 
 @cache
@@ -165,12 +165,12 @@ def number_labels(models: Models) -> dict[str, str]:
 
 def check_metrics(names: tuple[str, ...]) -> None:
     """Raise SettingError unless `names` is a non-empty selection of `all_metrics()`."""
-    known = all_metrics()
+    metrics = all_metrics()
     if not names:
-        raise SettingError(f"no metrics chosen; choose from {', '.join(known)}")
+        raise SettingError(f"no metrics chosen; choose from {', '.join(metrics)}")
     for name in names:
-        if name not in known:
-            raise SettingError(f"unknown metric {name!r}{nearest(name, known)}")
+        if name not in metrics:
+            raise SettingError(f"unknown metric {name!r}{nearest(name, metrics)}")
 
 
 def paired_metrics(names: Collection[str]) -> list[str]:

@@ -117,9 +117,9 @@ def render_report(data: ReportData, side: int = THUMBNAIL_SIDES[0]) -> str:
         curve_svg=lambda curve, prefix: Markup(curve_svg(curve, prefix)),
         dash=dash,
         labeled_points=_labeled_points,
-        parts=list(dict.fromkeys(part for one in latency for part in one.parts)),
-        fastest=min((one.milliseconds for one in latency), default=0.0),
-        slowest=max((max(one.milliseconds, sum(one.parts.values())) for one in latency), default=0.0),
+        parts=list(dict.fromkeys(part for entry in latency for part in entry.parts)),
+        fastest=min((entry.milliseconds for entry in latency), default=0.0),
+        slowest=max((max(entry.milliseconds, sum(entry.parts.values())) for entry in latency), default=0.0),
     )
     return _FORBIDDEN.sub("\ufffd", page) + "\n"
 

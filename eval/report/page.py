@@ -100,12 +100,17 @@ def latencies(latency: Mapping[str, Any]) -> list[Latency]:
     """Latency of each model at batch 1 and at its best batch size."""
     rows = []
     for name, entry in latency.get("models", {}).items():
-        for place in ("batch_1", "best"):
-            one = entry[place]
-            if place == "batch_1" or one["batch"] != 1:
-                parts = {part: ms / one["batch"] for part, ms in one["parts_ms"].items()}
+        for batch_kind in ("batch_1", "best"):
+            measurement = entry[batch_kind]
+            if batch_kind == "batch_1" or measurement["batch"] != 1:
+                parts = {part: ms / measurement["batch"] for part, ms in measurement["parts_ms"].items()}
                 rows.append(
-                    Latency(name=name, milliseconds=one["ms_per_image"], batch=one["batch"], parts=parts)
+                    Latency(
+                        name=name,
+                        milliseconds=measurement["ms_per_image"],
+                        batch=measurement["batch"],
+                        parts=parts,
+                    )
                 )
     return rows
 

@@ -185,9 +185,9 @@ def ode_source(
 ) -> ImageSource:
     """A source of a loaded teacher of images, which integrates its ODE from the same noise that its students
     get."""
-    chosen = teacher.default_solver if solver == "teacher" else solver
-    check_solver(teacher, chosen, steps, guidance)
-    return teacher_sampler_source(TeacherSampler(teacher, steps, guidance, chosen), request)
+    resolved_solver = teacher.default_solver if solver == "teacher" else solver
+    check_solver(teacher, resolved_solver, steps, guidance)
+    return teacher_sampler_source(TeacherSampler(teacher, steps, guidance, resolved_solver), request)
 
 
 def teacher_sampler_source(sampler: TeacherSampler, request: SamplingRequest) -> ImageSource:

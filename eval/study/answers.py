@@ -71,7 +71,7 @@ class AnswerFile:
         """Append an answer. Raises UserError for a pair that the user has answered, or if it cannot write."""
         answer = Answer(user=user, pair=pair, choice=choice, left=left, seconds=seconds, time=time.time())
         with self._lock:
-            if any(given.user == user and given.pair == pair for given in self.answers):
+            if any(earlier.user == user and earlier.pair == pair for earlier in self.answers):
                 raise UserError(f"pair {pair} is answered already")
             self._append(asdict(answer))
             self.answers.append(answer)
@@ -129,9 +129,9 @@ def summarize_answers(answers: Sequence[Answer]) -> dict[str, Any]:
     for answer in answers:
         by_user[answer.user].append(answer)
     # Users who answered at least as often as the median user, and what each prefers.
-    enough = median(len(given) for given in by_user.values())
-    regular = {user: given for user, given in by_user.items() if len(given) >= enough}
-    preferred: list[Choice] = [_preferred(given) for given in regular.values()]
+    enough = median(len(user_answers) for user_answers in by_user.values())
+    regular = {user: user_answers for user, user_answers in by_user.items() if len(user_answers) >= enough}
+    preferred: list[Choice] = [_preferred(user_answers) for user_answers in regular.values()]
     # Which side won, whatever the model: the left one counts as the first.
     sides: list[Choice] = [
         "tie" if a.choice == "tie" else "first" if a.choice == a.left else "second" for a in answers
@@ -141,7 +141,9 @@ def summarize_answers(answers: Sequence[Answer]) -> dict[str, Any]:
         "users": {**_rate(preferred), "at_least": enough, "of": len(by_user)},
         "left": _rate(sides),
         "seconds": median(answer.seconds for answer in answers),
-        "per_user": {user: _rate([a.choice for a in given]) for user, given in sorted(by_user.items())},
+        "per_user": {
+            user: _rate([a.choice for a in user_answers]) for user, user_answers in sorted(by_user.items())
+        },
     }
 
 

@@ -51,7 +51,7 @@ class Contestants:
                 f"{first} has {len(sets[0])} images and {second} {len(sets[1])}; expected the same prompts "
                 "in the same order"
             )
-        texts = [[_caption(one, file) for file in one.pictures] for one in sets]
+        texts = [[_caption(files, file) for file in files.pictures] for files in sets]
         for number, (a, b) in enumerate(zip(*texts, strict=True)):
             if a != b:
                 raise UserError(
@@ -62,7 +62,7 @@ class Contestants:
 
     def study(self) -> Study:
         """What identifies the study."""
-        sums = [digest([_sha256(file) for file in one.pictures]) for one in (self.first, self.second)]
+        sums = [digest([_sha256(file) for file in files.pictures]) for files in (self.first, self.second)]
         return Study(
             first=self.first.name,
             second=self.second.name,
@@ -118,8 +118,8 @@ class PreferenceStudy:
         if side not in ("left", "right", "tie") or not 0 <= pair < len(self.contestants.prompts):
             raise UserError(f"the answer is {side!r} to pair {pair}; expected left, right or tie to a pair")
         left = self.left(user, pair)
-        other: Literal["first", "second"] = "second" if left == "first" else "first"
-        choice: Choice = "tie" if side == "tie" else left if side == "left" else other
+        right: Literal["first", "second"] = "second" if left == "first" else "first"
+        choice: Choice = "tie" if side == "tie" else left if side == "left" else right
         self.answers.add(user, pair, choice, left, seconds)
 
     def image(self, user: str, pair: int, side: str) -> bytes:

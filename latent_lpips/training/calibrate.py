@@ -220,8 +220,8 @@ def _split_features(
         chunks = []
         for done, pixels in enumerate(image_batches(split, config.patch.load, batch, rows)):
             ref, p0, p1 = (encode_patches(x, config.patch, vae, device) for x in pixels)
-            both = [torch.cat(metric.channel_means(p, ref), 1) for p in (p0, p1)]
-            chunks.append(torch.stack(both, 1).cpu())
+            channel_means = [torch.cat(metric.channel_means(p, ref), 1) for p in (p0, p1)]
+            chunks.append(torch.stack(channel_means, 1).cpu())
             if not torch.isfinite(chunks[-1]).all():
                 raise UserError(
                     f"LatentLPIPS features of split {split.name} are not finite; look at the weights of "

@@ -96,12 +96,12 @@ def score_folder(config: ScoreConfig, out: Path | None = None, progress: Progres
                 by_split, answers, numbers[task], scorer, config.resamples, config.seed
             )
     # LatentLPIPS' scores come first; the others are its baselines.
-    own = scored.pop(SCORED_METRIC)
+    scores = scored.pop(SCORED_METRIC)
     people = {split.name: human_agreement(split.answers) for split in tasks["two_afc"]}
     result = ScoreResult(
-        two_afc=own["two_afc"],
-        jnd=own["jnd"],
-        ci=own["ci"],
+        two_afc=scores["two_afc"],
+        jnd=scores["jnd"],
+        ci=scores["ci"],
         baselines=scored,
         people=_with_mean(people),
         judgments={task: {split.name: len(split) for split in splits} for task, splits in tasks.items()},
@@ -179,12 +179,12 @@ def jnd_score(distances: Tensor, answers: Tensor) -> float:
     """
     # Rank by distance: a good distance puts pairs that look the same first.
     order = distances[:, 0].argsort(stable=True)
-    same = answers.double()[order].numpy()
-    if same.sum() == 0:
+    shares = answers.double()[order].numpy()
+    if shares.sum() == 0:
         return float("nan")
     # Area under the curve, with precision made monotone from the right.
-    precision = same.cumsum() / np.arange(1, len(same) + 1)
-    recall = same.cumsum() / same.sum()
+    precision = shares.cumsum() / np.arange(1, len(shares) + 1)
+    recall = shares.cumsum() / shares.sum()
     highest = np.maximum.accumulate(precision[::-1])[::-1]
     return float((np.diff(recall, prepend=0.0) * highest).sum())
 

@@ -41,9 +41,9 @@ class JoinedReader:
             teacher = "denoiser_sha256" if by_denoiser else "teacher_sha256"
             condition = ("condition_shape", "condition_teacher")
             for name in (teacher, "conditioning", "latent_shape", "latent_space", *condition):
-                if (theirs := getattr(reader.spec, name)) != (ours := getattr(first, name)):
+                if (value := getattr(reader.spec, name)) != (expected := getattr(first, name)):
                     raise UserError(
-                        f"{reader.folder} has {name} {theirs}, {self.readers[0].folder} {ours}; "
+                        f"{reader.folder} has {name} {value}, {self.readers[0].folder} {expected}; "
                         "expected stores that differ in guidance only"
                     )
         guidance_scales = sorted({reader.spec.guidance for reader in self.readers})

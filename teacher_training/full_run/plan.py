@@ -91,7 +91,7 @@ def plan_run(config: FullRunConfig, out: Path) -> tuple[FullRunConfig, FullRunPl
     """
     process_group.init(long_waits=True)
     request = {"minutes": config.minutes, "teacher": config.pretrained_teacher}
-    known = _known_plan(out / "plan.json", request)
+    earlier = _known_plan(out / "plan.json", request)
     shares = dict(PART_SHARES)
     if config.pretrained_teacher:
         del shares["teacher"]
@@ -104,9 +104,9 @@ def plan_run(config: FullRunConfig, out: Path) -> tuple[FullRunConfig, FullRunPl
         teacher, teacher_plan = plan_teacher(config.teacher, out / "teacher", stages, teacher_request)
         config = replace(config, teacher=teacher)
     # The other parts: as planned before, or measured.
-    seconds = known["seconds"] if known else measure_parts(config)
+    seconds = earlier["seconds"] if earlier else measure_parts(config)
     if config.minutes:
-        lengths = known["lengths"] if known else _lengths(config, budget, seconds)
+        lengths = earlier["lengths"] if earlier else _lengths(config, budget, seconds)
         config = with_values(config, {PART_LENGTHS[part]: length for part, length in lengths.items()})
     plan = FullRunPlan(
         request=request,
@@ -130,13 +130,13 @@ def _known_plan(file: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """The plan of an earlier start; empty without one."""
     if not file.is_file():
         return {}
-    known = read_json_object(file, f"delete {file}, the run is planned again")
-    if differ := differing(known["request"], request):
+    stored = read_json_object(file, f"delete {file}, the run is planned again")
+    if differ := differing(stored["request"], request):
         raise UserError(
             f"{file.parent} was planned for another run: {', '.join(differ)}; give the same to go on, or "
             "another --out"
         )
-    return known
+    return stored
 
 
 def _part_lengths(config: FullRunConfig) -> dict[str, int]:

@@ -70,11 +70,11 @@ class PixelNetwork(TrainableNetwork):
 
         def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
             def predict(x: Tensor, t: Tensor) -> Tensor:
-                chosen = None if labels is None else labels[rows]
+                batch_labels = None if labels is None else labels[rows]
                 # The label after the last class stands for no class.
-                if chosen is not None and self.classes and self.class_dropout:
-                    chosen = drop_labels(chosen, self.class_dropout, len(self.classes), generator)
-                output: Tensor = self.network(x, t, class_labels=chosen).sample
+                if batch_labels is not None and self.classes and self.class_dropout:
+                    batch_labels = drop_labels(batch_labels, self.class_dropout, len(self.classes), generator)
+                output: Tensor = self.network(x, t, class_labels=batch_labels).sample
                 return output
 
             return self.pixel_loss(from_uint8(inputs[rows]), generator, predict)

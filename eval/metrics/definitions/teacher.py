@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _psnr(images: "Tensor", others: "Tensor") -> "Tensor":
+def _psnr(images: "Tensor", teacher_images: "Tensor") -> "Tensor":
     from eval.metrics.paired import psnr
 
-    return psnr(images, others)
+    return psnr(images, teacher_images)
 
 
 DREAMSIM = Metric(
