@@ -48,11 +48,13 @@ def evaluate(
 ) -> Evaluation:
     """Measure the images of `source` under `protocol` and compute metrics. Call it on every rank.
 
-    metrics: names; () for the protocol's. reference: statistics of real images, or a function that builds
-    them after everything else is checked. other: a second source of images from the same noise, for paired
-    metrics. count: number of images, where the protocol leaves it open; further images are ignored.
-    allow_fewer: accept fewer images than the protocol's, which the result states. work: batch size, and the
-    folder for finished parts. resamples: bootstrap resamples; 0 for no bootstrap intervals.
+    - metrics: names of metrics; () for those of the protocol.
+    - reference: statistics of real images, or a function that builds them after everything else is checked.
+    - other: a second source of images from the same noise, for paired metrics.
+    - count: number of images, where the protocol leaves it open; further images are ignored.
+    - allow_fewer: accept fewer images than the protocol's, which the result then states.
+    - work: batch size, and the folder for finished parts.
+    - resamples: bootstrap resamples; 0 for no bootstrap intervals.
 
     Raises SettingError if a metric lacks an input, UserError if networks, reference or counts are not the
     protocol's, and Interrupted on Ctrl-C.

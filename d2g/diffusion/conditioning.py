@@ -22,13 +22,17 @@ ConditioningKind = Literal["text", "label", "none"]
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """Conditioning of B rows: tensors [B, ...] by name, and optionally the unconditional row [1, ...].
+    """Conditioning of B rows: tensors [B, ...] by name, and optionally the unconditional row `null` [1, ...].
 
-    Text: `hidden` [B, L, D]; SDXL, SD3 and FLUX add `pooled` [B, P]; PixArt and SANA add the padding mask
-    `mask` [B, L]; SDXL takes optional `time_ids` [B, 6] (original size, crop, target size in pixels; by
-    default the size of the image, uncropped); FLUX takes guidance scales `guidance` [B]. Classes:
-    `class_labels`, int64 [B]. An unconditional network: `empty` [B, 0]. A later stage of a cascade adds the
-    latents of the stage before, `prior` [B, C, h, w].
+    - hidden [B, L, D]: text embeddings.
+    - pooled [B, P]: pooled text embeddings (SDXL, SD3, FLUX).
+    - mask [B, L]: padding mask of the text (PixArt, SANA).
+    - time_ids [B, 6]: original size, crop and target size in pixels (SDXL). By default they describe the
+      whole image, uncropped.
+    - guidance [B]: guidance scales (FLUX).
+    - class_labels [B], int64.
+    - empty [B, 0]: for an unconditional network.
+    - prior [B, C, h, w]: latents of the stage before, for a later stage of a cascade.
     """
 
     tensors: dict[str, Tensor]

@@ -36,12 +36,16 @@ def ledger_rows(
 def ledger_row(
     student: str, scores: Sequence[str], options: CardOptions, pair_hours: float | None = None
 ) -> dict[str, Any]:
-    """A row of the ledger of one student (Wuerstchen, table 2); None where a fact is not recorded.
+    """The cost and scores of one student (Wuerstchen, table 2). Values that are not recorded are None.
 
-    parameters: of the network that draws. steps: 1. samples: training images of all its runs. pairs, and
-    `pair_evaluations` of the teacher for them. device_hours: of the runs; pair_hours: of making the pairs,
-    which no store records: the caller gives them. kg_co2: of both, with `pairs_share` of the pairs. gap: why
-    the runs go no further back; "" if they are all here. scores: results of this student (`own_results`).
+    - parameters: of the network that draws images; steps: 1.
+    - samples: training images of all runs of the student.
+    - pairs: number of pairs; pair_evaluations: the teacher's network evaluations for them.
+    - device_hours: of the runs. pair_hours: of generating the pairs, from the caller: no store records them.
+    - kg_co2: emissions of both; pairs_share: the share of the pairs.
+    - gap: why earlier runs are missing; "" if all are present.
+    - scores: results of this student (`own_results`).
+
     Raises UserError for a damaged run and for results of another student.
     """
     history = read_history(student)

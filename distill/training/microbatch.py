@@ -84,12 +84,16 @@ class MicroBatch:
 class StepPreparation:
     """Turns a batch of pairs into the micro-batches and random numbers of one step on this process.
 
-    batch_size: rows of a step, over all ranks. microbatches: number per step and process. dropout: whether
-    the student has dropout. gan: discriminator settings; None in the regression stage. encode: prompts ->
-    conditioning. encode_for_student: prompts -> token ids, for a student with its own text encoders; other
-    students take the result of `encode`. embedded_guidance: whether the teacher's network has an input for
-    the guidance scale; then the scale is part of the conditioning of student and discriminator. noise_levels:
-    number of levels in consistency distillation; 0 in other stages.
+    - batch_size: rows of a step, over all ranks.
+    - microbatches: number of micro-batches per step and process.
+    - dropout: whether the student has dropout.
+    - gan: discriminator settings; None in the regression stage.
+    - encode: prompts -> conditioning.
+    - encode_for_student: prompts -> token ids, for a student with its own text encoders. Other students take
+      the result of `encode`.
+    - embedded_guidance: whether the teacher's network has an input for the guidance scale. The scale is then
+      part of the conditioning of student and discriminator.
+    - noise_levels: number of noise levels in consistency distillation; 0 in other stages.
     """
 
     def __init__(

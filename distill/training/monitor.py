@@ -73,11 +73,13 @@ class StudentSampler:
 class RunMonitor:
     """Writes reports and previews of one run, and validates. Call every method on every rank.
 
-    reader: the rows of the run, of which `validate_pairs` are held out. shape: of the latents, (C, h, w).
-    distance: validation measures it beside PSNR, if there is one. microbatch_size: rows per batch in
-    validation, as in training, because that fits into memory. vae: decodes previews; None for no previews.
-    extra_validation: an additional measurement. guidance: guidance scale of samples without pairs, for a
-    student that takes it.
+    - reader: the rows of the run, of which `validate_pairs` are held out.
+    - shape: shape (C, h, w) of the latents.
+    - distance: a distance that validation measures beside PSNR.
+    - microbatch_size: rows per batch in validation, as in training, because that fits into memory.
+    - vae: decodes previews; None for no previews.
+    - extra_validation: an additional measurement at each validation.
+    - guidance: guidance scale of samples without pairs, for a student that takes it.
     """
 
     def __init__(

@@ -66,31 +66,33 @@ class LossTerms(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """The objects and settings that a step needs.
-
-    gan: settings of the discriminator and its losses. batch_size: rows of a step, over all ranks. images:
-    training images of the whole run, which the learning rate schedule needs. own_generator_passes: evaluate
-    the student separately for each update, instead of once for both. autocast: the context of forward passes.
-    waiting: a context that measures the time spent waiting for data. stop_updates: (name of the gradient, its
-    norm, loss terms) -> 1 if the optimizer must skip the update, else 0, as an fp32 scalar on the device.
-    """
+    """The objects and settings that a step needs."""
 
     state: State
     regression: Regression
     noise_augment: NoiseAugmentation
     mix_in_real_images: RealRows
     gan: DiscriminatorConfig
+    """Settings of the discriminator and its losses."""
     clip_guidance: ClipGuidance | None
     clip_weight: float
     consistency: ConsistencyTarget | None
+    """Of stage cd alone."""
     student_optim: OptimConfig
     batch_size: int
+    """Rows of a step, over all ranks."""
     images: int
+    """Training images of the whole run, which the learning rate schedule needs."""
     own_generator_passes: bool
+    """Whether the student is evaluated separately for each update, instead of once for both."""
     logit_stats: LogitStats
     autocast: Callable[[], AbstractContextManager[None]]
+    """Context of forward passes."""
     waiting: Callable[[], AbstractContextManager[None]]
+    """Context that measures the time spent waiting for data."""
     stop_updates: Callable[[str, Tensor, LossTerms], Tensor]
+    """(name of the gradient, its norm, loss terms) -> fp32 scalar on the device: 1 if the optimizer must skip
+    the update, else 0."""
 
 
 def train_step(

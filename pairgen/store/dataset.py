@@ -223,10 +223,13 @@ def pair_loader(
 ) -> Iterator[PairBatch]:
     """Yield the sampler's endless batches, read ahead by `workers` processes (0: by this process).
 
-    dtype: of noise and latents; None keeps the stored type. pin_memory: return page-locked memory, for copies
-    to a GPU that overlap with its work. context: how workers start, "fork" or "spawn". on_skip: called once
-    for each damaged file whose rows a reader with `skip_bad` replaces (default: log a warning). UserErrors
-    of workers are raised here without the worker's traceback.
+    - dtype: type of noise and latents; None keeps the stored type.
+    - pin_memory: return page-locked memory, so that copies to a GPU overlap with its work.
+    - context: how workers start, "fork" or "spawn".
+    - on_skip: called once for each damaged file whose rows a reader with `skip_bad` replaces. The default
+      logs a warning.
+
+    A UserError of a worker is raised here without the worker's traceback.
     """
     # The sampler runs in this process, so the batches do not depend on the number of workers.
     loader: DataLoader[Any] = DataLoader(

@@ -55,12 +55,14 @@ class DistributedModule:
     ) -> None:
         """Wrap the network for this process group.
 
-        layers: modules that FSDP2 gathers one at a time. roots: modules that hold the remaining parameters,
-        cast to `half` at their own boundary; everything around them stays in fp32. replicas: groups of ranks
-        that each hold all weights (hybrid sharding). compile_backend: a torch.compile backend; "" is eager.
-        compiled_blocks: whether `compile_blocks` has compiled parts of the network.
-        channels_last: keep convolutions' weights in that format, in which CUDA's matrix units read them; not
-        under FSDP2, which shards contiguous tensors only.
+        - layers: modules that FSDP2 gathers one at a time.
+        - roots: modules that hold the remaining parameters. FSDP2 casts to `half` at their boundary;
+          everything around them stays in fp32.
+        - replicas: number of groups of ranks that each hold all weights (hybrid sharding).
+        - compile_backend: a torch.compile backend; "" is eager.
+        - compiled_blocks: whether `compile_blocks` has compiled parts of the network.
+        - channels_last: store convolution weights channels-last, as CUDA's matrix units read them. Not for
+          FSDP2, which shards contiguous tensors only.
         """
         self.module, self.kind = module, kind
         self.call: Callable[..., Any] = module

@@ -204,9 +204,11 @@ def read_stats(folder: Path) -> list[dict[str, float]]:
 class Pace:
     """Measures the speed and cost of a run, for its reports.
 
-    before: the lines of the run so far, for the device hours before a restart. devices: number of ranks.
-    seconds_at_peak: what all devices together need for an image at the peak of their data sheet; None where
-    that is unknown.
+    - before: the lines of stats.jsonl so far, which hold the device hours before a restart.
+    - nimg: images seen at the start.
+    - devices: number of ranks.
+    - seconds_at_peak: seconds per image of all devices together at their peak FLOP/s by the data sheet; None
+      if the peak is unknown.
     """
 
     def __init__(
@@ -228,8 +230,11 @@ class Pace:
         self.waited += time.monotonic() - start
 
     def report(self, nimg: int) -> dict[str, float]:
-        """Images per second and share of time waiting for data, both since the last report; device hours over
-        all starts of the run; peak memory of this process in GiB; model FLOPs utilization where it is known.
+        """Return speed and cost after `nimg` images, by their keys in stats.jsonl.
+
+        Images per second and the share of time waiting for data count from the last report, device hours over
+        all starts of the run. Peak memory is that of this process, in GiB. Model FLOPs utilization is left
+        out where the peak is unknown.
         """
         seconds = max(time.monotonic() - self.since, 1e-9)
         self.hours += seconds * self.devices / 3600

@@ -151,12 +151,14 @@ class Family(ABC):
         downscale: int,
         guidance_embedding: Tensor | None = None,
     ) -> Tensor:
-        """The raw prediction [B, C', h, w] for network inputs x [B, C, h, w]; C' is 2 C with a learned
-        variance.
+        """Call the network: inputs x [B, C, h, w] -> raw prediction [B, C', h, w].
 
-        config: of the network, which may be compiled or wrapped. t: the time input, a number or a tensor [B].
-        downscale: pixels per latent, for networks that take the size of the image. guidance_embedding [B, W]:
-        for students that take their guidance scale as an input.
+        C' is 2 C if the network learns a variance.
+
+        - config: the network's config; the network itself may be compiled or wrapped.
+        - t: the time input, a number or a tensor [B].
+        - downscale: pixels per latent position, for networks that take the image size.
+        - guidance_embedding [B, W]: for students with an added input for the guidance scale.
         """
 
     def shard_units(self, network: nn.Module) -> Iterator[nn.Module]:
