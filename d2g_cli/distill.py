@@ -56,7 +56,7 @@ class DistillOptions(WorkOptions):
         str | None, typer.Option(help="Protocol of `d2g eval` whose FID to measure while training.")
     ] = None
     validate_reference: Annotated[
-        str | None, typer.Option(help="Its reference, as --reference of `d2g eval run`.")
+        str | None, typer.Option(help="Reference of that protocol, as --reference of `d2g eval run`.")
     ] = None
     validate_num: Annotated[int | None, typer.Option(help="Images to sample for it (the protocol's).")] = None
     validate_prompts: Annotated[

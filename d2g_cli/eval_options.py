@@ -110,7 +110,7 @@ class RunOptions(SamplerOptions):
         typer.Option(help="Folder for result.json, report.html and parts to resume from; or a .json file."),
     ] = None
     latency: Annotated[
-        bool, typer.Option("--latency", help="Measure the time per image too, by component.")
+        bool, typer.Option("--latency", help="Also measure the time per image, by component.")
     ] = False
     every: Annotated[bool, typer.Option("--every", help="Measure every checkpoint of a student's run.")] = (
         False

@@ -34,7 +34,7 @@ def eval_prefer(
         Path | None, typer.Option(help="Images of the second model, of the same prompts.")
     ] = None,
     summary: Annotated[
-        bool, typer.Option("--summary", help="Print what the answers say, and open no page.")
+        bool, typer.Option("--summary", help="Print a summary of the answers and open no page.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the orders; each user has another order.")] = 0,
     host: Annotated[
@@ -96,7 +96,7 @@ def eval_ledger(
     ] = 0.48,
     as_json: Json = False,
 ) -> None:
-    """Parameters, scores, device hours, training samples and kg CO2 of students, with the pairs' share."""
+    """Compare parameters, scores, device hours, training samples and kg CO2 of students."""
     from distill.config.export import CardOptions
 
     hours = 0.0 if pair_hours is None else pair_hours
@@ -126,7 +126,7 @@ def eval_robustness(
     num: Annotated[int, typer.Option(help="Number of images; 0: all.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A .json file for the numbers.")] = None,
 ) -> None:
-    """Frechet distances between images and themselves after JPEG, resampling and changes of color."""
+    """Measure Frechet distances between images and their copies after JPEG, resampling or color changes."""
     require_range(0, 10**9, num=num)
     if out is not None and out.suffix != ".json":
         raise SettingError(f"--out is {out}; expected a name ending in .json")

@@ -8,7 +8,7 @@ import typer
 from d2g_cli.common import DryRun, Json, emit, one_process, reporter, require_range
 from d2g_cli.inputs import check_inputs
 
-explore_app = typer.Typer(help="Walk through the inputs of a student.", no_args_is_help=True)
+explore_app = typer.Typer(help="Interpolate, edit and mix the inputs of a student.", no_args_is_help=True)
 
 StudentOption = Annotated[str, typer.Option(help="Run folder, exported student, or a shipped name.")]
 NoiseScale = Annotated[

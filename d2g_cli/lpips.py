@@ -9,7 +9,7 @@ from d2g.core.errors import SettingError
 from d2g_cli import lpips_train
 from d2g_cli.common import Json, TeacherOption, emit, one_process, require_range
 
-lpips_app = typer.Typer(help="The latent perceptual distance.", no_args_is_help=True)
+lpips_app = typer.Typer(help="Train, calibrate and use the latent perceptual distance.", no_args_is_help=True)
 lpips_train.register_lpips_training(lpips_app)
 
 

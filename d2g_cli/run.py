@@ -47,13 +47,13 @@ class FullRunOptions(WorkOptions):
     ] = None
     minutes: Annotated[
         float | None,
-        typer.Option(help="Minutes of all parts together here (the preset's); 0: the settings' own."),
+        typer.Option(help="Minutes for all parts on this machine (the preset's); 0: as the settings say."),
     ] = None
     features: Annotated[
         str | None, typer.Option(help="Feature network, as --features of `d2g eval run`.")
     ] = None
     features_input: Annotated[
-        str | None, typer.Option(help="Its pixels, as --features-input of `d2g eval run`.")
+        str | None, typer.Option(help="Input of that network, as --features-input of `d2g eval run`.")
     ] = None
 
 
@@ -68,11 +68,11 @@ def run(
         str, typer.Option(help="Parts to do, comma-separated.")
     ] = "teacher,pairs,ode,gan,eval,export",
     untrained: Annotated[
-        bool, typer.Option("--untrained", help="Go on with a teacher that is not trained.")
+        bool, typer.Option("--untrained", help="Continue even if the teacher is not trained.")
     ] = False,
     processes: Processes = None,
 ) -> None:
-    """From a folder of pictures to a student: teacher, pairs, both stages, evaluation, export, one report."""
+    """Make a student of a folder of pictures: teacher, pairs, both stages, evaluation, export, report."""
     config = _run_config(options, untrained)
     check_inputs(
         {"--data": config.data, "--teacher": config.pretrained_teacher, "--features": config.features}
