@@ -22,7 +22,7 @@ class FitConfig:
     weight_decay: float = setting(0.01, "Weight decay")
     ema: float = setting(0.999, "Decay per step of the weight average, at most (1 + n) / (10 + n) in step n")
     ema_halflife_images: int = setting(
-        0, "Images after which the average has forgotten half of what it held; 0 takes ema"
+        0, "Half-life of the weight average: weights this many images old count half; 0 takes ema"
     )
     clip_norm: float = setting(1.0, "Largest gradient norm")
     checkpoint_minutes: float = setting(3.0, "Minutes between checkpoints")

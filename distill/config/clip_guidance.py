@@ -30,7 +30,7 @@ class ClipGuidanceConfig:
     )
     crop: int = setting(
         64,
-        "Side in pixels of the random crops that it sees of larger images",
+        "Side in pixels of the random crops of larger images that CLIP sees",
         source="StyleGAN-T, section 3.3",
     )
 

@@ -41,13 +41,13 @@ class TrainConfig:
     )
     ema_halflife_images: int = setting(
         0,
-        "Images after which the average has forgotten half of what it held; sets the decay for any batch "
+        "Half-life of the weight average: weights this many images old count half; sets the decay for any batch "
         "size; 0 takes ema_beta",
         source="EDM2, arXiv 2312.02696",
     )
     ema_start_images: int = setting(
         0,
-        "Until this many images the average is a copy of the weights",
+        "Images until which the average is a copy of the weights",
         source='method.md "Schedule and hyperparameters"',
     )
     precision: Literal["fp32", "bf16", "auto"] = setting(

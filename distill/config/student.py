@@ -115,14 +115,14 @@ class StudentConfig:
     )
     freeze: tuple[str, ...] = setting(
         (),
-        "Patterns of names of parameters that are not trained, such as *.conv1.*; D2O freezes 85 %. Names "
-        "of the network's, in `d2g distill text` of the text encoders'",
+        "Name patterns of parameters that are not trained, such as *.conv1.*: of the network, or in `d2g "
+        "distill text` of the text encoders; D2O freezes 85 %",
         source="D2O, arXiv 2405.20750",
     )
     own_text_encoder: bool = setting(
         False,
-        "The student reads with text encoders of its own, frozen here: to go on from a run of `d2g distill "
-        "text`, whose student always has them",
+        "Give the student its own text encoders, frozen here, to continue from a run of `d2g distill text`; "
+        "students of that command always have them",
         source="StyleGAN-T, section 3.3 and table 5",
     )
 

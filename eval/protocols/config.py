@@ -92,7 +92,7 @@ class EvalRun:
     work: str | None = setting(None, "Folder for partial results of an interrupted evaluation")
     keep: str | None = setting(None, "Folder in which to keep the sampled images")
     train: str | None = setting(None, "Training images, for the report's nearest neighbors and the floor")
-    latency: bool = setting(False, "Measure the time per image too")
+    latency: bool = setting(False, "Also measure the time per image")
     latency_repeats: int = setting(10, "Repetitions of the latency measurement")
 
     def __post_init__(self) -> None:
