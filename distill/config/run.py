@@ -41,8 +41,8 @@ class TrainConfig:
     )
     ema_halflife_images: int = setting(
         0,
-        "Half-life of the weight average: weights this many images old count half; sets the decay for any batch "
-        "size; 0 takes ema_beta",
+        "Half-life of the weight average: weights this many images old count half; sets the decay for any "
+        "batch size; 0 takes ema_beta",
         source="EDM2, arXiv 2312.02696",
     )
     ema_start_images: int = setting(
