@@ -1,4 +1,4 @@
-"""What all commands share: option types, progress and log on stderr, configs from options, output."""
+"""Shared parts of all commands: option types, progress and log on stderr, configs from options, output."""
 
 import functools
 import inspect

@@ -255,5 +255,5 @@ EVAL_INPUTS = (
 
 
 def _plan(config: Any) -> dict[str, Any]:
-    """What a dry run adds: the protocol's digest, before what is known only after loading its inputs."""
+    """The plan of a dry run: the protocol's digest without what is known only after loading the inputs."""
     return {"protocol_sha256": config.protocol.sha256()}

@@ -1,4 +1,4 @@
-"""What `--dry-run` checks: that every input that a command names exists."""
+"""The checks of `--dry-run`: every input that a command names must exist."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping

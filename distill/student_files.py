@@ -1,4 +1,4 @@
-"""What a run of `d2g distill` or an exported student says of itself, and its weights."""
+"""Read the facts and the weights of a run of `d2g distill`, or of an exported student."""
 
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -28,7 +28,7 @@ REMEDIES = {
 
 
 class CommonFacts(TypedDict):
-    """What a run's config.json and an export's student.json both say of the student."""
+    """Facts that a run's config.json and an export's student.json share."""
 
     teacher: NotRequired[str]
     student_timestep: NotRequired[int]
@@ -42,14 +42,14 @@ class CommonFacts(TypedDict):
 
 
 class StudentFacts(CommonFacts):
-    """What is read of either file."""
+    """The facts that are read from either file."""
 
     student: NotRequired[dict[str, Any]]
     """The settings of the student; of an export, where it is not the teacher's network."""
 
 
 class RunFacts(CommonFacts):
-    """What is read of a run's config.json."""
+    """The facts that are read from a run's config.json alone."""
 
     student: dict[str, Any]
 

@@ -117,7 +117,7 @@ def compare(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
 
 
 def _differing(a: EvalResult, b: EvalResult) -> list[str]:
-    """What must be equal and is not. Metrics may differ, so only networks that both used must agree."""
+    """List the facts in which two results must agree but do not. Only networks that both used count."""
     shared = a.models.keys() & b.models.keys()
     return differing(_comparison_facts(a, shared), _comparison_facts(b, shared))
 

@@ -248,7 +248,7 @@ def _bad_records(
 def record_fault(
     folder: Path, spec: StoreSpec, shard: int, quarantined: Sequence[int] | None, prompts: PromptList | None
 ) -> str:
-    """What is wrong with a shard's quarantine record, "" if nothing.
+    """Check a shard's quarantine record: describe what is wrong with it, or return "".
 
     quarantined: the quarantined pairs in the shard's header; None if the shard is not present.
     """

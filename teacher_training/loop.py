@@ -27,7 +27,7 @@ LossFn = Callable[[list[int], torch.Generator], tuple[Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Previews:
-    """What to draw while a training goes on: `draw(modules, nimg)` with copies that hold the average.
+    """Previews during a training: `draw(modules, nimg)` receives copies that hold the averaged weights.
 
     It is called on rank 0, every `minutes` and after the last step, and must not draw global random numbers.
     """
@@ -132,7 +132,7 @@ def fit_modules(
 
 @dataclass(kw_only=True)
 class _FitState:
-    """What a checkpoint holds, and the folder of checkpoints."""
+    """The contents of a checkpoint, and the folder of checkpoints."""
 
     modules: nn.ModuleDict
     optimizer: torch.optim.Optimizer

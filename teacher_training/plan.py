@@ -37,7 +37,7 @@ def length_setting(stage: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherPlan:
-    """What a training will do. `images` and `minutes` by stage; finished stages take none.
+    """The plan of a training: `images`, `steps` and minutes by stage. Finished stages take none.
 
     `captions`: pictures that have a caption, or a class. `gib`: disk space for caches, checkpoints and
     weights.

@@ -1,4 +1,4 @@
-"""What a teacher's training starts from: fresh components, a given autoencoder, or another teacher."""
+"""The start of a teacher's training: fresh components, a pretrained autoencoder, or another teacher."""
 
 from dataclasses import replace
 from pathlib import Path

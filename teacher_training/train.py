@@ -65,7 +65,7 @@ class TeacherSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherJob:
-    """What the stages of one training share."""
+    """Objects that the stages of one training share."""
 
     config: TeacherConfig
     out: Path

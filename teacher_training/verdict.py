@@ -37,7 +37,7 @@ STD_RANGE = (0.5, 2.0)
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherNumbers:
-    """What the verdict is based on. Losses are mean squared errors of epsilon over all timesteps.
+    """The numbers behind the verdict. Losses are mean squared errors of epsilon over all timesteps.
 
     `loss`: of the saved weights; `loss_untrained`: of the same network with fresh weights; `loss_zero`: of
     predicting zero; `loss_gaussian`: of the best denoiser that knows mean and variance of each channel alone.
@@ -57,7 +57,7 @@ class TeacherNumbers:
     psnr_mean: float | None
 
     def faults(self) -> list[str]:
-        """What is wrong, one line each; empty for a trained teacher."""
+        """List the faults of the teacher, one line each; empty for a trained teacher."""
         lines = []
         # The autoencoder.
         if self.psnr is not None and self.psnr_mean is not None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, in one line: its first line, or its type if it says nothing."""
+    """Return the first line of an exception's message, or its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 

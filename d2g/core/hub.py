@@ -11,7 +11,7 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises if the hub refuses or cannot be reached.
+    """Return the exceptions that huggingface_hub raises if the hub refuses or cannot be reached.
 
     Its versions send requests with different libraries, whose errors have a base class in common with
     HfHubHTTPError. Broken and offline connections are OSErrors, ids that cannot exist ValueErrors, and errors

@@ -44,7 +44,7 @@ _SYSTEM = {
 
 
 def explain_error(error: BaseException) -> str | None:
-    """What happened and what to do, in one line; None for an error that only its developers can mend."""
+    """Explain an error of the machine and its remedy in one line; None for a bug of the program."""
     text = " ".join(str(error).split())
     kind = type(error).__name__
     if _lacks_memory(error):

@@ -238,7 +238,7 @@ def _final_error(where: str, url: str, error: Exception) -> UserError | None:
 
 
 def _reason(error: Exception) -> str:
-    """What the store says, in a few words: code and message of its answer, or the end of the first line."""
+    """Summarize an error of the store: code and message of its answer, or the end of the first line."""
     text = str(error)
     code, message = (re.search(f"<{tag}>([^<]*)<", text) for tag in ("Code", "Message"))
     if code:

@@ -71,7 +71,7 @@ def decode_picture(data: bytes, name: str, *, exact: bool) -> DecodedPicture:
 
 
 def _other_kind(data: bytes) -> str:
-    """What bytes are that Pillow cannot identify; "" where it says itself what is wrong."""
+    """Describe bytes that Pillow cannot identify; "" if Pillow's own error says what is wrong."""
     try:
         with Image.open(io.BytesIO(data), formats=_formats()):
             return ""

@@ -12,7 +12,7 @@ IMAGE_COLUMNS = ("image", "img")  # Hugging Face's; its CIFAR10 says img
 
 
 def parquet_errors() -> tuple[type[Exception], ...]:
-    """What pyarrow raises for a table that is damaged or cannot be read."""
+    """Return the exceptions that pyarrow raises for a damaged or unreadable table."""
     from pyarrow.lib import ArrowException  # type: ignore[import-untyped]
 
     return (ArrowException, OSError)

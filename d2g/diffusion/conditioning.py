@@ -96,16 +96,16 @@ class Conditioning:
         return Conditioning(tensors, null)
 
     def detach(self) -> "Conditioning":
-        """The same values without a graph."""
+        """Return the same tensors, detached from their graph."""
         return self.map(torch.Tensor.detach)
 
     def with_guidance(self, scales: Tensor) -> "Conditioning":
-        """The same with guidance scales [B], for a network that takes them as an input."""
+        """Add guidance scales [B], for a network that takes them as an input."""
         device = next(iter(self.tensors.values())).device
         return Conditioning({**self.tensors, "guidance": to_device(scales.float(), device)}, self.null)
 
     def with_prior(self, latents: Tensor) -> "Conditioning":
-        """The same with latents [B, C, h, w] of the stage before, for a later stage of a cascade; those of an
+        """Add latents [B, C, h, w] of the stage before, for a later stage of a cascade. Those of an
         unconditional row are zero."""
         prior = to_device(latents, next(iter(self.tensors.values())).device).float()
         null = {**self.null, "prior": torch.zeros_like(prior[:1])} if self.null else self.null

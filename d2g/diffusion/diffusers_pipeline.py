@@ -35,7 +35,7 @@ class AnyPipeline:
 
     @property
     def conditioning(self) -> str:
-        """What its prompts are: text, label (class numbers in decimal) or none (empty strings)."""
+        """Kind of its prompts: text, label (class numbers in decimal) or none (empty strings)."""
         return (
             "text"
             if "prompt" in self.parameters

@@ -85,7 +85,7 @@ def refuse_unfinished(name: str, folder: Path) -> None:
 
 
 def _other_folder(folder: Path) -> str:
-    """What a folder without model_index.json is instead, and how it becomes a teacher."""
+    """Describe a folder without model_index.json, and how it becomes a teacher."""
     names = {path.name for path in folder.iterdir()}
     into = 'save_pretrained("teacher")'
     # Folders of d2g and of diffusers that are no pipelines.
@@ -117,7 +117,7 @@ def _other_folder(folder: Path) -> str:
 
 
 def _single_file(file: Path) -> str:
-    """How a checkpoint in a single file becomes a teacher."""
+    """Explain how a checkpoint in a single file becomes a teacher."""
     if file.suffix not in SINGLE_FILE_SUFFIXES:
         return "a file; expected a folder in diffusers layout or a hub id org/name"
     return (
@@ -141,7 +141,7 @@ def family_of(name: str) -> Family:
 
 
 class ModelIndex(TypedDict):
-    """What every model_index.json says. Components are pairs of library and class."""
+    """The fields of every model_index.json. Components are pairs of library and class."""
 
     _class_name: str
 
@@ -221,7 +221,7 @@ def choose_weights(names: Iterable[str]) -> tuple[str | None, list[str]]:
 
 
 class TeacherDigests(NamedTuple):
-    """What identifies a teacher, wherever it lies: sha256 over its files.
+    """Digests that identify a teacher at any path: sha256 over its files.
 
     `weights`: of all components. `denoiser`: of those that decide latents, without the autoencoder.
     """

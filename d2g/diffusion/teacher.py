@@ -55,7 +55,7 @@ class Teacher:
 
     @property
     def conditioning(self) -> ConditioningKind:
-        """What prompts are: text, class labels in decimal, or empty."""
+        """Kind of prompts: text, class labels in decimal, or empty."""
         return self.conditioner.kind
 
     @property
@@ -367,7 +367,7 @@ def describe_stages(name: str) -> str:
 
 
 def describe_teacher(name: str) -> dict[str, Any]:
-    """What `d2g teacher info` prints, from the teacher's files; no weights are loaded."""
+    """Describe a teacher for `d2g teacher info`, from its files; no weights are loaded."""
     # Every component on the meta device: shapes and numbers of parameters without weights.
     teacher = _teacher_on_meta(name, "teacher", "teacher")
     pipeline, schedule = open_pipeline(name), teacher.schedule

@@ -88,7 +88,7 @@ def read_state(file: str | Path, what: str) -> dict[str, Tensor]:
 
 
 def read_checkpoint(file: str | Path, what: str) -> dict[str, Tensor]:
-    """Like `read_state`, but values may be anything: some checkpoints nest their state dict."""
+    """Read a checkpoint as `read_state` does, with values of any type: some nest their state dict."""
     from safetensors.torch import load_file
 
     file = Path(file)

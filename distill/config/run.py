@@ -242,9 +242,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
-    """One run of one stage: `ode`, the regression stage; `gan`, which adds the discriminator; `text`, which
-    trains the student's text encoders with a discriminator and guidance by CLIP; or `cd`, consistency
-    distillation, to compare with."""
+    """A run of one stage.
+
+    - ode: the regression stage.
+    - gan: adds the discriminator.
+    - text: trains the student's text encoders with a discriminator and CLIP guidance.
+    - cd: consistency distillation, for comparison.
+    """
 
     stage: Literal["ode", "gan", "text", "cd"] = setting(
         "ode",

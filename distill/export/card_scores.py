@@ -82,7 +82,7 @@ def eval_results(table: Mapping[str, Any], task: str) -> list[Any]:
 
 
 def _subject(source: Mapping[str, Any]) -> str:
-    """What the numbers were measured on, in words."""
+    """Describe in words what the numbers were measured on."""
     if source["kind"] == "images":
         name = Path(str(source.get("name", ""))).name
         return f"the images in `{name}`, which nobody has checked to be this student's"
@@ -96,7 +96,7 @@ def _result_file(path: str) -> Path:
 
 
 class Result(TypedDict):
-    """What the card takes from a result of `d2g eval run`."""
+    """The fields that the card takes from a result of `d2g eval run`."""
 
     protocol: str
     protocol_sha256: str

@@ -1,4 +1,4 @@
-"""What a student cost: the columns of Wuerstchen's table 2 that follow from its runs."""
+"""The cost of a student: the columns of Wuerstchen's table 2 that follow from its runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

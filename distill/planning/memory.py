@@ -284,7 +284,7 @@ def _discriminator_bytes(
 
 @dataclass(frozen=True)
 class _Activations:
-    """What a forward pass saves, and what the largest recomputed layer adds to it in the backward pass."""
+    """Bytes that a forward pass saves, and bytes that the largest recomputed layer adds in backward."""
 
     saved: SavedBytes
     recomputed: SavedBytes
@@ -293,7 +293,7 @@ class _Activations:
 def _activations(
     config: DistillConfig, network: Any, student: Student, run: Callable[[FakeBatch], Any]
 ) -> _Activations:
-    """Bytes that a forward pass saves, from batches of one and of two rows."""
+    """Measure the bytes that a forward pass saves, with batches of one row and of two rows."""
     bf16, pipeline = config.train.bf16, open_pipeline(config.teacher)
     sizes = (
         saved_parts(network, partial(lambda n: run(fake_batch(pipeline, student, n)), n), bf16)

@@ -1,4 +1,4 @@
-"""What is refused before a run loads anything."""
+"""Check the settings of a run before anything is loaded."""
 
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError

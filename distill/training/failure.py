@@ -1,4 +1,4 @@
-"""What a run leaves behind when a loss or a gradient is not finite: RUN/failure/, and the error."""
+"""Describe a loss or gradient that is not finite: the files in RUN/failure and the error."""
 
 import json
 import math

@@ -75,7 +75,7 @@ class StoreFacts(TypedDict):
 
 
 class InputDigests(TypedDict):
-    """What `describe_inputs` has recorded."""
+    """The result of `describe_inputs` as it is recorded."""
 
     images: NotRequired[int]
     pairs: NotRequired[list[StoreFacts]]
@@ -83,7 +83,7 @@ class InputDigests(TypedDict):
 
 
 class RunInputs(TypedDict):
-    """What identifies a run's inputs in its config.json, beside paths at the top level."""
+    """The fields of a run's config.json that identify its inputs, besides paths at the top level."""
 
     inputs: NotRequired[InputDigests]
     gan: NotRequired[dict[str, Any]]

@@ -39,7 +39,7 @@ BLOCK, WINDOW = 512, 8
 
 @dataclass(frozen=True)
 class CaptionKind:
-    """What the captions of a teacher's images are: text, class numbers below `classes`, or nothing."""
+    """Kind of captions that a teacher takes: text, class numbers below `classes`, or none."""
 
     name: ConditioningKind = "text"
     classes: int = 0
@@ -64,7 +64,7 @@ TEXT = CaptionKind()
 
 
 def caption_kind(conditioner: Conditioner) -> CaptionKind:
-    """What the captions of images are that a teacher with this conditioner takes."""
+    """Return the kind of captions that a teacher with this conditioner takes."""
     return CaptionKind(conditioner.kind, conditioner.num_labels)
 
 
@@ -107,8 +107,11 @@ class RealImages:
         return len(self._rows) or int(self._ends[-1])
 
     def digest(self) -> str:
-        """What identifies the images wherever they lie: names below the source, sizes in bytes and captions,
-        and the bytes of some. Of a table, name, size in bytes and footer, which has sizes and statistics."""
+        """Compute a digest of the images that does not depend on the folder's path.
+
+        It covers names below the source, file sizes and captions of all images, and the bytes of some. Of a
+        parquet file it covers name, size, and footer, which holds sizes and statistics.
+        """
         tables = [
             [_name_below(self.source, file), file.stat().st_size, _footer_sha256(file, table)]
             for file, table in zip(self._files, self._tables, strict=True)

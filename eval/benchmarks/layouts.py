@@ -22,7 +22,7 @@ from d2g.data.text_files import csv_rows, json_rows
 
 @dataclass(frozen=True)
 class BenchmarkPrompt:
-    """One prompt of a benchmark, its position, and what the benchmark says of it beside."""
+    """A prompt of a benchmark: its position, its text, and further fields of its record."""
 
     position: int
     text: str

@@ -65,7 +65,7 @@ class Networks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkOptions:
-    """What a loader needs to know.
+    """Inputs of a network loader.
 
     `features`: the protocol's feature network, or its name; `clip`: name of a CLIP; `weights`: weight files
     by network name; `teacher`: the teacher in whose latent space LatentLPIPS measures.
@@ -218,7 +218,7 @@ LOADERS: Mapping[str, Callable[[Networks, NetworkOptions], Networks]] = MappingP
 def measures_of(
     networks: Networks, protocol: Protocol, metrics: tuple[str, ...]
 ) -> tuple[dict[str, Measure], dict[str, PairMeasure]]:
-    """What to measure of each image and of each pair, by the name of the rows."""
+    """Return the measures of single images and of pairs, by the name of their rows."""
     size = protocol.preprocessing
     measures = {name: Measure(size=size, function=_of_images(net)) for name, net in networks.sets.items()}
     if not any(metric.repeats_prompts for metric in all_metrics().values() if metric.name in metrics):

@@ -1,4 +1,4 @@
-"""How a Frechet distance reacts to changes of real images that hardly show (Wuerstchen, appendix B)."""
+"""Frechet distances between real images and slightly changed copies (Wuerstchen, appendix B)."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -24,9 +24,9 @@ from eval.networks.base import FeatureNet
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredRows:
-    """What was measured of the images `numbers`: values by name, [N] or [N, D], and their N prompts.
+    """Measured values of the images `numbers`: by name, [N] or [N, D], and their N prompts.
 
-    `converted`: for images from files, how many were converted to 8-bit RGB, by what they were before.
+    converted: for image files, the number of images converted to 8-bit RGB, by their original format.
     """
 
     numbers: range
@@ -40,10 +40,11 @@ class MeasuredRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasureOptions:
-    """How images are measured. None of these options changes a number.
+    """Options of measuring that do not change the numbers.
 
-    `folder`: where finished parts are saved, so that a killed run can resume. `keep`: where the images are
-    saved as PNG files. `part`: images per part (0: a 64th of all images, from 16 to 512).
+    batch_size: images per forward pass. folder: folder for finished parts, from which a killed run resumes.
+    keep: folder in which the images are saved as PNG. part: images per part (0: a 64th of all images, 16 to
+    512).
     """
 
     batch_size: int = 64

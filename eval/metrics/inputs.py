@@ -1,4 +1,4 @@
-"""What a metric computes its numbers from: the measured rows, statistics of both sides, and the protocol."""
+"""Inputs of metrics: measured rows, statistics of generated and of real images, and the protocol."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from eval.protocols.protocol import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class MetricInputs:
-    """Everything that is known of the measured images when metrics are computed.
+    """The inputs that every metric receives.
 
     `rows`: measured values by name, [N] or [N, D], of N images; `prompts`: theirs. `more_rows` and
     `more_prompts`: further images of the same prompts, for `Metric.repeats_prompts`. `generated` and `real`:

@@ -41,7 +41,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricResult:
-    """What `Metric.compute` returns: estimates by the key of their number, and facts for the result.
+    """Result of `Metric.compute`: estimates by the key of their number, and facts for `EvalResult`.
 
     `counts` and `neighbors` are merged into the fields of the same meaning of `eval.result.EvalResult`.
     """
@@ -156,7 +156,7 @@ def all_numbers() -> dict[str, MetricNumber]:
 
 
 def number_labels(models: Models) -> dict[str, str]:
-    """What to call each number, given the networks that measured it."""
+    """Return the label of each number, given the networks that measured it."""
     return {
         key: number.label if isinstance(number.label, str) else number.label(models)
         for key, number in all_numbers().items()

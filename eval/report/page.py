@@ -1,4 +1,4 @@
-"""From an evaluation to the data of its report: which images, rankings and tables the page shows."""
+"""Build the data of an evaluation's report: images, rankings and tables."""
 
 import platform
 from collections.abc import Mapping, Sequence

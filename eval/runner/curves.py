@@ -1,4 +1,4 @@
-"""The same evaluation at several values of one setting: a curve, or the checkpoints of a run."""
+"""Evaluate at several values of one setting: a curve, or the checkpoints of a run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
 
 
 class CurveFile(TypedDict):
-    """What is read of an earlier curve.json."""
+    """The fields that are read from an earlier curve.json."""
 
     protocol_sha256: str
     setting: str

@@ -1,4 +1,4 @@
-"""What `d2g eval` calls: one evaluation, reference statistics, and a table of several results."""
+"""The functions behind `d2g eval`: one evaluation, reference statistics, a table of several results."""
 
 import itertools
 import json

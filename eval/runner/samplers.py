@@ -31,7 +31,7 @@ SampleFn = Callable[[range, list[str]], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingRequest:
-    """What to sample: image i shows prompt i modulo the number of prompts, from the noise of (seed, i)."""
+    """A request for images: image i has prompt i modulo the number of prompts, and the noise of (seed, i)."""
 
     prompts: Sequence[str]
     seed: int = 0
@@ -49,7 +49,7 @@ class SamplingRequest:
         return [self.prompts[number % len(self.prompts)] for number in numbers]
 
     def facts(self) -> dict[str, Any]:
-        """What decides the images beside the sampler, as JSON."""
+        """The facts that determine the images, besides the sampler, as JSON."""
         return {"prompts_sha256": digest(list(self.prompts)), "seed": self.seed, "precision": self.precision}
 
 
@@ -220,7 +220,7 @@ def teacher_sampler_source(sampler: TeacherSampler, request: SamplingRequest) ->
 
 
 def _teacher_facts(sampler: TeacherSampler) -> dict[str, Any]:
-    """What decides the images of a teacher beside prompts and noise, as JSON."""
+    """The facts that determine a teacher's images, besides prompts and noise, as JSON."""
     facts = {
         "weights_sha256": pretrained.weights_sha256(sampler.teacher.name),
         "teacher_facts": sampler.teacher.facts,

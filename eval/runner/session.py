@@ -214,7 +214,7 @@ class EvalSession:
         return []
 
     def sampling_request(self, prompts: list[str]) -> SamplingRequest:
-        """What a sampler has to draw for these prompts. Raises SettingError when there are none."""
+        """Build the request for these prompts. Raises SettingError if there are none."""
         if not prompts:
             raise SettingError("--prompts is not set; give the file of captions to draw")
         return SamplingRequest(
@@ -242,7 +242,7 @@ class EvalSession:
         return [prompts[row] for row in np.sort(rows)]
 
     def source(self, config: EvalRun, checkpoint: Path | None = None) -> ImageSource:
-        """What to measure: files, a student (or one `checkpoint` of its run), a pipeline or a teacher."""
+        """The source to measure: files, a student (or a `checkpoint` of its run), a pipeline or a teacher."""
         if config.images is not None:
             files = open_images(config.images, None if config.prompts else config.column)
             return image_source(files, self.prompts if config.prompts else ())
@@ -290,7 +290,8 @@ class EvalSession:
         return teacher_sampler_source(sampler, self.sampling_request(prompts))
 
     def _solver_settings(self, name: str, config: EvalRun) -> SolverSettings:
-        """How the teacher `name` draws. Beside a cascade of students, it draws after the prior's teacher."""
+        """Solver settings of the teacher `name`. Beside students of a cascade, its prior is their prior's
+        teacher."""
         prior = config.prior
         if prior is not None and config.student is not None:
             reads_prior = family_of(name).prior_family is not None
@@ -382,7 +383,7 @@ class EvalSession:
         return source, replace(evaluation, result=result)
 
     def _guidance_note(self) -> str:
-        """What to know of the CLIP score if the same CLIP guided the student in training."""
+        """Return a note if the CLIP of the CLIP score guided the student in training; else ""."""
         clip, student = self.networks.clip, self.config.student
         if clip is None or student is None or not clip.text_sha256:
             return ""

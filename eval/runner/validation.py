@@ -52,7 +52,7 @@ class StudentValidation:
 
     @cached_property
     def request(self) -> SamplingRequest:
-        """What the student draws. Raises SettingError without prompts."""
+        """The images that the student samples. Raises SettingError without prompts."""
         prompts = self.session.prompts or pretrained.default_prompts(self.teacher)
         if not prompts:
             raise SettingError(

@@ -23,7 +23,7 @@ Choice = Literal["first", "second", "tie"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """What is compared, the first line of the file: two sets of images of the same N prompts."""
+    """The compared sets of images, of the same N prompts. It is the first line of the file."""
 
     first: str
     second: str

@@ -61,7 +61,7 @@ class Contestants:
         return cls(sets[0], sets[1], texts[0])
 
     def study(self) -> Study:
-        """What identifies the study."""
+        """Return the facts that identify the study."""
         sums = [digest([_sha256(file) for file in files.pictures]) for files in (self.first, self.second)]
         return Study(
             first=self.first.name,

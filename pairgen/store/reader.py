@@ -208,13 +208,13 @@ class PairReader:
         return pairs
 
     def _report(self, shard: int, reason: str, skipped: dict[str, str]) -> None:
-        """With `skip_bad`, enter a damaged shard in `skipped`; without, raise DamagedShard."""
+        """Add a damaged shard to `skipped` if `skip_bad` is set; otherwise raise DamagedShard."""
         if not self.skip_bad:
             raise self._open.error(shard, reason)
         skipped.setdefault(self._source.name(shard), reason)
 
     def _next(self, nth: IntArray, row: IntArray) -> tuple[IntArray, IntArray]:
-        """The same row offsets in the next shard that has rows."""
+        """Return the same row offsets in the next shard that has rows."""
         rows = np.diff(self._ends)
         filled = np.flatnonzero(rows)
         nth = filled[np.searchsorted(filled, nth, side="right") % len(filled)]

@@ -45,7 +45,7 @@ class CascadeSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What the parts share. images: uint8 [N, 3, S, S], with N captions."""
+    """Objects that the parts share. images: uint8 [N, 3, S, S], with N captions."""
 
     config: CascadeConfig
     out: Path

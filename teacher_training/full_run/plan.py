@@ -49,10 +49,11 @@ TIMED_BATCHES, TIMED_SOLVER_STEPS, TIMED_IMAGES = 3, 2, 8
 
 @dataclass(frozen=True, kw_only=True)
 class FullRunPlan:
-    """What a run will do. `lengths`: pairs and images by part; `seconds`: of one of these.
+    """The plan of a run.
 
-    `request`: what the plan was made for. `teacher`, `teacher_request`: the plan of the teacher's training
-    and the length that it was asked for; None for a teacher that is there.
+    request: minutes and teacher for which the plan was made. lengths: pairs and images by part. seconds: time
+    per pair or image by part. teacher, teacher_request: plan of the teacher's training and its requested
+    length; None for a pretrained teacher.
     """
 
     request: Mapping[str, Any]

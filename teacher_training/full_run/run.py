@@ -35,7 +35,7 @@ from teacher_training.train import train_teacher
 
 @dataclass(frozen=True, kw_only=True)
 class FullRunSummary:
-    """What a run wrote into its folder.
+    """Result of a run.
 
     `teacher`, `student` and `exported` are folders. `verdict` says whether the teacher is trained (None if
     this call did not train it), and `pairs` whether the pairs are usable. `results` has the metrics of each

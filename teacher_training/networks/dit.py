@@ -73,7 +73,7 @@ class TrainableDiT(TrainableNetwork):
         return loss_of
 
     def save(self, folder: Path, vae: Any) -> None:
-        """As a DiTPipeline with the names of the classes."""
+        """Save a DiTPipeline with the class names."""
         pretrained.save_diffusers_pipeline(
             folder,
             "DiTPipeline",

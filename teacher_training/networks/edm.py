@@ -14,7 +14,7 @@ from teacher_training.networks.pixel_unet import PixelNetwork, Predict
 
 
 class EDMExample(NamedTuple):
-    """What the network F takes and should return: input [B, C, h, w], c_noise [B], target [B, C, h, w]."""
+    """A training example of the network F: input [B, C, h, w], c_noise [B], target [B, C, h, w]."""
 
     input: Tensor
     c_noise: Tensor

@@ -1,4 +1,4 @@
-"""What one kind of network consists of that `d2g teacher train` can train."""
+"""`NetworkKind`: how `d2g teacher train` builds, trains and saves one kind of network."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

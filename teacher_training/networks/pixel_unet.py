@@ -1,4 +1,4 @@
-"""What U-Nets of pixels share, variance-preserving and EDM: their shape, their classes, their pipeline."""
+"""Base of pixel-space U-Nets, variance-preserving and EDM: shape, classes, pipeline."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -82,7 +82,7 @@ class PixelNetwork(TrainableNetwork):
         return loss_of
 
     def save(self, folder: Path, vae: Any) -> None:
-        """As a DDPMPipeline, whose index holds the names of the classes and the label of no class."""
+        """Save a DDPMPipeline, whose index holds the class names and the label that means no class."""
         index: dict[str, Any] = {}
         if self.classes:
             index["id2label"] = dict(enumerate(self.classes))

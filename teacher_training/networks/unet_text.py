@@ -81,13 +81,13 @@ class TextUNet(TrainableNetwork):
         return loss_of
 
     def save(self, folder: Path, vae: Any) -> None:
-        """As a StableDiffusionPipeline."""
+        """Save a StableDiffusionPipeline."""
         pretrained.save_pipeline(
             folder, unet=self.unet, vae=vae, conditioner=self.text, set_alpha_to_one=True
         )
 
     def teacher(self, teacher: Teacher, modules: Mapping[str, nn.Module]) -> Teacher:
-        """With the text encoder and the U-Net of `modules`."""
+        """Return the teacher with the text encoder and the U-Net of `modules`."""
         teacher.conditioner.models["text_encoder"] = modules["text"]
         return replace(teacher, network=modules["unet"])
 

@@ -169,7 +169,7 @@ def latest(folder: Path) -> Checkpoint | None:
 
 
 class CheckpointMeta(TypedDict):
-    """What is read of a checkpoint's meta.json."""
+    """The fields that are read from a checkpoint's meta.json."""
 
     nimg: NotRequired[int]
     steps: NotRequired[int]

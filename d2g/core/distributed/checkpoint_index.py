@@ -50,7 +50,7 @@ DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
 
 
 class _Record:
-    """What the index says of one object: the class's name, its arguments and its state."""
+    """A pickled object of the index: the class's name, its arguments and its state."""
 
     name = ""
     state: Any = None

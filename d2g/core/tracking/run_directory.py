@@ -168,8 +168,8 @@ class RunLog:
 
 
 def same_places(folder: Path, config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Those of the settings `names` whose path in FOLDER/config.json leads to the same place as in `config`:
-    relative, with a slash at its end, or through a link."""
+    """List those of the settings `names` whose path in FOLDER/config.json is the same file or folder as in
+    `config`, perhaps written as a relative path, with a slash at its end, or through a link."""
     path = folder / "config.json"
     old = read_json_object(path, RESTORE_CONFIG_HINT) if path.is_file() else {}
     return [
@@ -251,7 +251,7 @@ class Pace:
 
 
 def speed_in_words(values: Mapping[str, float]) -> str:
-    """What `Pace.report` measured, as a line says it: "12.3 images/s, MFU 41.0 %, peak 33.8 GiB"."""
+    """Format the values of `Pace.report`: "12.3 images/s, MFU 41.0 %, peak 33.8 GiB"."""
     mfu = f", MFU {values['time/mfu']:.1%}".replace("%", " %") if "time/mfu" in values else ""
     return f"{values['time/images_per_sec']:.3g} images/s{mfu}, peak {values['mem/peak_gib']:.1f} GiB"
 

@@ -215,7 +215,7 @@ class Family(ABC):
         return packed
 
     def pipeline_settings(self, pixels: tuple[int, int]) -> dict[str, Any]:
-        """What a call of its pipelines needs to draw an image of this height and width as a student does."""
+        """Arguments with which a call of its pipelines draws an image of this size as a student does."""
         return {}
 
     @abstractmethod

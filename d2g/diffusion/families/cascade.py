@@ -1,4 +1,4 @@
-"""What the stages of all cascades share: the schedule, the stages that work for them, their time input."""
+"""Base of all stages of cascades: schedule, supported training stages, time input."""
 
 from abc import abstractmethod
 from collections.abc import Iterator

@@ -161,7 +161,7 @@ class Sana(TransformerFamily):
 
 
 def default_instruction() -> str:
-    """What SanaPipeline puts before every caption unless its caller says otherwise."""
+    """The instruction that SanaPipeline puts before every caption by default."""
     from diffusers import SanaPipeline
 
     lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default

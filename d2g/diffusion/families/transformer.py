@@ -1,4 +1,4 @@
-"""What all diffusion transformers share: their repeated blocks, and their image tokens at every depth."""
+"""Base of all diffusion transformers: repeated blocks, and image tokens at every depth."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ JOINT_LORA_TARGETS = (
 
 @dataclass(frozen=True, eq=False)
 class TransformerInputs:
-    """What a transformer gets: x [B, C, h, w], times t [B], the conditioning of B rows, and the number of
+    """Inputs of a transformer: x [B, C, h, w], times t [B], the conditioning of B rows, and the number of
     pixels per latent."""
 
     x: Tensor

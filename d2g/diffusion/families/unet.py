@@ -54,7 +54,7 @@ class UNetFamily(Family):
     def embeddings(
         self, network: Any, x: Tensor, t: Tensor, cond: Conditioning, downscale: int
     ) -> tuple[Tensor, Tensor | None]:
-        """What the blocks of the network take beside features, as in diffusers' forward pass.
+        """Compute the inputs of the blocks besides features, as in diffusers' forward pass.
 
         Inputs as in `forward`, t [B]. Returns the embedding [B, E] of time and conditions, and the states
         [B, L, D] that cross-attention reads; None for networks without text.
