@@ -120,7 +120,7 @@ def open_page(
 
 
 def build_page(page: BrowserPage) -> Any:
-    """The Gradio `Blocks` of a page. `launch()` serves them.
+    """Build the Gradio `Blocks` of a page. `launch()` serves them.
 
     Raises SettingError if Gradio is not installed.
     """
@@ -128,6 +128,7 @@ def build_page(page: BrowserPage) -> Any:
         raise SettingError("the page needs Gradio, which is not installed; `pip install gradio`")
     import gradio
 
+    # Inputs above, galleries of student and teacher below.
     with gradio.Blocks(title=f"diffusion2gan: {page.name}", analytics_enabled=False) as blocks:
         gradio.Markdown(f"# {page.name}: images in one step")
         with gradio.Row():
@@ -150,6 +151,7 @@ def build_page(page: BrowserPage) -> Any:
         if page.teacher is not None:
             galleries.append(_gallery(gradio, f"Teacher, {page.teacher.steps} steps, the same noise"))
 
+        # The button draws; so does moving the slider.
         def draw(*values: Any) -> list[Any]:
             return _draw(gradio, page, *values)
 

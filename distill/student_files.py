@@ -155,18 +155,23 @@ def load_student_weights(
 ) -> bool:
     """Load the EMA weights of a run, or those of an exported student, into a `student` without adapters.
 
-    Adapters are merged first. If the weights take the guidance scale as an input, a guidance embedding is
-    added to `student`. conditioner: the teacher's, into which a student's own text encoders go. folder: one
-    of the run's checkpoints, in place of the newest one. Returns whether it has text encoders of its own.
-    Raises UserError if a tensor is missing, unexpected, or has another shape, and for text encoders without a
-    conditioner.
+    Adapters are merged first. If the weights have an input for the guidance scale, it is added to `student`.
+
+    - conditioner: the teacher's conditioner, which receives the student's own text encoders.
+    - folder: a checkpoint of the run, instead of the newest.
+
+    Returns whether the student has its own text encoders. Raises UserError if a tensor is missing,
+    unexpected, or has another shape, and for text encoders without a conditioner.
     """
+    # Separate the student's own text encoders.
     tensors, own_text = split_tensors(student_tensors(name, folder))
     if own_text and conditioner is None:
         raise SettingError(
             f"{name} has text encoders of its own, which this run would drop; set "
             "student.own_text_encoder=true"
         )
+
+    # Add what the network lacks for these weights, then load them.
     if "unet.time_embedding.cond_proj.weight" in tensors and not student.guided:
         add_guidance_embedding(student.network)
     tensors = student.grow_weights(tensors)

@@ -1,8 +1,8 @@
-"""The distance of a frozen trunk and its gradient, computed together without autograd's graph.
+"""Compute the distance of a frozen trunk and its gradient together, without autograd's graph.
 
-The distance of a sample depends on that sample only. The backward pass therefore contributes one factor per
-sample, and the forward pass can already compute the gradient. It does so for a few rows at a time and drops
-the features: memory does not grow with the batch, and no features wait on the GPU for the backward pass.
+The distance of a sample depends on that sample only. The caller's backward pass therefore contributes one
+factor per sample, and the forward pass can already compute the gradient. It does so for a few rows at a time
+and then drops the features, so memory does not grow with the batch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +16,7 @@ from latent_lpips.vgg import ConvLayer
 from latent_lpips.winograd import FORWARD_CHANNELS, conv3x3, conv3x3_transposed
 
 NORM_EPS = 1e-8
+"""Added to the squared norm of a feature vector."""
 CPU_POSITIONS, GPU_POSITIONS = 2**13, 2**16
 """Latent positions per chunk: two latents of 64x64 (180 MB in fp32) keep a CPU busy, 16 a GPU."""
 
@@ -139,53 +140,56 @@ def _tap_pairs(
 def _tap_pairs_by_difference(
     layers: Sequence[ConvLayer], pred: Tensor, target: Tensor, records: list[LayerRecord] | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the pairs of `_tap_pairs` as they come, so that no features wait, on a CPU.
+    """Yield the pairs of `_tap_pairs` one by one, so that only one is in memory. For CPUs.
 
-    From the first layer with a Winograd weight on, only the target's features are convolved as they are.
-    The difference of both is convolved apart and rounded to its own size: convolutions are linear. Rounding
-    then moves both features alike, and a small distance keeps its relative precision.
+    From the first layer with a Winograd weight on, the target's features and the differences pred - target
+    are convolved, which is possible because convolutions are linear. Rounding is then relative to the
+    difference, and small distances keep their relative precision.
     """
     first_wide = next(k for k, layer in enumerate(layers) if layer.winograd is not None)
-    # Both inputs take turns, layer by layer.
+    # Layers before it: both inputs as they are.
     for layer in layers[:first_wide]:
         (target,), (pred,) = (
             _taps([layer._replace(tap=True)], x, r) for x, r in ((target, None), (pred, records))
         )
         if layer.tap:
             yield pred, target
-    # Then features and differences in one batch, so that weights are read once.
+
+    # Then features and differences as one batch, so that weights are read once.
     count, dtype = len(target), layers[first_wide].weight.dtype
-    both = torch.cat([target, pred - target]).to(dtype)
+    stacked = torch.cat([target, pred - target]).to(dtype)
     del pred, target
-    # Winograd's convolutions begin after the first layer of so many channels: early errors cost the gradient
-    # most.
+    # Winograd's convolutions begin after the first layer of FORWARD_CHANNELS channels, because errors in early
+    # layers harm the gradient most.
     widest = [k for k, layer in enumerate(layers) if min(layer.weight.shape[:2]) >= FORWARD_CHANNELS]
     for k, layer in enumerate(layers[first_wide:], first_wide):
-        both, record = _by_difference(layer, both, count, direct=k not in widest[1:])
+        stacked, record = _by_difference(layer, stacked, count, direct=k not in widest[1:])
         if records is not None:
             records.append(record)
         if layer.tap:
-            features = at_least_fp32(both[:count])
-            yield features + both[count:], features
+            features = at_least_fp32(stacked[:count])
+            yield features + stacked[count:], features
 
 
-def _by_difference(layer: ConvLayer, both: Tensor, count: int, direct: bool) -> tuple[Tensor, LayerRecord]:
-    """Take `count` features and as many differences through a layer; the record is that of their sum. direct:
-    without Winograd's convolutions."""
-    both = _convolve(both, layer, count, direct)
-    features, differences = both[:count], both[count:]
+def _by_difference(layer: ConvLayer, stacked: Tensor, count: int, direct: bool) -> tuple[Tensor, LayerRecord]:
+    """Apply a layer to `count` features and as many differences; the record is that of their sum.
+
+    direct: use direct convolutions instead of Winograd's.
+    """
+    stacked = _convolve(stacked, layer, count, direct)
+    features, differences = stacked[:count], stacked[count:]
     # relu(z + d) - relu(z), which loses no digits of d: max(d + min(z, 0), -max(z, 0)).
     differences += features.clamp_max(0)
     negative = features.relu_().neg()
     torch.maximum(differences, negative, out=differences)
-    size = (both.shape[2], both.shape[3])
+    size = (stacked.shape[2], stacked.shape[3])
     if not layer.pool:
-        return both, LayerRecord(differences > negative, size, None)
-    # The maxima of both can be at different positions.
+        return stacked, LayerRecord(differences > negative, size, None)
+    # Pool the sum and the features separately: their maxima can be at different positions.
     total, indices = F.max_pool2d(at_least_fp32(features) + differences, 2, return_indices=True)
     features = F.max_pool2d(features, 2)
-    both = torch.cat([features, (total - features).to(both.dtype)])
-    return both, LayerRecord(total.bool(), size, indices)
+    stacked = torch.cat([features, (total - features).to(stacked.dtype)])
+    return stacked, LayerRecord(total.bool(), size, indices)
 
 
 def _convolve(x: Tensor, layer: ConvLayer, count: int, direct: bool) -> Tensor:

@@ -155,6 +155,7 @@ def _resume(
     discriminator: TrainedDiscriminator | None,
 ) -> _FitState:
     """Build the state of a training from the newest checkpoint of its run folder, if there is one."""
+    # All ranks start with the weights of rank 0.
     trained = nn.ModuleDict(dict(modules)).train().requires_grad_(True)
     process_group.broadcast(trained.state_dict().values())
     optimizer = torch.optim.AdamW(
@@ -167,14 +168,16 @@ def _resume(
     )
     if discriminator is not None:
         process_group.broadcast(discriminator.module.state_dict().values())
-    if (last := checkpoint.latest(folder)) is not None:
-        last.load("model", trained)
-        state.ema.load(last.tensors("ema"))
-        optimizer.load_state_dict(last.state()["optimizer"])
+
+    # Load the newest checkpoint, and drop lines of the log beyond its image.
+    if (newest := checkpoint.latest(folder)) is not None:
+        newest.load("model", trained)
+        state.ema.load(newest.tensors("ema"))
+        optimizer.load_state_dict(newest.state()["optimizer"])
         if discriminator is not None:
-            last.load(discriminator.name, discriminator.module)
-            discriminator.optimizer.load_state_dict(last.state()[discriminator.name])
-        state.nimg = last.nimg
+            newest.load(discriminator.name, discriminator.module)
+            discriminator.optimizer.load_state_dict(newest.state()[discriminator.name])
+        state.nimg = newest.nimg
         log.rewind(state.nimg)
     return state
 

@@ -39,17 +39,18 @@ def write_teacher_report(
 
     verdict: as `judge_teacher` returns it. images: uint8 [N, 3, S, S], with N `captions`.
     """
+    # Samples and reconstructions beside real pictures.
     rows = spread_rows(len(images), SAMPLES)
     real, texts = images[rows], [captions[row] for row in rows.tolist()]
     teacher, vae = load_teacher(str(out)), pretrained.load_vae(str(out))
     samples = draw_samples(teacher, texts)
-    how = f"{SAMPLE_STEPS} steps of {teacher.default_solver}, guidance {teacher.default_guidance:g}"
+    settings = f"{SAMPLE_STEPS} steps of {teacher.default_solver}, guidance {teacher.default_guidance:g}"
     beside = [
         Pictures(
             title="Samples beside real pictures",
             columns={"real picture": real, "sample": torch.cat(list(decode_uint8(vae, samples)))},
             prompts=texts,
-            text=f"{how}, prompts of the pictures.",
+            text=f"{settings}, prompts of the pictures.",
         )
     ]
     if teacher.family.autoencoder is not None:
@@ -61,6 +62,8 @@ def write_teacher_report(
                 text="What the autoencoder keeps: samples cannot look better than this.",
             )
         )
+
+    # The page: verdict, metrics, pictures, curves and times.
     data = ReportData(
         title=f"Teacher {out.name}",
         summary=verdict["verdict"],
@@ -79,6 +82,7 @@ def write_teacher_report(
 def _metric_rows(numbers: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> list[MetricRow]:
     """The numbers of the verdict, each beside what it is compared with."""
     this, real = "this teacher", "real pictures"
+    # Numbers of every teacher.
     rows = [
         MetricRow(
             name="Loss: mean squared error of epsilon",
@@ -101,6 +105,7 @@ def _metric_rows(numbers: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> 
             note="mean squared difference of neighbors over the variance; white noise has 2",
         ),
     ]
+    # Numbers of an autoencoder, if there is one.
     if numbers["psnr"] is not None:
         values = {this: numbers["psnr"], "mean picture": numbers["psnr_mean"]}
         rows.insert(1, MetricRow(name="Reconstruction PSNR, dB", better="higher", values=values))

@@ -62,12 +62,14 @@ def read_json(path: Path, remedy: str, schema: Any) -> Any:
 def check_type(value: Any, schema: Any, name: str = "") -> None:
     """Raise ValueError, naming the value, unless `value`, read from JSON, has the type `schema`."""
     origin, args = get_origin(schema), get_args(schema)
+    # Choices.
     if origin in (Union, types.UnionType):
         if not any(_matches(value, option) for option in args):
             raise _wrong(value, " or ".join(map(_words, args)), name)
     elif origin is Literal:
         if value not in args:
             raise _wrong(value, " or ".join(map(repr, args)), name)
+    # Objects and lists, whose members are checked in turn.
     elif is_typeddict(schema) or is_dataclass(schema):
         _check_members(value, schema, name)
     elif (origin or schema) in (dict, Mapping):
@@ -80,6 +82,7 @@ def check_type(value: Any, schema: Any, name: str = "") -> None:
             raise _wrong(value, "a JSON list", name)
         for number, member in enumerate(value) if args else ():
             check_type(member, args[0], f"{name}[{number}]")
+    # Single values.
     elif not _is_plain(value, schema):
         raise _wrong(value, _words(schema), name)
 

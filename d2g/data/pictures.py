@@ -118,7 +118,10 @@ def _formats() -> list[str]:
 
 
 def _as_rgb(opened: Image.Image, name: str, exact: bool) -> tuple[Image.Image, tuple[str, ...]]:
-    """The picture as 8-bit RGB, and what it was before."""
+    """Convert a picture to 8-bit RGB; returns it and the kinds of its original format.
+
+    With `exact`, animated and transparent pictures raise UserError, and EXIF rotations are ignored.
+    """
     # Pillow counts a phone's MPO as animated, but it is a JPEG with appended data.
     if opened.format != "MPO" and getattr(opened, "is_animated", False):
         if exact:
@@ -126,6 +129,7 @@ def _as_rgb(opened: Image.Image, name: str, exact: bool) -> tuple[Image.Image, t
                 f"{name} is animated; an evaluation takes still pictures, remove it or keep one frame"
             )
         _log_choice("of animated pictures the first frame is taken", name)
+    # Reduce to 8 bits, then remove the alpha channel.
     opened.load()
     image, kinds = _to_8_bits(opened, name, exact)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

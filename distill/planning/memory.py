@@ -309,18 +309,21 @@ def _activations(
 def _penalty_bytes(
     config: DistillConfig, network: nn.Module, student: Student, discriminator: nn.Module, rows: float
 ) -> float:
-    """Bytes at the peak of a pass of R1 and its backward pass, beside weights and gradients.
+    """Peak bytes of R1 and its backward pass, besides weights and gradients.
 
-    It is in fp32, or in bf16 where FSDP2 gathers the weights so. network: the discriminator with the frozen
-    networks that it reads through.
+    R1 runs in fp32, or in bf16 if FSDP2 gathers bf16 weights. network: the discriminator with its frozen
+    feature networks.
     """
-    b = discriminator_input(
+    inputs = discriminator_input(
         config.gan, fake_batch(open_pipeline(config.teacher), student, max(1, round(rows)))
     )
 
     def run() -> None:
         with sdpa_kernel(SDPBackend.MATH):
-            r1_penalty(discriminator, b.latents, b.noise, b.cond, draws=b.draws).backward()
+            penalty = r1_penalty(discriminator, inputs.latents, inputs.noise, inputs.cond, draws=inputs.draws)
+            penalty.backward()
+
+    # Run it with gradients that exist already, which are not part of the peak.
 
     in_bf16 = config.engine.parallel == "fsdp" and config.train.bf16
     units = DISCRIMINATORS[config.gan.discriminator].shard_units(config.teacher, discriminator)
@@ -337,12 +340,15 @@ def _penalty_bytes(
 
 @contextmanager
 def _gathered_in_bf16(network: nn.Module, units: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, a network computes as FSDP2 runs it in mixed precision: with weights in bf16, to which each of
-    the `units` casts its inputs."""
+    """Context in which a network computes as under FSDP2 with mixed precision.
+
+    Its weights are in bf16, and each of the `units` casts its inputs to bf16.
+    """
 
     def cast_inputs(unit: nn.Module, *inputs: Any) -> Any:
         return tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, inputs)
 
+    # Replace the weights, and cast inputs at the units.
     weights = [
         (module, name, parameter)
         for module in network.modules()
@@ -353,6 +359,8 @@ def _gathered_in_bf16(network: nn.Module, units: Iterable[nn.Module]) -> Iterato
     for module, name, parameter in weights:
         half = nn.Parameter(parameter.detach().bfloat16(), parameter.requires_grad)
         module._parameters[name] = half
+
+    # Put the weights back afterwards.
     try:
         yield
     finally:

@@ -35,6 +35,7 @@ def validate_config(config: DistillConfig) -> None:
 
 def _check_without_pairs(config: DistillConfig) -> None:
     """Raise SettingError for settings that need pairs."""
+    # Which stages can run without pairs, and on what.
     if config.stage == "ode":
         raise SettingError("pairs is not set; give --pairs")
     if config.stage == "cd" and not config.without_pairs:
@@ -54,6 +55,7 @@ def _check_without_pairs(config: DistillConfig) -> None:
         raise SettingError(
             f"pairs is not set{reason}; give --pairs, or train on real images alone: set {needed}"
         )
+    # Held-out pairs and guidance scales come from pairs.
     if config.train.validate_pairs:
         raise SettingError(
             f"train.validate_pairs is {config.train.validate_pairs}, but there are no pairs; set it to 0, "

@@ -293,6 +293,8 @@ def _expect_kind(init: str, kind: str) -> None:
 
 
 def _build_student(config: DistillConfig, fresh: bool) -> Student:
+    """Build the student with its initial weights, and switch gradients on for the trained parameters."""
+    # Weights of the teacher, of the run or student `init`, or random ones.
     student = build_student(
         config.teacher, config.student_timestep, config.student, config.seed, config.stage
     )
@@ -304,6 +306,8 @@ def _build_student(config: DistillConfig, fresh: bool) -> Student:
         raise SettingError(
             f"{config.init} takes the guidance scale as an input; set student.guidance_conditioning=true"
         )
+
+    # Adapters, guidance input and own text encoders.
     if isinstance(student, DiffusionStudent):
         add_adapters(student, config.student, config.seed)
         if config.student.lora_rank and config.init not in ("", FROM_TEACHER) and fresh:

@@ -76,7 +76,7 @@ def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> ImageSource:
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         # Read the files once per preprocessing: images of several sizes cannot be stacked before resizing.
         # Only the first reader counts conversions and digests.
-        reading, before = Reading(), Counter[str]()
+        reading, counted = Reading(), Counter[str]()
         readers = [
             read_images(
                 files,
@@ -88,6 +88,8 @@ def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> ImageSource:
             )
             for position, size in enumerate(sizes)
         ]
+
+        # Join the batches of all preprocessings, with prompts, conversions and digests of these files.
         first = numbers.start
         for batches in zip(*readers, strict=True):
             captions = batches[0][1]
@@ -99,10 +101,10 @@ def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> ImageSource:
                 first=first,
                 views=views,
                 prompts=texts,
-                converted=reading.converted - before,
+                converted=reading.converted - counted,
                 digests=digests.reshape(count, -1),
             )
-            before, first = reading.converted.copy(), first + count
+            counted, first = reading.converted.copy(), first + count
 
     facts = {"kind": "images", "name": files.name, "files_sha256": digest(files.listing()), "images": count}
     if prompts:

@@ -43,11 +43,14 @@ def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
     With an `out` folder, writes curve.json, curve.png, report.html, and the parts of each point from which an
     interrupted curve resumes. Raises SettingError for a setting that the sampler does not have.
     """
+    # Check the settings, and read earlier curves to draw beside this one.
     _check(config)
     earlier = {folder: _read_curve(Path(folder), config) for folder in config.beside}
     session = EvalSession(config.run, progress)
     if not {"fid", "clip"} <= set(session.metrics):
         raise SettingError("a curve is of FID over CLIP score, so its metrics must have fid and clip")
+
+    # Measure all points. Rank 0 writes the curve.
     with session.sole_evaluation():
         points = measure_points(session, config)
         facts = _facts(points, config.setting)

@@ -138,10 +138,13 @@ class PreferenceStudy:
 
 
 def open_server(study: PreferenceStudy, host: str, port: int) -> ThreadingHTTPServer:
-    """A server of the page, not running yet; port 0 takes a free one. Raises UserError for an address that
-    cannot be listened on."""
+    """Open a server of the page, without running it. Port 0 takes a free port.
+
+    Raises UserError for an address on which it cannot listen.
+    """
     page = files("eval.study").joinpath("prefer.html").read_bytes()
 
+    # The answers to GET and POST requests.
     class Handler(_Handler):
         routes: ClassVar[dict[str, Route]] = {
             "/": lambda query: ("text/html; charset=utf-8", page),

@@ -269,7 +269,8 @@ def _select_rows(rows: PairBatch, keep: Tensor) -> PairBatch:
 
 
 def _join(batches: Sequence[PairBatch], spec: StoreSpec | None = None) -> PairBatch:
-    """The rows of all batches, without repeats, in order of index. An empty list needs `spec`."""
+    """Join the rows of all batches, without repeats, in order of index. An empty list needs `spec`."""
+    # Without batches, there are rows of no length.
     if not batches:
         assert spec is not None
         empty = torch.empty(0, *spec.latent_shape, dtype=spec.torch_dtype)
@@ -281,6 +282,7 @@ def _join(batches: Sequence[PairBatch], spec: StoreSpec | None = None) -> PairBa
             index=torch.empty(0, dtype=torch.int64),
             condition=None if shape is None else torch.empty(0, *shape, dtype=spec.torch_dtype),
         )
+    # Sort by index; of equal indices, the first is kept.
     index = torch.cat([b.index for b in batches])
     order = np.unique(index.numpy(), return_index=True)[1]
     prompts = [prompt for b in batches for prompt in b.prompts]

@@ -129,6 +129,8 @@ def _run_part(part: str, job: _Job) -> dict[str, Any]:
     del settings["fit"]["images"]
     if part == "stage_b":
         settings["compressor"] = to_json(job.config.compressor)
+
+    # A finished part returns its scores. Only stage C can be trained further.
     file = job.work / part / "scores.json"
     log = RunLog(job.work / part, {**settings, "images": length}, notes=("images",))
     if file.is_file():
@@ -140,6 +142,8 @@ def _run_part(part: str, job: _Job) -> dict[str, Any]:
                 f"{part} in {file.parent} is finished with {scores['length']:,} images, the settings ask for "
                 f"{length:,}; give {scores['length']:,}, or another --out"
             )
+
+    # Train it, and mark it as finished.
     started = time.monotonic()
     scores = _TRAIN_PART[part](job, log)
     scores |= {"length": length, "seconds": time.monotonic() - started}

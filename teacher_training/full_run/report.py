@@ -42,6 +42,7 @@ def write_run_report(
 
     pictures: of `save_pictures`. results: by the name of the sampler. verdicts: on the teacher and the pairs.
     """
+    # Pictures, curves and results of all parts that have run so far.
     beside = _pictures_beside(config.pairs, out, teacher, pictures)
     separate = {name: out / "results" / name for name in SAMPLER_TITLES}
     curves = teacher_curves(Path(teacher) / "training")
@@ -73,6 +74,7 @@ def write_run_report(
 
 def _pictures_beside(pairs: PairConfig, out: Path, teacher: str, pictures: Path) -> list[Pictures]:
     """Real pictures beside all samplers on the same noise with their captions, and reconstructions."""
+    # One source per sampler, all from the same noise and captions.
     real, captions = spread_pictures(pictures, BESIDE_COUNT)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     request = SamplingRequest(prompts=captions, seed=SAMPLE_SEED, device=device)
@@ -102,11 +104,11 @@ def _pictures_beside(pairs: PairConfig, out: Path, teacher: str, pictures: Path)
 def stage_curves(title: str, lines: Sequence[Mapping[str, float]]) -> list[Curve]:
     """Curves of the loss terms and of the discriminator's mean logits, over training images."""
     curves = []
-    for prefix, what in (("loss", "losses"), ("logit", "the discriminator's mean logits")):
+    for prefix, subject in (("loss", "losses"), ("logit", "the discriminator's mean logits")):
         names = sorted({name for line in lines for name in line if _part_of(name, prefix)})
         points = {name: [(line["nimg"], line[name]) for line in lines if name in line] for name in names}
         if points:
-            curves.append(Curve(title=f"{title}: {what}", x="images", y=prefix, lines=points))
+            curves.append(Curve(title=f"{title}: {subject}", x="images", y=prefix, lines=points))
     return curves
 
 
