@@ -159,8 +159,8 @@ def _tap_pairs_by_difference(
     count, dtype = len(target), layers[first_wide].weight.dtype
     stacked = torch.cat([target, pred - target]).to(dtype)
     del pred, target
-    # Winograd's convolutions begin after the first layer of FORWARD_CHANNELS channels, because errors in early
-    # layers harm the gradient most.
+    # Winograd's convolutions begin after the first layer of FORWARD_CHANNELS channels, because errors in
+    # early layers harm the gradient most.
     widest = [k for k, layer in enumerate(layers) if min(layer.weight.shape[:2]) >= FORWARD_CHANNELS]
     for k, layer in enumerate(layers[first_wide:], first_wide):
         stacked, record = _by_difference(layer, stacked, count, direct=k not in widest[1:])
