@@ -23,7 +23,7 @@ UNBOUNDED = 1e3
 
 @dataclass(frozen=True)
 class Churn:
-    """Fresh noise in each step, which makes samples random functions of their noise (EDM Algorithm 2).
+    """New noise in each step, which makes the solver stochastic (EDM Algorithm 2).
 
     amount: S_churn. fresh_noise: step number -> noise [B, C, h, w] of unit variance.
     """
@@ -56,9 +56,9 @@ def heun_step(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
     The ODE is d(x / alpha) / d(sigma / alpha) = eps, and DDIM is its Euler step. With alpha = 1 this is the
     paper's algorithm line by line.
     """
-    first = denoise(x, now)
-    second = denoise(ddim_step(first, after), after)
-    epsilon = (first.epsilon + second.epsilon) / 2
+    at_start = denoise(x, now)
+    at_end = denoise(ddim_step(at_start, after), after)
+    epsilon = (at_start.epsilon + at_end.epsilon) / 2
     step = after.sigma / after.alpha - now.sigma / now.alpha
     return after.alpha * (x / now.alpha + step * epsilon)
 
@@ -66,21 +66,21 @@ def heun_step(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
 def heun_step_at_noise(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
     """Heun's step on the same ODE written as d(x / sigma) / d(alpha / sigma) = x_0, for zero terminal SNR.
 
-    There sigma / alpha is infinite at the start, and halves in one step however many steps there are, so in
-    sigma space Heun would be of first order only.
+    With zero terminal SNR, sigma / alpha is infinite at the start and halves in one step, whatever the number
+    of steps. In sigma space, Heun's method would therefore be of first order only.
     """
-    first = denoise(x, now)
-    second = denoise(ddim_step(first, after), after)
-    x0 = (first.x0 + second.x0) / 2
+    at_start = denoise(x, now)
+    at_end = denoise(ddim_step(at_start, after), after)
+    x0 = (at_start.x0 + at_end.x0) / 2
     step = after.alpha / after.sigma - now.alpha / now.sigma
     return after.sigma * (x / now.sigma + step * x0)
 
 
 def flow_heun_step(denoise: Denoise, x: Tensor, now: Point, after: Point) -> Tensor:
     """Heun's second-order step in a flow's own time."""
-    first = velocity(denoise(x, now))
-    second = velocity(denoise(euler_step(x, first, now, after), after))
-    return euler_step(x, (first + second) / 2, now, after)
+    at_start = velocity(denoise(x, now))
+    at_end = velocity(denoise(euler_step(x, at_start, now, after), after))
+    return euler_step(x, (at_start + at_end) / 2, now, after)
 
 
 def velocity(prediction: Denoised) -> Tensor:

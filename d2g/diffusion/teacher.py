@@ -29,8 +29,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Teacher:
     """A frozen teacher of any family on one device. Build it with `load_teacher`.
 
-    `pipeline`: its class in diffusers. `latent_shape`: (C, h, w) of the resolution the network was trained
-    at; it also samples at others. `config`: of the network, which may be replaced by a compiled one.
+    pipeline: the name of its diffusers class. latent_shape: shape (C, h, w) at the resolution of training; it
+    can also sample at others. config: the network's config; the network itself may be compiled.
 
     >>> from d2g.core.seeds import noise
     >>> from d2g.diffusion import load_teacher
@@ -75,8 +75,8 @@ class Teacher:
 
     @property
     def default_guidance(self) -> float:
-        """The guidance scale where the user gives none: TEACHER_GUIDANCE, or the usual one of a network that
-        takes it as an input; 1 for networks without guidance."""
+        """Guidance scale if the user gives none: TEACHER_GUIDANCE, the family's usual scale if the network
+        takes it as an input, or 1 without guidance."""
         without = TEACHER_GUIDANCE if self.conditioner.has_null else 1.0
         return self.family.embedded_guidance or without
 
@@ -87,8 +87,8 @@ class Teacher:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts that decide latents, in addition to weights, prompts and a job's settings, as JSON values."""
-        # Each kind of schedule has its own numbers that decide latents.
+        """Facts that determine latents, besides weights, prompts and a job's settings, as JSON values."""
+        # Each kind of schedule has its own parameters.
         facts: dict[str, Any] = {"pipeline": self.pipeline, "prediction_type": self.schedule.prediction}
         if isinstance(self.schedule, Schedule):
             facts["steps_offset"] = self.schedule.steps_offset
@@ -140,7 +140,7 @@ class Teacher:
                 network_cond,
                 self.space.downscale,
             )
-            output = output[:, : x.shape[1]].float()  # a learned variance follows the mean
+            output = output[:, : x.shape[1]].float()  # drop the channels of a learned variance
             # Guidance combines raw outputs, before the conversion to x_0 and epsilon.
             if classifier_free:
                 unconditional, conditional = output.chunk(2)
@@ -160,9 +160,10 @@ class Teacher:
         cond: Conditioning | None = None,
         churn: Churn | None = None,
     ) -> Tensor:
-        """Noise [B, C, h, w] and B prompts -> scaled latents [B, C, h, w], fp32, on the teacher's device.
+        """Sample scaled latents [B, C, h, w], fp32, on the teacher's device.
 
-        With `cond`, the encoded prompts of the B rows, `prompts` is not read.
+        noise: [B, C, h, w] of unit variance. prompts: B texts; they are ignored if `cond` has the encoded
+        prompts of the B rows. steps: solver steps. Call `check_solver` with these settings first.
         """
         if cond is None:
             unique = list(dict.fromkeys(prompts))  # each different prompt is encoded once
