@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 SPARE = 5
-"""Candidates beyond k that are measured again, because rounding may have changed their order."""
+"""Number of candidates beyond k whose distance is also computed exactly: rounding may change their order."""
 
 CONFIDENCE = 8.0
 """The rounding error of a dot product of D terms exceeds CONFIDENCE * sqrt(D) * eps * (size of the terms)
@@ -18,7 +18,7 @@ with a probability below 1e-13 (Higham & Mary 2019, Theorem 2.4).
 """
 
 PAIRS = 4096
-"""Pairs that are measured exactly at once."""
+"""Number of pairs whose distance is computed exactly at once."""
 
 
 class CenteredRows:
@@ -55,13 +55,11 @@ class DistanceBlock:
         """Whether each pair is within the squared `radius`, float64 [n, 1] or [1, m]: bool [n, m]."""
         # Pairs that rounding cannot move across the radius are settled; the others are computed again.
         inside = self.approximate <= (radius - self.bound).to(self.approximate.dtype)
-        unsettled = (self.approximate <= (radius + self.bound).to(self.approximate.dtype)).logical_xor_(
-            inside
-        )
+        maybe_inside = self.approximate <= (radius + self.bound).to(self.approximate.dtype)
+        unsettled = maybe_inside.logical_xor_(inside)
         pairs = unsettled.nonzero()
-        if (
-            len(pairs) * 100 > inside.numel()
-        ):  # for example a collapsed set: one float64 product is faster than many exact pairs
+        # Many unsettled pairs, as of a collapsed set: one float64 product is faster than exact pairs.
+        if len(pairs) * 100 > inside.numel():
             squared, bound = self._float64_products()
             return squared <= radius + bound
         for part in pairs.split(PAIRS):
@@ -139,12 +137,12 @@ def kth_neighbor_distances(a: CenteredRows, ranks: Sequence[int], chunk: int) ->
 
 
 def _merge(best: Tensor, position: Tensor, squared: Tensor, start: int) -> None:
-    """Merge `squared` [n, m], distances to the rows from `start` on, into the smallest so far, in place."""
+    """Merge squared distances [n, m] to the rows from `start` on into the smallest ones so far, in place."""
     values, columns = squared.topk(min(best.shape[1], squared.shape[1]), largest=False)
-    both, numbers = torch.cat([best, values], 1), torch.cat([position, columns + start], 1)
-    smallest, order = both.topk(best.shape[1], largest=False)
+    candidates, positions = torch.cat([best, values], 1), torch.cat([position, columns + start], 1)
+    smallest, order = candidates.topk(best.shape[1], largest=False)
     best.copy_(smallest)
-    position.copy_(numbers.gather(1, order))
+    position.copy_(positions.gather(1, order))
 
 
 def closest(

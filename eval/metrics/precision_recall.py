@@ -10,8 +10,11 @@ from eval.metrics.distances import CenteredRows, DistanceBlock, blocks, kth_neig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Neighbors:
-    """Fractions in [0, 1]; density may exceed 1. `density_error`: its standard error over other fake rows."""
+class PrecisionRecall:
+    """Values in [0, 1]; density may exceed 1.
+
+    density_error: standard error of the density over other fake rows, with the real rows fixed.
+    """
 
     precision: float
     recall: float
@@ -20,7 +23,7 @@ class Neighbors:
     density_error: float = field(default=0.0, compare=False)
 
 
-def precision_recall(real: Tensor, fake: Tensor, *, k: int, chunk: int = 2048) -> Neighbors:
+def precision_recall(real: Tensor, fake: Tensor, *, k: int, chunk: int = 2048) -> PrecisionRecall:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     `real` [N, D], `fake` [M, D]. The ball around a row reaches to its k-th nearest neighbor in its own set,
@@ -39,8 +42,8 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int, chunk: int = 2048) -
 
 def precision_recalls(
     real: Tensor, fake: Tensor, *, ks: tuple[int, ...], chunk: int = 2048
-) -> dict[int, Neighbors]:
-    """`precision_recall` at several k, for little more than the cost of one."""
+) -> dict[int, PrecisionRecall]:
+    """Compute `precision_recall` at several k, for little more than the cost of one. Returns values by k."""
     largest = max(ks)
     if min(len(real), len(fake)) <= largest:
         raise UserError(
@@ -49,23 +52,25 @@ def precision_recalls(
         )
     # Squared radii of the balls of both sets, each set centered around its own mean.
     center = real.double().mean(0)
-    a = CenteredRows(real, center)
-    radius_a = kth_neighbor_distances(a, ks, chunk)
-    radius_b = kth_neighbor_distances(CenteredRows(fake, fake.double().mean(0)), ks, chunk)
-    # Compare the sets block by block around one common center.
-    b = CenteredRows(fake, center)
+    real_rows = CenteredRows(real, center)
+    real_radius = kth_neighbor_distances(real_rows, ks, chunk)
+    fake_radius = kth_neighbor_distances(CenteredRows(fake, fake.double().mean(0)), ks, chunk)
+
+    # Compare the sets block by block, around one common center. Count the real balls around each fake row. Of
+    # each real row, note whether its ball contains a fake row, and whether it lies in a fake ball.
+    fake_rows = CenteredRows(fake, center)
     balls = torch.zeros(len(ks), len(fake), device=fake.device)  # float32 counts are exact up to 2^24
     covered, recalled = (torch.zeros(len(ks), len(real), dtype=torch.bool, device=real.device) for _ in "ab")
     for rows in blocks(len(real), chunk):
         for columns in blocks(len(fake), chunk):
-            block = DistanceBlock(a, rows, b, columns)
+            block = DistanceBlock(real_rows, rows, fake_rows, columns)
             for i in range(len(ks)):
-                inside = block.within(radius_a[rows, i, None])
+                inside = block.within(real_radius[rows, i, None])
                 balls[i, columns] += inside.float().sum(0)
                 covered[i, rows] |= inside.any(1)
-                recalled[i, rows] |= block.within(radius_b[None, columns, i]).any(1)
+                recalled[i, rows] |= block.within(fake_radius[None, columns, i]).any(1)
     return {
-        k: Neighbors(
+        k: PrecisionRecall(
             precision=_share(balls[i] > 0),
             recall=_share(recalled[i]),
             density=balls[i].double().sum().item() / (k * len(fake)),

@@ -12,14 +12,14 @@ from torch_fidelity.metric_prc import calculate_precision_recall_part
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from eval.metrics import distances as pairwise
-from eval.metrics.precision_recall import Neighbors, precision_recall, precision_recalls
+from eval.metrics.precision_recall import PrecisionRecall, precision_recall, precision_recalls
 
 
 def points(count: int, seed: int, scale: float = 1.0, dim: int = 4) -> Tensor:
     return torch.randn(count, dim, generator=generator(seed)) * scale
 
 
-def brute_force(real: Tensor, fake: Tensor, k: int) -> Neighbors:
+def brute_force(real: Tensor, fake: Tensor, k: int) -> PrecisionRecall:
     def distances(a: Tensor, b: Tensor) -> Tensor:
         return (a.double()[:, None] - b.double()[None]).square().sum(2)
 
@@ -28,7 +28,7 @@ def brute_force(real: Tensor, fake: Tensor, k: int) -> Neighbors:
 
     between = distances(real, fake)
     inside = between <= radii(real)[:, None]
-    return Neighbors(
+    return PrecisionRecall(
         precision=inside.any(0).double().mean().item(),
         recall=(between <= radii(fake)).any(1).double().mean().item(),
         density=inside.double().sum().item() / (k * len(fake)),
