@@ -66,6 +66,11 @@ def metric_flops(config: DistillConfig, positions: int) -> float:
     return LATENT_LPIPS * positions * sum(draws.get(name, 0) for name in config.regression.names)
 
 
+def row_flops(config: DistillConfig, kind: str, unet: float) -> float:
+    """FLOP of a row in a training step without R1. kind: a key of UNETS; unet: FLOP of its forward pass."""
+    return forward_equivalents(config) * unet + metric_flops(config, UNETS[kind]["sample_size"] ** 2)
+
+
 def fitting_engine(config: DistillConfig, gpus: int, memory_gib: float) -> tuple[DistillConfig, float]:
     """The config with the first engine that fits, from fastest to most economical, and its GiB per GPU."""
     rows = config.train.batch_size // gpus
@@ -107,8 +112,7 @@ def scaling_row(
     config = replace(TABLE_A1[name][stage], teacher=teacher)
     rows = config.train.batch_size // gpus
     config, memory = fitting_engine(config, gpus, args.memory)
-    positions = UNETS["sdxl" if "sdxl" in name else "sd15"]["sample_size"] ** 2
-    work = rows * (forward_equivalents(config) * flops + metric_flops(config, positions))
+    work = rows * row_flops(config, name.split("-")[0], flops)
     compute = work / (args.tflops * 1e12 * args.used)
     parameters = sum(p.numel() for p in pretrained.load_on_meta(teacher, "unet").parameters())
     traffic = traffic_bytes(config, gpus, parameters)

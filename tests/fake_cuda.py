@@ -17,8 +17,8 @@ and MFU of an H100. `families` samples pairs and trains both stages of tiny teac
 tests/tiny_teachers.py; a cascade's prior before its decoder), and prints such an object by kind and stage;
 `pairs`: waits of a second batch.
 `memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak:
-`tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders,
-and `operators_per_step`, views among them.
+`tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders;
+`flop_per_step`, recomputed layers among them; and `operators_per_step`, views among them.
 `ranks` and `memory-ranks` do so as the first of COUNT ranks, in a group whose collectives send nothing. DDP
 then has torch's reducer in Python (docs/scaling.md), which has no buckets: its memory is not that of DDP.
 """
@@ -438,6 +438,32 @@ def live_bytes() -> Any:
     return live
 
 
+def step_flops() -> Any:
+    """Counts FLOP of a step, with attention as distill.planning.flops.count has it: as plain products."""
+    from distill.planning.flops import Flops
+
+    class StepFlops(Flops):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if is_wrapped(types):
+                return NotImplemented  # its own dispatch comes back with what is inside
+            if is_asked_for_shapes():
+                return func(*args, **(kwargs or {}))
+            before = self.total
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            # Of five products, the backward pass of these kernels recomputes one.
+            if func in ATTENTION_BACKWARD:
+                self.total -= (self.total - before) / 5
+            return result
+
+    return StepFlops()
+
+
+ATTENTION_BACKWARD = (
+    aten._scaled_dot_product_flash_attention_backward.default,
+    aten._scaled_dot_product_efficient_attention_backward.default,
+)
+
+
 def memory(name: str, stage: str, *settings: str, ranks: int = 1) -> None:
     from benchmarks.training_step import RandomStep, text_encoders_gib
     from d2g.core.config import override
@@ -453,13 +479,13 @@ def memory(name: str, stage: str, *settings: str, ranks: int = 1) -> None:
     pretend_cuda()
     if ranks > 1:
         pretend_ranks(ranks)
-    live = live_bytes()
-    with torch.autograd.set_multithreading_enabled(False), FakeCuda() as mode, live, GpuAttention():
+    live, flops = live_bytes(), step_flops()
+    with torch.autograd.set_multithreading_enabled(False), FakeCuda() as mode, live, flops, GpuAttention():
         step = RandomStep(config, torch.device("cuda", 0), folder, lambda net, _: to_fake(net, "cuda"))
         before = live.peak = live.live  # not that of building the networks
         for _ in range(2):
             step.state.steps = 0  # R1 comes in both steps, and in the second one beside optimizer states
-            mode.operators = 0
+            mode.operators, flops.total = 0, 0.0
             step()
     gib = 2.0**30
     print(
@@ -469,6 +495,7 @@ def memory(name: str, stage: str, *settings: str, ranks: int = 1) -> None:
                 "forecast": forecast.total - text_encoders_gib(config),
                 "tracked_before_the_step": before / gib,
                 "forecast_working": forecast.working,
+                "flop_per_step": flops.total,
                 "operators_per_step": mode.operators,
             }
         )

@@ -8,6 +8,7 @@ tests/d2g/test_engine.py.
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ import pytest
 import torch
 
 import tiny_teachers
+from d2g.core.config import override
+from distill.config.presets import DISTILL_PRESETS
+from distill.planning.flops import flop_per_image
+from distill.planning.reference_models import configs_only
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -109,14 +114,19 @@ def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
 @pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize(
     ("stage", "settings"),
-    [("ode", ()), ("gan", ("gan.r1_rows=1", "engine.activation_checkpointing=false"))],
+    [("ode", ()), ("gan", ("gan.r1_rows=1", "gan.r1_interval=1", "engine.activation_checkpointing=false"))],
 )
-def test_the_memory_forecast_of_sd15_agrees_with_the_storages_of_a_step(
-    stage: str, settings: tuple[str, ...], warm_python: str
+def test_the_forecasts_of_sd15_agree_with_a_step(
+    stage: str, settings: tuple[str, ...], warm_python: str, tmp_path: Path
 ) -> None:
-    """Two steps of 8 rows at the size of SD 1.5, R1 included. docs/scaling.md has more recipes."""
-    result = fake_cuda(warm_python, "memory", "sd15-cfg3", stage, "train.batch_size=8", *settings)
+    """Two steps of 8 rows at the size of SD 1.5, with R1 in each: their memory, and the FLOP by which a run
+    reports its MFU. docs/scaling.md has the memory of more recipes."""
+    settings = ("train.batch_size=8", *settings)
+    result = fake_cuda(warm_python, "memory", "sd15-cfg3", stage, *settings)
     assert result["forecast"] == pytest.approx(result["tracked"], rel=0.05)
+    recipe = DISTILL_PRESETS["sd15-cfg3"]
+    config = override(replace(recipe[stage], teacher=configs_only(recipe.model, tmp_path)), settings)
+    assert result["flop_per_step"] == pytest.approx(8 * flop_per_image(config), rel=0.01)
 
 
 @pytest.mark.long
