@@ -75,7 +75,9 @@ class SampleOptions(WorkOptions):
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass (32).")] = None
     guidance: Annotated[
         float | None,
-        typer.Option(help="Guidance of a teacher (3); or to imitate, for a student that takes it (8)."),
+        typer.Option(
+            help="Guidance of a teacher (3); or to imitate, for a student that takes it (8, or its pairs')."
+        ),
     ] = None
     psi: Annotated[
         float | None, typer.Option(help="Truncation of a student with styles, 0 (its mean) to 1 (none).")

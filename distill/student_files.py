@@ -1,5 +1,6 @@
 """Read the facts and the weights of a run of `d2g distill`, or of an exported student."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -20,6 +21,8 @@ from distill.models.text_student import split_tensors
 
 DEFAULT_GUIDANCE = 8.0
 """Guidance scale of a student that takes it as an input, where nothing else is known."""
+GUIDANCE_WEIGHT = "unet.time_embedding.cond_proj.weight"
+"""The weight of a guidance input that was added to a teacher's network."""
 REMEDIES = {
     "student.json": "export the student again",
     "config.json": RESTORE_CONFIG_HINT,
@@ -33,7 +36,7 @@ class CommonFacts(TypedDict):
     teacher: NotRequired[str]
     student_timestep: NotRequired[int]
     guidance: NotRequired[float]
-    """Of an export whose teacher takes the guidance scale as an input: the scale of its pairs."""
+    """Of an export that takes the guidance scale as an input: `student_guidance` of its run."""
     condition_teacher: NotRequired[str]
     """Of an export of a cascade's later stage: the denoiser's sha256 of the stage before."""
     clip_guidance_sha256: NotRequired[str]
@@ -89,17 +92,24 @@ def guiding_clip(name: str) -> str:
     return str(facts.get("inputs", {}).get("clip", "") or facts.get("clip_guidance_sha256", ""))
 
 
+def sampled_guidance(scales: Sequence[float]) -> float:
+    """The guidance scale at which a student of pairs with these scales is drawn: DEFAULT_GUIDANCE, or the
+    nearest scale in their range, because the student has learned no other."""
+    return min(max(DEFAULT_GUIDANCE, min(scales)), max(scales))
+
+
 def student_guidance(name: str, teacher: str) -> float:
     """The guidance scale at which a student is drawn unless the user gives another.
 
-    Where the teacher takes the scale as an input: that of the run's first pair store, as recorded.
+    `sampled_guidance` of its pairs, as recorded; where the teacher takes the scale as an input, that of the
+    run's first pair store.
     """
-    usual = family_of(teacher).embedded_guidance
-    if usual is None:
-        return DEFAULT_GUIDANCE
+    embedded = family_of(teacher).embedded_guidance
     _, _, facts = _student_facts(name)
     stores = facts.get("inputs", {}).get("pairs", [])
-    return float(stores[0]["guidance"] if stores else facts.get("guidance", usual))
+    if not (scales := [float(store["guidance"]) for store in stores if "guidance" in store]):
+        return float(facts.get("guidance", DEFAULT_GUIDANCE if embedded is None else embedded))
+    return sampled_guidance(scales) if embedded is None else scales[0]
 
 
 def condition_teacher(name: str) -> str:
@@ -172,7 +182,7 @@ def load_student_weights(
         )
 
     # Add what the network lacks for these weights, then load them.
-    if "unet.time_embedding.cond_proj.weight" in tensors and not student.guided:
+    if GUIDANCE_WEIGHT in tensors and not student.guided:
         add_guidance_embedding(student.network)
     tensors = student.grow_weights(tensors)
     try:

@@ -427,7 +427,7 @@ class SampleConfig:
     guidance: float | None = setting(
         None,
         "Guidance scale of the teacher (null: 3), or to imitate, for a student with guidance conditioning "
-        "(null: 8)",
+        "(null: 8, or the nearest scale in the range of its pairs)",
     )
 
     def __post_init__(self) -> None:

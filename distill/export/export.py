@@ -28,6 +28,7 @@ from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
 from distill.sampling import load_student
 from distill.student_files import (
+    GUIDANCE_WEIGHT,
     condition_teacher,
     guiding_clip,
     kind_settings,
@@ -84,7 +85,7 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
     facts: dict[str, Any] = {"teacher": source, "student_timestep": timestep}
     if (kind := kind_settings(run)).kind != "diffusion":
         facts["student"] = to_json(kind)
-    if family_of(teacher or source).embedded_guidance is not None:
+    if GUIDANCE_WEIGHT in tensors or family_of(teacher or source).embedded_guidance is not None:
         facts["guidance"] = student_guidance(run, teacher or source)
     if clip := guiding_clip(run):
         facts["clip_guidance_sha256"] = clip

@@ -12,8 +12,9 @@ from d2g.diffusion.pipelines import family_of
 from distill.config.run import DistillConfig
 from distill.config.student import StudentConfig
 from distill.models.student import takes_guidance
-from distill.student_files import DEFAULT_GUIDANCE
+from distill.student_files import DEFAULT_GUIDANCE, sampled_guidance
 from distill.training.data import open_pairs, pair_batches, require_enough_pairs, training_pairs
+from distill.training.inputs import store_specs
 from distill.training.real_images import CaptionKind, caption_kind
 from distill.training.real_rows import ImageRows
 from distill.training.text_cache import TextCache
@@ -98,9 +99,11 @@ def shape_of(reader: PairRows | ImageRows) -> tuple[int, int, int]:
 
 
 def sample_guidance(teacher: str, student: StudentConfig, reader: PairRows | ImageRows) -> float | None:
-    """The guidance scale of samples that have no pairs: that of the run's pairs where the teacher takes it;
-    None for students that do not take it."""
+    """The guidance scale of samples that have no pairs, as `student_guidance` of the finished run; None for
+    students that do not take it."""
     if not takes_guidance(teacher, student):
         return None
-    embedded = family_of(teacher).embedded_guidance is not None
-    return reader.spec.guidance if embedded and not isinstance(reader, ImageRows) else DEFAULT_GUIDANCE
+    if isinstance(reader, ImageRows):
+        return DEFAULT_GUIDANCE
+    scales = [spec.guidance for spec in store_specs(reader)]
+    return sampled_guidance(scales) if family_of(teacher).embedded_guidance is None else scales[0]

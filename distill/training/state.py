@@ -11,7 +11,7 @@ from torch import nn
 from d2g.core.config import digest, to_json
 from d2g.core.distributed import checkpoint, process_group, sharded_checkpoint
 from d2g.core.distributed import engine as parallel
-from d2g.core.distributed.checkpoint import Checkpoint
+from d2g.core.distributed.checkpoint import Checkpoint, list_checkpoints, open_checkpoint
 from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import logger
@@ -143,10 +143,18 @@ class State:
         """
         if not {"files", "steps"} <= saved.meta.keys():
             raise UserError(f"{saved.folder} was written by an older version; start another --out with init")
-        if saved.meta.get("networks") not in (self.networks.by_content, *self.networks.earlier):
+        own = (self.networks.by_content, *self.networks.earlier)
+        if saved.meta.get("networks") not in own:
+            folders = list_checkpoints(saved.folder.parent)
+            one_fits = any(open_checkpoint(folder).meta.get("networks") in own for folder in folders)
+            # If none fits, they are all of this run, and its inputs have changed: deleting one is no help.
             raise UserError(
                 f"{saved.folder} is of a run with other networks (kind, teacher or seed); "
                 "delete the folder to continue from the checkpoint before it"
+                if one_fits
+                else f"{saved.folder} was written with other networks: the teacher or gan.feature_networks "
+                "has changed since; restore it, or give another --out and start with --set init="
+                f"{saved.folder.parent.parent}"
             )
         sharded_checkpoint.verify(saved)
         sharded_checkpoint.load(saved, "student", self.student.module, self.optim_g)

@@ -40,7 +40,8 @@ class Validate(Protocol):
 def held_out(pairs: int, count: int) -> range:
     """Return the positions of the held-out pairs: the last `count` of `pairs`. Training uses the others.
 
-    The student never trains on their noise, but it may train on their prompts if the store repeats prompts.
+    The student never trains on their noise, unless several stores share a seed, but it may train on their
+    prompts if the store repeats prompts.
     Raises SettingError if no pairs are left for training.
     """
     if count >= pairs:

@@ -278,18 +278,18 @@ def test_damaged_or_foreign_checkpoints_are_refused(
     damage: Callable[[Path], None] | None, config: DistillConfig, plain: Path, ode: Path, tmp_path: Path
 ) -> None:
     """A checkpoint with a damaged file, or one that a run with another config wrote."""
-    out = tmp_path / "run"
-    done = d2g(distill_arguments(config, out, *STEPS), tmp_path / "log")
+    out, steps = tmp_path / "run", (*STEPS, "train.checkpoint_images=8")
+    done = d2g(distill_arguments(config, out, *steps), tmp_path / "log")
     assert done.code == 0, done.stderr
     if damage is not None:
         damage(out)
     else:
-        arguments = distill_arguments(config, tmp_path / "other", *STEPS, "gan.weight=1")
+        arguments = distill_arguments(config, tmp_path / "other", *steps, "gan.weight=1")
         other = d2g(arguments, tmp_path / "log")
         assert other.code == 0, other.stderr
         (out / "checkpoints" / "000000016").rename(tmp_path / "away")
         (tmp_path / "other" / "checkpoints" / "000000016").rename(out / "checkpoints" / "000000016")
-    ended = d2g(distill_arguments(config, out, *STEPS, "train.images=20"), tmp_path / "log")
+    ended = d2g(distill_arguments(config, out, *steps, "train.images=20"), tmp_path / "log")
     assert ended.code == 1 and "continue from the checkpoint before it" in ended.error
     assert ("of a run with other networks" in ended.error) == (damage is None)
 

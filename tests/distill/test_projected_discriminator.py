@@ -1,5 +1,6 @@
 """distill.models.projected_discriminator and two_discriminators: features, crops, heads, exact R1, runs."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from distill.models.feature_networks import open_feature_network
 from distill.models.pixel_features import DRAWS, RANGE, diff_augment
 from distill.models.projected_discriminator import VirtualBatchNorm, condition_vector
 from distill.planning.memory import predict
+from distill.training.train import train
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 from runs import assert_resumes_exactly, losses, state_at
 
@@ -364,6 +366,24 @@ def test_runs_resume_bit_for_bit(
     heads = [n for n in end if n.startswith("discriminator.") and "heads.block2" in n]
     assert heads and all(not torch.equal(start[n], end[n]) for n in heads)
     assert not any("model." in n or ".vae." in n for n in end)
+
+
+def test_a_resume_refuses_a_feature_network_that_has_changed(
+    teachers: dict[str, str], vit: str, pairs: Path, tmp_path: Path
+) -> None:
+    """Every checkpoint of the run is good: the remedy is not to delete one."""
+    network = shutil.copytree(vit, tmp_path / "vit")
+    settings = (*RUN, "gan.discriminator=projected", f'gan.feature_networks=["{network}"]')
+    config, longer = (
+        distill_config(
+            Path(teachers["sd"]), pairs, *settings, f"train.images={n}", stage="gan", init="teacher"
+        )
+        for n in (4, 8)
+    )
+    train(config, tmp_path / "run")
+    (network / "more.txt").write_text("another version")
+    with pytest.raises(UserError, match=r"gan\.feature_networks has changed since; restore it, or give"):
+        train(longer, tmp_path / "run")
 
 
 STYLES = (

@@ -11,10 +11,12 @@ import torch
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion import pretrained
+from distill.export.export import export_student
 from distill.models.student import student_from_teacher
 from distill.sampling import load_student
 from distill.saved_samples import save_samples
 from distill.training.data import open_pairs, pair_batches
+from distill.training.open_rows import sample_guidance
 from distill.training.train import train
 from jobs import distill_config, make_pairs
 from pairgen.store.concat import GuidedBatch, JoinedReader, scales
@@ -111,6 +113,10 @@ def test_a_student_is_trained_on_several_scales(stores: list[Path], teacher: Pat
     assert summary.images == 8
     one = load_student(str(tmp_path / "run"))
     assert one.student.guided
+    assert one.guidance == 6.0, "the scale of its pairs that is nearest to 8"
+    assert export_student(str(tmp_path / "run"), tmp_path / "exported")["out"]
+    assert load_student(str(tmp_path / "exported")).guidance == 6.0
+    assert sample_guidance(config.teacher, config.student, join_readers(stores)) == 6.0, "in validations"
     weight = one.student.unet.time_embedding.cond_proj.weight
     assert weight.abs().max() > 0
     images = {}
