@@ -27,7 +27,7 @@ from d2g.core.atomic_files import retry_stale
 from d2g.core.errors import UserError
 from d2g.core.file_lock import lock_file
 from d2g.core.json_files import parse_json
-from d2g.core.logs import logger
+from d2g.core.logs import EVERY_RANK, logger
 from d2g.core.regular_files import open_regular
 
 R = TypeVar("R")
@@ -266,7 +266,14 @@ class FileClaims(WorkClaims):
     def _increment_held(self) -> None:
         with self._guard:
             for number in self._held:
-                self._on_held(number, _increment)
+                try:
+                    self._on_held(number, _increment)
+                except OSError as error:  # without a heartbeat, others would take every further claim over
+                    logger.warning(
+                        "the claim %s is not renewed (%s); trying again",
+                        *(self._path(number), error.strerror or error),
+                        extra=EVERY_RANK,
+                    )
 
 
 def _increment(file: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from d2g.core.claims import OWNER, FolderOwner
+from d2g.core.claims import OWNER, FileClaims, FolderOwner
 from d2g.core.errors import UserError
 
 FORK = multiprocessing.get_context("fork")
@@ -146,3 +146,18 @@ def test_a_lock_that_is_never_released_does_not_block_claims(tmp_path: Path) -> 
         with FolderOwner(tmp_path, "trains in", patience=0.2) as owner:
             assert not owner.lost_to()
     assert not (tmp_path / OWNER).exists()
+
+
+def test_the_heartbeat_outlives_an_error_of_the_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a network disk that does not answer for a while."""
+    with FileClaims(tmp_path, patience=0.4) as claims:
+        assert claims.take([0]) == 0
+        spare = os.dup(file := claims._held[0])
+        os.close(file)  # from here, every operation on the claim fails
+        wait_until(lambda: "00000.json is not renewed (Bad file descriptor)" in caplog.text)
+        os.dup2(spare, file)
+        os.close(spare)
+        before = (tmp_path / "00000.json").stat().st_mtime_ns
+        wait_until(lambda: (tmp_path / "00000.json").stat().st_mtime_ns > before)
