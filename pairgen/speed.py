@@ -11,6 +11,7 @@ import torch
 
 from d2g.core.distributed import process_group
 from d2g.core.logs import logger
+from d2g.diffusion.solvers import evaluations_per_sample
 from pairgen.config import PairConfig
 from pairgen.job import Job, open_job, resolve_auto
 from pairgen.store.spec import StoreSpec
@@ -68,7 +69,12 @@ def _job_seconds(config: PairConfig, device: torch.device) -> float:
             raise
         logger.info("not compiled: %s", " ".join(str(error).split())[:300])
         return float("inf")
-    return row * job.spec.steps * job.spec.num_pairs / process_group.world_size()
+    return row * solver_evaluations(job.spec) * job.spec.num_pairs / process_group.world_size()
+
+
+def solver_evaluations(spec: StoreSpec) -> int:
+    """How often the solver evaluates the guided network for a pair: Heun nearly twice per step."""
+    return evaluations_per_sample(spec.steps, spec.solver, 1.0)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from eval.protocols.config import EvalRun
 from eval.protocols.metric import paired_metrics, referenced_metrics
 from eval.runner.samplers import SamplingRequest, sampler_source
 from eval.runner.session import EvalSession
+from eval.summary import check_reference
 
 _SampleLatents = Callable[[int, Sequence[str]], Tensor]
 """(seed, N prompts) -> latents [N, C, h, w] of the averaged student, the same on every rank."""
@@ -67,14 +68,16 @@ class StudentValidation:
 
     def open(self) -> None:
         """Load prompts, networks and reference. Raises SettingError and UserError for what is missing."""
-        session, request = self.session, self.request
+        session, prompts = self.session, len(self.request.prompts)
+        if (count := session.count or prompts) < 2:
+            raise SettingError(f"--validate draws {count} image; expected 2 or more, --validate-num")
         if (compared := referenced_metrics(session.metrics)) and not session.has_reference:
             raise SettingError(
                 f"--validate {session.protocol.name} measures {compared[0]}, which needs real images; give "
                 "--validate-reference"
             )
         check_networks(session.protocol, session.networks)
-        assert request.prompts and (session.reference is not None or not compared)
+        check_reference(session.metrics, session.reference if session.has_reference else None)
 
     def __call__(self, sample: _SampleLatents, nimg: int) -> dict[str, float]:
         session, request = self.session, self.request

@@ -316,6 +316,12 @@ def test_the_fastest_batch_is_measured(config: PairConfig, tmp_path: Path) -> No
     assert summary.batch_size in [2**n for n in range(11)] and summary.pairs == 12
 
 
+def test_the_predicted_time_counts_both_evaluations_of_a_heun_step(pairs: Path) -> None:
+    spec = read_spec(pairs)
+    assert spec.guidance > 1 and speed.solver_evaluations(replace(spec, solver="ddim", steps=18)) == 18
+    assert speed.solver_evaluations(replace(spec, solver="heun", steps=18)) == 35
+
+
 def test_plan_costs(config: PairConfig) -> None:
     plan = plan_pairs(replace(config, noise="seeded"), price=2.0)
     assert plan["gib_here"] == plan["gib"] and list(plan["by_gpus"]) == [str(n) for n in GPU_COUNTS]
