@@ -186,7 +186,7 @@ def _evaluate(config: FullRunConfig, teacher: str, pictures: Path, out: Path, pr
             if not has_checkpoint(out / sampler):
                 continue
             # Another length of the stage has another work folder.
-            run = replace(base, student=str(out / sampler))
+            run = replace(base, student=str(out / sampler), guidance=None)
             work = folder / "work" / f"{digest}-{student_folder(str(out / sampler))[0].name}"
         run_evaluation(replace(run, out=str(folder), work=str(work)), progress)
 
