@@ -146,6 +146,8 @@ def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> T
             trained_any = True
             _run_stage(stage, job, log, scores_file)
         scores[stage] = read_scores(scores_file)
+
+    # Judge the scores, and count the parameters of the saved network.
     verdict = _judge(job, scores, trained_any)
     component, params = job.kind.component, 0
     if (out / component).is_dir():

@@ -177,6 +177,8 @@ def _convert(
         # What the file lacks stays on the meta device.
         reason = "it lacks weights" if "meta tensor" in reason else reason
         raise UserError(_misfit(file, source, reason)) from error
+
+    # Parameters on the meta device are weights that the file lacks.
     for component, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             if missing := [name for name, value in module.named_parameters() if value.is_meta]:

@@ -47,6 +47,8 @@ def check_student(config: DistillConfig) -> None:
     if student.is_diffusion:
         return
     kind = f"student.kind is {student.kind!r}"
+
+    # A GAN student lacks the teacher's network: no init=teacher, no other stages, no own text encoders.
     if config.init == FROM_TEACHER:
         raise SettingError(
             f"{kind}, which has none of the teacher's weights, but init is {FROM_TEACHER!r}; leave it out, "
@@ -69,6 +71,8 @@ def check_student(config: DistillConfig) -> None:
             f"{kind}, whose noise is its own, but gan.z_conditioning is true; set gan.z_conditioning=false "
             "and gan.mix_z=0"
         )
+
+    # Photographs have the full resolution; such a student trains on reduced latents.
     mixes = config.stage == "gan" and gan.real and not config.without_pairs
     if mixes and (STUDENTS[student.kind].enlarges or student.generator.resolution):
         raise SettingError(

@@ -76,6 +76,8 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     student = build_meta_student(config)
     discriminator = build_meta_discriminator(config.teacher, config.gan) if config.adversarial else None
     distances = autoencoder_distances(config.teacher, config.regression)
+
+    # Networks that no optimizer changes: text encoders, autoencoder and the networks of the losses.
     text_share = 0.5 if config.encodes_text_in_bf16(on_gpu=True) else 1.0
     frozen = text_share * _bytes(p for model in _text_encoders(config) for p in model.parameters())
     frozen += _bytes(p for model in _frozen_autoencoder(config) for p in model.parameters())
@@ -92,6 +94,8 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     metric = latent_metric(config, student.latent_shape[0])
     if metric is not None:
         frozen += sum(p.numel() * p.element_size() for p in metric.parameters())
+
+    # Working memory: what the passes of one micro-batch save, counted by running them on fake tensors.
     with FakeTensorMode():
         if metric is not None:
             to_fake(metric)
@@ -114,6 +118,8 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
             to_fake(guide)
             rows = config.train.batch_size / world_size / config.engine.gradient_accumulation
             working += _guidance_activations(config, guide, student.latent_shape).of(rows)
+
+    # FSDP2 divides weights, moments and EMA among the ranks.
     shards = _shards(config.engine, world_size)
     trained = [student] if discriminator is None else [student, discriminator]
     gib = 2.0**30

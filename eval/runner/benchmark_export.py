@@ -77,6 +77,8 @@ def export_benchmark(
     }
     with sole_owner(out, "draws into"):
         _claim(out, facts)
+
+        # A prompt of which one image is missing is drawn again as a whole.
         missing = [
             prompt
             for prompt in plan.prompts

@@ -139,6 +139,7 @@ def student_source(
     the scale to imitate, for a student that takes it as an input; others ignore it. Raises SettingError for a
     psi below 1 of a student without styles.
     """
+    # The weights: those of a checkpoint, or the newest of a run or export.
     weights, named_teacher, timestep = student_folder(name)
     base = teacher or named_teacher
     if folder is None:
@@ -146,11 +147,15 @@ def student_source(
     else:
         sampler = load_checkpoint(name, folder, base, request.device)
         title = f"{name}, {int(folder.name)} images"
+
+    # Settings of the sampler, and the precision of the network.
     sampler = with_psi(with_prior(sampler, name, prior), name, None if psi == 1 else psi)
     sampler = sampler if guidance is None else replace(sampler, guidance=guidance)
     torch.nn.Module.to(
         sampler.student.network, PRECISIONS[request.precision]
     )  # diffusers' own `to` warns without need
+
+    # The result file records everything that the images depend on.
     facts = {
         "weights_sha256": _sha256((folder or weights) / "ema.safetensors"),
         "teacher_sha256": pretrained.weights_sha256(base),

@@ -81,11 +81,15 @@ def run_parts(
         if "teacher" in parts and not config.pretrained_teacher:
             with times.measure("teacher"):
                 verdict = _train_teacher(config, plan, out, progress, command)
+
+        # Pairs, and both stages of the student. The pairs' verdict comes before the student trains on them.
         pairs = replace(config.pairs, teacher=name, prompts=str(pictures), column=None)
         ode, gan = replace(config.ode, teacher=name), replace(config.gan, teacher=name)
         distill_teacher(pairs, ode, gan, out, times, progress, {"pairs"} & set(parts))
         pairs_verdict = _judge_pairs(config, out / "pairs", progress)
         distill_teacher(pairs, ode, gan, out, times, progress, {"ode", "gan"} & set(parts))
+
+        # The results, the export, and the report of all parts.
         if "eval" in parts:
             with times.measure("evaluation"):
                 _evaluate(config, name, pictures, out, progress)
@@ -161,6 +165,7 @@ def has_checkpoint(run: Path) -> bool:
 
 def _evaluate(config: FullRunConfig, teacher: str, pictures: Path, out: Path, progress: Progress) -> None:
     """Evaluate the teacher and the student of each stage, as `d2g eval run` does, to OUT/results."""
+    # Real pictures and their captions, the same for all samplers.
     captions = spread_captions(str(pictures), None, config.eval_images)
     prompts = out / "results" / "prompts.jsonl"
     if process_group.rank() == 0:
@@ -178,6 +183,8 @@ def _evaluate(config: FullRunConfig, teacher: str, pictures: Path, out: Path, pr
         features=config.features,
         features_input=config.features_input,
     )
+
+    # Unfinished work is kept per teacher: the digest of its weights names the folder.
     digest = pretrained.weights_sha256(teacher)[:8]
     for sampler in SAMPLER_TITLES:
         folder, run = out / "results" / sampler, replace(base, teacher=teacher)
