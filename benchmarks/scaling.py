@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,6 +27,7 @@ from d2g.diffusion.conditioning import Conditioning
 from distill.config.presets import TABLE_A1
 from distill.config.run import DistillConfig
 from distill.planning.cost import PUBLISHED, column
+from distill.planning.flops import count
 from distill.planning.memory import CONTEXT_GIB, predict
 from distill.planning.reference_models import UNETS, configs_only
 
@@ -45,9 +45,9 @@ def unet_flops(kind: str) -> float:
             added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
         size = config.sample_size
         text = Conditioning.from_text(torch.empty(1, 77, config.cross_attention_dim))
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            unet(torch.empty(1, 4, size, size), 999, text.tensors["hidden"], added_cond_kwargs=added)
-    return float(counter.get_total_flops())
+        inputs = torch.empty(1, 4, size, size), 999, text.tensors["hidden"]
+        with torch.no_grad():
+            return count(lambda: unet(*inputs, added_cond_kwargs=added))
 
 
 def forward_equivalents(config: DistillConfig) -> float:

@@ -23,6 +23,14 @@ from distill.planning.reference_models import configs_only
 
 ROOT = Path(__file__).resolve().parents[2]
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.version.cuda is None or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
+        reason="fake CUDA tensors need a CUDA build of torch, newer than 2.9",
+    ),
+]
+
 
 def fake_cuda(python: str, *arguments: str) -> dict[str, Any]:
     """What tests/fake_cuda.py prints. A process of its own, because it changes torch."""
@@ -42,8 +50,6 @@ LATE = [{"d2g/core/transfer.py read: waits for an event": 1}]
 """What the host may read of the step before: whether it was finite."""
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -66,8 +72,6 @@ def test_a_step_never_waits_for_the_device(arguments: str, warm_python: str) -> 
 
 
 @pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize("stage", ["ode", "gan"])
 @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
 def test_a_step_over_eight_ranks_never_waits_for_the_device(
@@ -85,8 +89,6 @@ def test_a_step_over_eight_ranks_never_waits_for_the_device(
 
 
 @pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
     """Pairs and both stages of every kind but Stable Diffusion's, which the tests above have."""
     kinds = ["sdxl", *tiny_teachers.STAGES, *tiny_teachers.TRANSFORMERS]
@@ -100,8 +102,6 @@ def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
             assert result[stage]["report"], "the counter counts"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
     """Images and features are read by the host once per batch, so this lists waits and limits nothing."""
     results = fake_cuda(warm_python, "evaluation")
@@ -110,8 +110,6 @@ def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [("ode", ()), ("gan", ("gan.r1_rows=1", "gan.r1_interval=1", "engine.activation_checkpointing=false"))],
@@ -130,8 +128,6 @@ def test_the_forecasts_of_sd15_agree_with_a_step(
 
 
 @pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="fake CUDA tensors need a CUDA build of torch")
 @pytest.mark.parametrize(
     ("preset", "stage", "settings"),
     [
