@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from d2g.core.config import differing
+from d2g.core.config import differing, digest
 from d2g.core.errors import UserError
 from d2g.core.json_files import check_type, parse_json
 from d2g.core.machine_errors import raise_machine_error
@@ -65,6 +65,18 @@ class EvalResult:
         """Every number that was measured, by its key."""
         headlines = {key: getattr(self, key) for key in HEADLINES}
         return {key: value for key, value in (headlines | self.extra).items() if value is not None}
+
+    def comparable_facts(self) -> dict[str, Any]:
+        """What results must have in common to compare, in short; {} for the empty result of another rank."""
+        if not self.counts:
+            return {}
+        facts = _comparison_facts(self, self.models.keys())
+        return {
+            "protocol": f"{self.protocol} {self.protocol_sha256[:12]}",
+            **facts["counts"],
+            **{name: digest(model)[:12] for name, model in facts["models"].items() if name != "reference"},
+            "reference_images": digest(self.models.get("reference"))[:12],
+        }
 
     def rows(self) -> list[tuple[str, str]]:
         """(label, value) pairs to print."""

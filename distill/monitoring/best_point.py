@@ -1,7 +1,19 @@
-"""The best validated point of a run, by the reports in stats.jsonl."""
+"""The best validated point of a run, by the reports in stats.jsonl.
 
+RUN/validation.json says what the validations measure, and since when: only those compare with each other.
+"""
+
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from d2g.core.atomic_files import write_atomically
+from d2g.core.config import differing
+from d2g.core.json_files import read_json
+
+MEASURE_FILE = "validation.json"
 
 SELECTION_METRICS = ("val/fid", "val/e_latent_lpips", "val/psnr")
 """Metrics that select the best point, in order of preference: the first one that a run reports is used."""
@@ -23,6 +35,42 @@ def best_validation(
         return None
     nimg, value = best_of(name, points)
     return nimg, name, value
+
+
+class MeasureRecord(TypedDict):
+    """The content of RUN/validation.json."""
+
+    measure: dict[str, Any]  # the metric, and how it is measured
+    since: int  # images seen at the first validation with this measure
+
+
+def record_measure(folder: Path, measure: Mapping[str, Any], nimg: int) -> list[str]:
+    """Record what the validation at `nimg` images measures, before its report is written.
+
+    Returns what differs from the validations before, as texts; [] if they compare with this one.
+    """
+    before = _recorded_measure(folder)
+    changes = [] if before is None else differing(before["measure"], measure)
+    since = 0 if before is None else nimg if changes else min(nimg, before["since"])
+    record = MeasureRecord(measure=dict(measure), since=since)
+    if record != before:
+        write_atomically(folder / MEASURE_FILE, json.dumps(record, indent=1))
+    return changes
+
+
+def comparable_reports(folder: Path, lines: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The reports of a run without those validations that measure something else than the last one does."""
+    record = _recorded_measure(folder)
+    since = 0 if record is None else record["since"]
+    return [line for line in lines if line["nimg"] >= since or not set(SELECTION_METRICS) & line.keys()]
+
+
+def _recorded_measure(folder: Path) -> MeasureRecord | None:
+    path = folder / MEASURE_FILE
+    if not path.is_file():
+        return None
+    record: MeasureRecord = read_json(path, "delete it", MeasureRecord)
+    return record
 
 
 def validations(lines: Sequence[Mapping[str, float]]) -> tuple[str, list[tuple[int, float]]]:

@@ -20,7 +20,12 @@ from distill.config.run import TrainConfig
 from distill.models.row_dropout import set_row_dropout
 from distill.models.student import Student
 from distill.monitoring import collapse
-from distill.monitoring.best_point import best_validation
+from distill.monitoring.best_point import (
+    SELECTION_METRICS,
+    best_validation,
+    comparable_reports,
+    record_measure,
+)
 from distill.monitoring.plots import plot_health
 from distill.training.preview import (
     decode_images,
@@ -149,7 +154,7 @@ class RunMonitor:
         # Look for a collapse on rank 0, and act on it on every rank.
         findings: list[collapse.Finding] = []
         if process_group.rank() == 0:
-            findings = collapse.findings(self.log.read())
+            findings = collapse.findings(comparable_reports(self.log.folder, self.log.read()))
         warned = self.warned if process_group.rank() == 0 else set()
         findings = process_group.gather_objects(findings)[0]
         warn = None if process_group.rank() == 0 else _ignore
@@ -241,16 +246,32 @@ class RunMonitor:
                 )
             if self.extra_validation is not None:
                 values |= self.extra_validation(self._sample_latents, nimg)
+        self._record_measure(values)
         self.log.write(nimg, values)
         return self.options.keep_best and self.best_point(nimg) == nimg
 
+    def _record_measure(self, values: Mapping[str, float]) -> None:
+        """Record how the metric that selects the best point is measured; log that the best starts anew."""
+        metric = next((name for name in SELECTION_METRICS if name in values), "")
+        if process_group.rank() != 0 or not metric:
+            return
+        how = self.extra_validation.facts if self.extra_validation and metric == "val/fid" else {}
+        if changes := record_measure(self.log.folder, {"metric": metric, **how}, self.state.nimg):
+            logger.info(
+                "%d images: validation measures something else than before (%s); the best point starts anew",
+                *(self.state.nimg, ", ".join(changes)),
+            )
+
     def best_point(self, nimg: int) -> int | None:
-        """Images seen at the best validation among saved checkpoints and `nimg`, as rank 0 sees them."""
+        """Images seen at the best validation among saved checkpoints and `nimg`, as rank 0 sees them.
+
+        Only validations that measure the same as the last one count.
+        """
         images = None
-        if process_group.rank() == 0 and (
-            point := best_validation(self.log.read(), {*complete_points(self.folder), nimg})
-        ):
-            images = point[0]
+        if process_group.rank() == 0:
+            lines = comparable_reports(self.log.folder, self.log.read())
+            if point := best_validation(lines, {*complete_points(self.folder), nimg}):
+                images = point[0]
         return process_group.gather_objects(images)[0]
 
     def panel(self) -> None:

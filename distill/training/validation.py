@@ -29,6 +29,9 @@ Prompt i uses the noise of (seed, i). Every rank must call it."""
 class Validate(Protocol):
     """Additional validation, injected by the command. Every rank must call both."""
 
+    facts: dict[str, Any]
+    """How the last call measured, as JSON, on rank 0: values compare only if these are equal."""
+
     def open(self) -> None:
         """Load what it needs, before the run begins. Raises UserError for what is missing."""
 

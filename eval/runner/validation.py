@@ -45,6 +45,8 @@ class StudentValidation:
 
     def __init__(self, run: EvalRun, teacher: str) -> None:
         self.run, self.teacher = run, teacher
+        self.facts: dict[str, Any] = {}
+        """How the last call measured, on rank 0."""
 
     @cached_property
     def session(self) -> EvalSession:
@@ -100,6 +102,7 @@ class StudentValidation:
             work=MeasureOptions(batch_size=self.run.batch_size),
             resamples=0,
         )
+        self.facts = evaluation.result.comparable_facts()
         # Only rank 0 computes numbers; share them with all ranks.
         numbers = process_group.gather_objects(evaluation.result.numbers())[0]
         return {f"val/{name}": value for name, value in numbers.items()}

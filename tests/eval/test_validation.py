@@ -1,5 +1,6 @@
 """eval.runner.validation: metrics computed during training equal those of `d2g eval run`."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
+from distill.monitoring.best_point import HIGHER_IS_BETTER, SELECTION_METRICS
 from distill.sampling import load_student
 from distill.training.train import train
 from eval.protocols.config import EvalRun
@@ -79,3 +82,44 @@ def test_what_a_validation_lacks_is_an_error_before_the_first_step(
 def test_paired_metrics_are_refused_in_validation() -> None:
     with pytest.raises(SettingError, match="'psnr' compares images pair by pair"):
         validation_hook(EvalRun(protocol=PROTOCOLS["folder"], metrics=("psnr", "fid")), "miniature")
+
+
+def test_only_validations_that_measure_the_same_select_the_best_checkpoint(
+    job: Path, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that validates with other numbers of images, then without `--validate`."""
+    pairs, out, run = make_pairs(teacher, tmp_path), tmp_path / "run", replace(config(job), metrics=("fid",))
+
+    def best_checkpoints(images: int, num: int | None) -> list[int]:
+        """Train to `images`, with a validation at the end, and return the checkpoints other than the last."""
+        settings = ("train.validate_pairs=3", "train.keep_best=true", "train.keep_checkpoints=1")
+        length = (f"train.images={images}", "train.validate_images=8")
+        validate = None if num is None else validation_hook(replace(run, num=num), str(teacher))
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(distill_config(teacher, pairs, *settings, *length), out, validate=validate)
+        return [nimg for nimg in complete_points(out / "checkpoints") if nimg != images]
+
+    def set_value(nimg: int, name: str, value: float) -> None:
+        """Change a value that was reported."""
+        lines = read_stats(out)
+        for line in lines:
+            if line["nimg"] == nimg and name in line:
+                line[name] = value
+        (out / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    said = "validation measures something else than before"
+    # The best FID so far is by far the best.
+    best_checkpoints(8, 4)
+    set_value(8, "val/fid", 1e-3)
+    assert best_checkpoints(16, 4) == [8] and said not in caplog.text, "the same measure"
+    # The number of images changes.
+    best_checkpoints(24, 6)
+    assert f"24 images: {said} (images (4 -> 6), " in caplog.text and "; the best point starts" in caplog.text
+    set_value(24, "val/fid", 2e-3)
+    # FID is not measured any more.
+    best_checkpoints(32, None)
+    assert f"32 images: {said}" in caplog.text and "metric ('val/fid' -> 'val/" in caplog.text
+    metric = next(name for name in SELECTION_METRICS if name in read_stats(out)[-1])
+    set_value(32, metric, 1e9 if metric in HIGHER_IS_BETTER else -1e9)
+    assert best_checkpoints(40, None) == [32] and said not in caplog.text
