@@ -62,7 +62,7 @@ def merge_stores(
 
     If several stores hold a shard (`out` counts first), the first with the fewest quarantined rows is kept.
     Rows that it shares with the others must have equal noise and prompts, and latents that differ by at most
-    `tolerance`.
+    `tolerance`, those of the stage before included.
 
     link: make hard links instead of copies. workers: threads, 0 for the default. Call it again to resume.
     Raises UserError for different specs (naming the keys), conflicting rows (naming both files) and damage.
@@ -198,10 +198,13 @@ def _compare_files(best: Path, other: Path, spec: StoreSpec, tolerance: float) -
         if in_other:
             same_inputs &= torch.equal(rows.noise[in_best], block.noise[in_other])
             same_inputs &= [rows.prompts[row] for row in in_best] == [block.prompts[row] for row in in_other]
-            difference = rows.latents[in_best].float() - block.latents[in_other].float()
-            max_error = max(max_error, float(difference.abs().max()))
+            for ours, theirs in ((rows.latents, block.latents), (rows.condition, block.condition)):
+                if ours is not None and theirs is not None:
+                    difference = ours[in_best].float() - theirs[in_other].float()
+                    max_error = max(max_error, float(difference.abs().max()))
 
-    # Latents may differ by rounding between machines. Other noise or prompts come from another job.
+    # Latents, also of the stage before, may differ by rounding between machines. Other noise or prompts come
+    # from another job.
     if not same_inputs or max_error > tolerance:
         apart = f"latents up to {max_error:.3g} apart, tolerance {tolerance}"
         difference_text = apart if same_inputs else "other noise or prompts"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from d2g.core.errors import UserError
 from damaged_stores import (
@@ -16,13 +17,15 @@ from damaged_stores import (
     file_contents,
     load_shard,
     make_store,
+    rows,
     swap_prompt,
     truncate,
     write_rows,
 )
 from jobs import Running, d2g
 from pairgen.merge import merge_stores
-from pairgen.store.spec import pending, prompts_path, read_spec, shard_path
+from pairgen.store.spec import create_store, pending, prompts_path, read_spec, shard_path
+from pairgen.store.writer import PairWriter
 from pairgen.verify import verify_store
 
 
@@ -119,6 +122,28 @@ def test_merge_refuses_conflicts_damage_and_other_specs(tmp_path: Path, store: P
     prompts_path(clash).write_bytes(b'"a"\n')
     with pytest.raises(UserError, match=r"clash/prompts\.jsonl: not the prompts.*d2g pairs repair"):
         merge_stores([clash], tmp_path / "out3")
+
+
+def test_merge_compares_the_latents_of_the_stage_before(tmp_path: Path) -> None:
+    spec = replace(SPEC, condition_shape=(2, 4, 4), condition_sha256="0" * 64, condition_teacher="1" * 64)
+
+    def conditioned(name: str, value: float) -> Path:
+        """A store of stage B whose second shard has this value in one condition."""
+        folder = tmp_path / name
+        create_store(folder, spec)
+        noise, latents, prompts, index = rows(spec, list(spec.rows(1)))
+        condition = torch.zeros(len(index), 2, 4, 4, dtype=spec.torch_dtype)
+        condition[3, 1, 0, 2] = value
+        with PairWriter(folder, spec, 1) as writer:
+            writer.append(noise, latents, prompts, index, condition)
+            writer.commit()
+        return folder
+
+    first, rounded, other = (conditioned(f"of{value}", value) for value in (0.0, 0.01, 1.0))
+    report = merge_stores([first, rounded], tmp_path / "out")
+    assert 0.005 < report.differing[0]["max_abs_err"] < 0.02
+    with pytest.raises(UserError, match=r"hold different rows for the same pairs \(latents up to 1 apart"):
+        merge_stores([first, other], tmp_path / "other")
 
 
 def test_merge_of_stores_without_prompt_lists_compares_the_prompts_of_rows(
