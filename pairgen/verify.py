@@ -279,8 +279,8 @@ def _few(pairs: Sequence[int]) -> str:
 def store_info(folder: Path | str) -> dict[str, Any]:
     """Describe a store in a folder or at a URL (no shard is downloaded).
 
-    Keys: `pairs` and `shards` present, `complete` (all are present), number of `quarantined` rows, size in
-    `gib`, `prompts_held` (whether the store has its prompt list), and its `spec`.
+    Keys: `pairs` and `shards` present, `complete` (every pair is present or quarantined), number of
+    `quarantined` rows, size in `gib`, `prompts_held` (whether the store has its prompt list), and its `spec`.
     """
     if is_url(folder):
         return _remote_info(str(folder))
@@ -295,7 +295,7 @@ def store_info(folder: Path | str) -> dict[str, Any]:
     return {
         "pairs": pairs,
         "shards": len(shards),
-        "complete": pairs == spec.num_pairs,
+        "complete": pairs + quarantined == spec.num_pairs,
         "quarantined": quarantined,
         "gib": size / 2**30,
         "prompts_held": prompts_path(folder).exists(),
@@ -308,7 +308,7 @@ def _remote_info(url: str) -> dict[str, Any]:
     return {
         "pairs": len(reader),
         "shards": reader.shards,
-        "complete": len(reader) == reader.spec.num_pairs,
+        "complete": reader.complete,
         "quarantined": len(reader.quarantined),
         "gib": reader.gib,
         "prompts_held": RemoteShards(url).holds(prompts_path(Path()).name),

@@ -34,6 +34,7 @@ from damaged_stores import (
     write_shard,
 )
 from pairgen.repair import repair_store
+from pairgen.store.reader import PairReader
 from pairgen.store.spec import encode_record, prompts_path, quarantined_rows, read_spec, shard_path
 from pairgen.store.writer import PairWriter
 from pairgen.verify import in_threads, store_info, verify_store
@@ -68,7 +69,8 @@ def test_quarantined_rows_are_not_damage(tmp_path: Path, kind: str, noise: str) 
     assert (report.bad_shards, report.missing, report.duplicates) == ([], [], [])
     assert repair_store(tmp_path) == []
     info = store_info(tmp_path)
-    assert (info["pairs"], info["quarantined"], info["complete"], info["shards"]) == (14, 8, False, 3)
+    assert info["complete"] == PairReader(tmp_path).complete, "one meaning"
+    assert (info["pairs"], info["quarantined"], info["complete"], info["shards"]) == (14, 8, True, 3)
     for shard in (1, 2):
         write_shard(tmp_path, spec_of(kind, noise), shard)
     assert verify_store(tmp_path).ok and store_info(tmp_path)["complete"]
