@@ -356,6 +356,7 @@ class FolderOwner:
     def __init__(self, folder: Path, what: str, patience: float = 120.0, option: str = "--out") -> None:
         self.folder, self.what, self.option = Path(folder), what, option
         self.claims = FileClaims(self.folder / OWNER, patience)
+        self._unreadable = False  # whether the last reading of the claim failed: one warning for each time
 
     def __enter__(self) -> Self:
         self._created = not self.folder.exists()
@@ -383,8 +384,19 @@ class FolderOwner:
                 self.folder.rmdir()
 
     def lost_to(self) -> str:
-        """Who has taken the folder over because this process was suspended too long; "" if nobody."""
-        return self.claims.owner(0) if self.claims.lost(0) else ""
+        """Who has taken the folder over because this process was suspended too long; "" if nobody, or if the
+        disk does not answer: the next call reads the claim again.
+        """
+        try:
+            lost = self.claims.lost(0)
+        except OSError as error:
+            if not self._unreadable:
+                reason = error.strerror or error
+                logger.warning("the claim of %s cannot be read (%s); going on", self.folder, reason)
+            self._unreadable = True
+            return ""
+        self._unreadable = False
+        return self.claims.owner(0) if lost else ""
 
     def _take(self) -> None:
         other = ""

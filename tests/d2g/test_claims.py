@@ -48,7 +48,7 @@ def start_owner(folder: Path, place: str | None = None, patience: float = 120.0)
 
 def write_foreign_claim(folder: Path) -> None:
     """Write a claim of another machine that sends no heartbeats."""
-    (folder / OWNER).mkdir(parents=True)
+    (folder / OWNER).mkdir(parents=True, exist_ok=True)
     content = {"host": "elsewhere", "place": "elsewhere", "pid": 7, "start": "1"}
     (folder / OWNER / "00000.json").write_text(json.dumps(content))
 
@@ -161,3 +161,18 @@ def test_the_heartbeat_outlives_an_error_of_the_disk(
         os.close(spare)
         before = (tmp_path / "00000.json").stat().st_mtime_ns
         wait_until(lambda: (tmp_path / "00000.json").stat().st_mtime_ns > before)
+
+
+def test_a_claim_that_cannot_be_read_is_not_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with FolderOwner(tmp_path, "trains in") as owner:
+        spare = os.dup(file := owner.claims._held[0])
+        os.close(file)  # from here, every operation on the claim fails
+        assert not owner.lost_to() and not owner.lost_to()
+        assert (
+            caplog.text.count(f"the claim of {tmp_path} cannot be read (Bad file descriptor); going on") == 1
+        )
+        os.dup2(spare, file)
+        os.close(spare)
+        (tmp_path / OWNER / "00000.json").unlink()
+        write_foreign_claim(tmp_path)
+        assert owner.lost_to() == "elsewhere, process 7", "the claim is read again"
