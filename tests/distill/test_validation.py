@@ -18,7 +18,7 @@ from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.pretrained import load_conditioner, load_vae
 from distill.models.ema import EMA
 from distill.models.student import student_from_teacher
-from distill.monitoring.best_point import best_validation
+from distill.monitoring.best_point import best_validation, comparable_reports, record_measure
 from distill.training.preview import decode_images, preview, preview_latents, preview_statistics, preview_text
 from distill.training.validation import (
     held_out,
@@ -185,6 +185,22 @@ def test_best_validation_among_saved_points() -> None:
     assert best_validation(psnr_only, {10, 20, 40}) == (40, "val/psnr", 9.5), "higher PSNR is better"
     fid = [{**line, "val/fid": line["nimg"]} for line in lines]
     assert best_validation(fid, {10, 20, 40}) == (10, "val/fid", 10), "FID takes precedence"
+
+
+def test_validations_before_a_change_of_the_measure_do_not_count(tmp_path: Path) -> None:
+    lines = [{"nimg": n, "val/fid": float(n)} for n in (10, 20, 30)] + [{"nimg": 10, "loss/g": 1.0}]
+
+    def counted() -> list[float]:
+        return [line["nimg"] for line in comparable_reports(tmp_path, lines) if "val/fid" in line]
+
+    assert comparable_reports(tmp_path, lines) == lines, "no record: of an older run"
+    few, many = {"metric": "val/fid", "images": 4}, {"metric": "val/fid", "images": 8}
+    assert record_measure(tmp_path, few, 10) == [] and counted() == [10, 20, 30]
+    assert record_measure(tmp_path, many, 30) == ["images (4 -> 8)"] and counted() == [30]
+    assert record_measure(tmp_path, many, 40) == [] and counted() == [30]
+    assert {"nimg": 10, "loss/g": 1.0} in comparable_reports(tmp_path, lines), "losses stay"
+    # The run has gone back to an earlier checkpoint.
+    assert record_measure(tmp_path, many, 20) == [] and counted() == [20, 30]
 
 
 # Previews.
