@@ -1,9 +1,10 @@
 """Training batches of stored pairs, in an order that depends only on (seed, number of images seen)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import logger
 from d2g.diffusion.pipelines import TeacherDigests
 from distill.config.run import DataConfig
 from pairgen.store.concat import JoinedReader
@@ -25,7 +26,23 @@ def open_pairs(
     for a cache too small for the shuffle.
     """
     readers = [_open_store(folder, teacher, config) for folder in folders.split(",")]
+    _warn_of_duplicates(readers)
     return readers[0] if len(readers) == 1 and not with_guidance else JoinedReader(readers, with_guidance)
+
+
+def _warn_of_duplicates(readers: Sequence[PairReader]) -> None:
+    """Warn of stores that hold the same pairs: held-out pairs of one are trained on in the other."""
+    first: dict[tuple[object, ...], PairReader] = {}
+    for reader in readers:
+        spec = reader.spec
+        teacher = spec.denoiser_sha256 or spec.teacher_sha256
+        pairs = (spec.seed, spec.guidance, teacher, spec.prompts_sha256, spec.per_prompt)
+        if (other := first.setdefault(pairs, reader)) is not reader:
+            logger.warning(
+                "%s and %s have the same seed %d, guidance, teacher and prompts: their pairs are duplicates; "
+                "leave one out, or generate it with another --seed",
+                *(other.folder, reader.folder, spec.seed),
+            )
 
 
 def _open_store(folder: str, teacher: TeacherDigests, config: DataConfig) -> PairReader:

@@ -101,6 +101,18 @@ def test_incompatible_stores_are_refused(stores: list[Path], teacher: Path, tmp_
         JoinedReader(readers, True)
 
 
+def test_stores_of_the_same_pairs_are_warned_of(
+    stores: list[Path], teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    digests = pretrained.teacher_digests(str(teacher))
+    other_seed = make_pairs(teacher, tmp_path, guidance=2.0, num_pairs=8, seed=1)
+    open_pairs(",".join(map(str, [*stores, other_seed])), digests, with_guidance=True)
+    assert "duplicates" not in caplog.text
+    open_pairs(f"{stores[0]},{other_seed},{stores[0]}", digests)
+    message = f"{stores[0]} and {stores[0]} have the same seed 0, guidance, teacher and prompts: their pairs"
+    assert caplog.text.count("duplicates") == 1 and message in caplog.text
+
+
 def test_a_student_is_trained_on_several_scales(stores: list[Path], teacher: Path, tmp_path: Path) -> None:
     config = distill_config(teacher, stores[0])
     config = replace(
