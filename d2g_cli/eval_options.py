@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from d2g.core.config import Presets, pick
+from d2g.core.errors import SettingError
 from d2g_cli.common import Prompts, TeacherOption, WorkOptions, configure_preset, settings_from
 
 
@@ -145,6 +146,43 @@ def eval_config(options: ProtocolOptions) -> Any:
     if config.metrics:
         check_metrics(config.metrics)
     return config
+
+
+def refuse_unused_solver(options: SamplerOptions, config: Any) -> None:
+    """Raise SettingError for a setting of a solver, given by hand, where nothing is drawn with one.
+
+    A preset and `d2g run` may set them for students too.
+    """
+    if not any((config.student, config.images, config.pipeline, config.teacher)):
+        return  # the evaluation says what is missing
+    teacher, pipeline = _draws_teacher(config), config.pipeline is not None
+    # Of students, only some take a guidance scale: the evaluation refuses it for the others.
+    effective = {
+        "steps": teacher or pipeline,
+        "guidance": teacher or pipeline or config.student is not None,
+        **dict.fromkeys(("solver", "prior_steps", "prior_guidance"), teacher),
+    }
+    by_set = {assignment.partition("=")[0].strip() for assignment in options.sets or []}
+    for name, has_effect in effective.items():
+        if not has_effect and (name in by_set or getattr(options, name, None) is not None):
+            raise SettingError(
+                f"{name} is set, but has an effect only on a teacher that is drawn; leave it out, or give "
+                "--teacher alone, --latency, or a metric that compares with the teacher, such as psnr"
+            )
+
+
+def _draws_teacher(config: Any) -> bool:
+    """Whether the evaluation draws images of a teacher, alone or beside what it measures."""
+    from eval.protocols.metric import paired_metrics
+
+    if not (config.student or config.images or config.pipeline):
+        return True
+    if config.student and config.latency:
+        return True
+    # The other side of paired metrics: a teacher, or images in a folder.
+    if config.against is not None:
+        return not Path(config.against).is_dir() or (Path(config.against) / "model_index.json").is_file()
+    return bool(config.student and paired_metrics(config.metrics or config.protocol.metrics))
 
 
 def load_metrics() -> dict[str, str]:
