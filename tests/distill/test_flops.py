@@ -73,7 +73,7 @@ def test_the_flop_of_sd15_are_the_published_ones() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["ode", "gan"])
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.long)])
 def test_the_scaling_table_has_the_flop_of_the_mfu(kind: str, stage: str, tmp_path: Path) -> None:
     """Without R1 and recomputation. benchmarks/scaling.py takes multiples of the forward passes of the U-Net
     and the metric, distill/planning/flops.py counts every forward and backward pass.

@@ -52,7 +52,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
         ("sd15-cfg3", "gan", 8),
         pytest.param("sd15-cfg3", "gan", 16, marks=(pytest.mark.slow, pytest.mark.long)),
         pytest.param("sd15-cfg8", "ode", 64, marks=pytest.mark.slow),
-        pytest.param("sd15-cfg8", "gan", 64, marks=pytest.mark.slow),
+        pytest.param("sd15-cfg8", "gan", 64, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param("sdxl-cfg7", "ode", 128, marks=(pytest.mark.slow, pytest.mark.long)),
         pytest.param("sdxl-cfg7", "gan", 128, marks=(pytest.mark.slow, pytest.mark.long)),
     ],

@@ -64,6 +64,7 @@ SIZES = GeneratorConfig(
     factor=2,
 )
 KINDS = ("stylegan-t", "gigagan", "gigagan-upsampler")
+RUN_KINDS = (*KINDS[:2], pytest.param(KINDS[2], marks=pytest.mark.long))
 RUN = (
     *("regression.losses=[]", "gan.z_conditioning=false", "gan.mix_z=0", "gan.r1_interval=2"),
     *("student.generator.channel_base=64", "student.generator.channel_max=16"),
@@ -415,7 +416,7 @@ def test_an_upsampler_starts_with_the_enlarged_latents() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUN_KINDS)
 def test_runs_resume_exactly(kind: str, teachers: Mapping[str, str], pairs: Path, tmp_path: Path) -> None:
     """With exact R1, accumulated gradients and recomputed blocks; the tracked mean is part of the state."""
     more = ("engine.gradient_accumulation=2", "engine.activation_checkpointing=true", "gan.mix_fraction=0")
@@ -448,7 +449,7 @@ def test_r1_is_that_of_the_discriminator_alone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUN_KINDS)
 def test_two_processes_train_like_one(
     kind: str, engine: str, teachers: Mapping[str, str], pairs: Path, tmp_path: Path
 ) -> None:
