@@ -211,26 +211,25 @@ FEWEST_PICTURES = 3
 """Pictures that CLIP needs: two to compare, and one held out."""
 
 
+def _stage_sizes(config: TeacherConfig, stage: str) -> tuple[int, int]:
+    """Training images of a stage, repeats included, and how many of them are in a step."""
+    trunk, denoiser = config.lpips.trunk, config.denoiser.fit
+    return {
+        "vae": (config.vae.fit.images, config.vae.fit.batch_size),
+        network_of(config).stage: (denoiser.images, denoiser.batch_size),
+        "lpips": (trunk.images, trunk.batch),
+        "clip": (config.clip.images, config.clip.batch_size),
+    }[stage]
+
+
 def stage_length(config: TeacherConfig, stage: str) -> int:
     """Training images of a stage, repeats included."""
-    lengths = {
-        "vae": config.vae.fit.images,
-        network_of(config).stage: config.denoiser.fit.images,
-        "lpips": config.lpips.trunk.images,
-        "clip": config.clip.images,
-    }
-    return lengths[stage]
+    return _stage_sizes(config, stage)[0]
 
 
 def stage_batch(config: TeacherConfig, stage: str) -> int:
     """Training images per step of a stage."""
-    batches = {
-        "vae": config.vae.fit.batch_size,
-        network_of(config).stage: config.denoiser.fit.batch_size,
-        "lpips": config.lpips.trunk.batch,
-        "clip": config.clip.batch_size,
-    }
-    return batches[stage]
+    return _stage_sizes(config, stage)[1]
 
 
 def _stage_settings(config: TeacherConfig, stage: str) -> dict[str, Any]:
