@@ -244,7 +244,7 @@ def largest_batch(config: DistillConfig, options: Options) -> tuple[int, float]:
 
 
 def largest_rows(gib: Callable[[int], float], limit: float) -> int:
-    """The largest of 2 to 32 rows of which a forecast `gib` is at most `limit`; 0 if 2 rows need more."""
+    """The largest batch of 2 to 32 rows whose forecast `gib` is at most `limit`; 0 if 2 rows need more."""
     if gib(2) > limit:
         return 0
     # A forecast takes seconds. It grows linearly once activations are the peak; before, something else is.

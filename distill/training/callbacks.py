@@ -29,7 +29,7 @@ class StepEvent:
 
     nimg: int
     finished: bool
-    """Whether the run has seen all its images, or its time limit is over."""
+    """Whether the run has seen all its images or reached its time limit."""
     interrupted: bool
     """Whether any rank received Ctrl-C or SIGTERM."""
     writing: bool

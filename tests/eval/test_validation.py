@@ -108,7 +108,7 @@ def test_only_validations_that_measure_the_same_select_the_best_checkpoint(
                 line[name] = value
         (out / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    said = "validation measures something else than before"
+    said = "the settings of the validation have changed"
     # The best FID so far is by far the best.
     best_checkpoints(8, 4)
     set_value(8, "val/fid", 1e-3)
