@@ -59,7 +59,7 @@ def record_measure(folder: Path, measure: Mapping[str, Any], nimg: int) -> list[
 
 
 def comparable_reports(folder: Path, lines: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    """The reports of a run, without validations whose metric or settings differ from those of the last one."""
+    """The reports of a run, without validations whose metric or settings differ from the last one's."""
     record = _recorded_measure(folder)
     since = 0 if record is None else record["since"]
     return [line for line in lines if line["nimg"] >= since or not set(SELECTION_METRICS) & line.keys()]

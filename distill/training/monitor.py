@@ -251,7 +251,7 @@ class RunMonitor:
         return self.options.keep_best and self.best_point(nimg) == nimg
 
     def _record_measure(self, values: Mapping[str, float]) -> None:
-        """Record the settings of the metric that selects the best checkpoint, and log if they have changed."""
+        """Record the settings of the metric that selects the best checkpoint; log if they have changed."""
         metric = next((name for name in SELECTION_METRICS if name in values), "")
         if process_group.rank() != 0 or not metric:
             return
