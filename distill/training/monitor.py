@@ -251,14 +251,15 @@ class RunMonitor:
         return self.options.keep_best and self.best_point(nimg) == nimg
 
     def _record_measure(self, values: Mapping[str, float]) -> None:
-        """Record the settings of the metric that selects the best checkpoint; log if they have changed."""
+        """Record the settings of the metric that selects the best checkpoint; log a change."""
         metric = next((name for name in SELECTION_METRICS if name in values), "")
         if process_group.rank() != 0 or not metric:
             return
         how = self.extra_validation.facts if self.extra_validation and metric == "val/fid" else {}
         if changes := record_measure(self.log.folder, {"metric": metric, **how}, self.state.nimg):
             logger.info(
-                "%d images: the settings of the validation have changed (%s); earlier ones no longer count as best",
+                "%d images: the settings of the validation have changed (%s); "
+                "earlier ones no longer count as best",
                 *(self.state.nimg, ", ".join(changes)),
             )
 
