@@ -75,61 +75,75 @@ def predict(config: DistillConfig, world_size: int) -> Memory:
     config = decide_precision(config, process_group.own_device())
     student = build_meta_student(config)
     discriminator = build_meta_discriminator(config.teacher, config.gan) if config.adversarial else None
-    distances = autoencoder_distances(config.teacher, config.regression)
+    losses = _Losses(
+        autoencoder_distances(config.teacher, config.regression),
+        latent_metric(config, student.latent_shape[0]),
+        build_clip_guidance(config.clip_guidance, config.teacher, "meta"),
+    )
+    frozen = _frozen_bytes(config, student, discriminator, losses)
 
-    # Networks that no optimizer changes: text encoders, autoencoder and the networks of the losses.
-    text_share = 0.5 if config.encodes_text_in_bf16(on_gpu=True) else 1.0
-    frozen = text_share * _bytes(p for model in _text_encoders(config) for p in model.parameters())
-    frozen += _bytes(p for model in _frozen_autoencoder(config) for p in model.parameters())
-    pixel_metrics = [metric for metric, _ in distances if isinstance(metric, PixelLPIPS)]
-    frozen += _bytes(p for metric in pixel_metrics for p in metric.parameters())
     # The first backward pass of a process decides whether autograd starts threads. On fake tensors it would
     # start some, and processes forked from this one could not train.
     torch.ones((), requires_grad=True).backward()
-    feature_networks = [] if discriminator is None else pixel_features_of(discriminator)
-    frozen += _bytes(p for network in feature_networks for p in network.parameters())
-    frozen += _bytes(student.parameters()) if config.stage == "cd" else 0.0  # the teacher
-    guide = build_clip_guidance(config.clip_guidance, config.teacher, "meta")
-    frozen += _bytes(guide.parameters()) if guide is not None else 0.0
-    metric = latent_metric(config, student.latent_shape[0])
-    if metric is not None:
-        frozen += sum(p.numel() * p.element_size() for p in metric.parameters())
-
-    # Working memory: what the passes of one micro-batch save, counted by running them on fake tensors.
     with FakeTensorMode():
-        if metric is not None:
-            to_fake(metric)
-        for network in (student, discriminator, *feature_networks):
-            if network is not None:
-                to_fake(network)
-        if config.engine.frozen_weights == "bf16":
-            for trained_network in (student, discriminator):
-                if trained_network is not None:
-                    engine.store_frozen_in_bf16(trained_network)
-        if config.engine.activation_checkpointing:
-            engine.recompute(list(STUDENTS[config.student.kind].shard_units(config.teacher, student)))
-            if discriminator is not None:
-                kind = DISCRIMINATORS[config.gan.discriminator]
-                engine.recompute(list(kind.shard_units(config.teacher, discriminator)))
-            for network in feature_networks:
-                engine.recompute(network.layers())  # type: ignore[operator]
-        working = _working_bytes(config, world_size, student, discriminator, distances, metric)
-        if guide is not None:
-            to_fake(guide)
-            rows = config.train.batch_size / world_size / config.engine.gradient_accumulation
-            working += _guidance_activations(config, guide, student.latent_shape).of(rows)
+        _prepare_networks(config, student, discriminator)
+        working = _working_bytes(config, world_size, student, discriminator, losses)
 
     # FSDP2 divides weights, moments and EMA among the ranks.
     shards = _shards(config.engine, world_size)
     trained = [student] if discriminator is None else [student, discriminator]
     gib = 2.0**30
     return Memory(
-        weights=sum(p.numel() * p.element_size() for net in trained for p in net.parameters()) / shards / gib,
+        weights=sum(_stored_bytes(network) for network in trained) / shards / gib,
         optimizer=_moment_bytes(config, student, discriminator) / shards / gib,
         average=_bytes(_trained(student)) / shards / gib,
         frozen=frozen / gib,
         working=working / gib,
     )
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Networks of the student's losses."""
+
+    distances: list[nn.ModuleList]
+    """A distance between decoded latents, and the autoencoder that decodes them."""
+    metric: LatentLPIPS | None
+    guide: ClipGuidance | None
+
+
+def _frozen_bytes(
+    config: DistillConfig, student: Student, discriminator: nn.Module | None, losses: _Losses
+) -> float:
+    """Bytes of the networks that no optimizer changes: text encoders, autoencoder, networks of the losses."""
+    text_share = 0.5 if config.encodes_text_in_bf16(on_gpu=True) else 1.0
+    frozen = text_share * sum(_bytes(encoder.parameters()) for encoder in _text_encoders(config))
+    pixel_metrics = [distance for distance, _ in losses.distances if isinstance(distance, PixelLPIPS)]
+    feature_networks = [] if discriminator is None else pixel_features_of(discriminator)
+    for network in (*_frozen_autoencoder(config), *pixel_metrics, *feature_networks):
+        frozen += _bytes(network.parameters())
+    # Consistency distillation keeps the teacher.
+    frozen += _bytes(student.parameters()) if config.stage == "cd" else 0.0
+    frozen += _bytes(losses.guide.parameters()) if losses.guide is not None else 0.0
+    return frozen + (_stored_bytes(losses.metric) if losses.metric is not None else 0.0)
+
+
+def _prepare_networks(config: DistillConfig, student: Student, discriminator: nn.Module | None) -> None:
+    """Give the networks fake weights, and store and recompute them as the run does."""
+    trained = [student] if discriminator is None else [student, discriminator]
+    feature_networks = [] if discriminator is None else pixel_features_of(discriminator)
+    for network in (*trained, *feature_networks):
+        to_fake(network)
+    if config.engine.frozen_weights == "bf16":
+        for network in trained:
+            engine.store_frozen_in_bf16(network)
+    if config.engine.activation_checkpointing:
+        engine.recompute(list(STUDENTS[config.student.kind].shard_units(config.teacher, student)))
+        if discriminator is not None:
+            kind = DISCRIMINATORS[config.gan.discriminator]
+            engine.recompute(list(kind.shard_units(config.teacher, discriminator)))
+        for network in feature_networks:
+            engine.recompute(network.layers())  # type: ignore[operator]
 
 
 def _moment_bytes(config: DistillConfig, student: Student, discriminator: nn.Module | None) -> float:
@@ -154,8 +168,7 @@ def _working_bytes(
     world_size: int,
     student: Student,
     discriminator: nn.Module | None,
-    distances: list[nn.ModuleList],
-    metric: LatentLPIPS | None,
+    losses: _Losses,
 ) -> float:
     """Bytes of gradients and saved activations at the peak of a step. Call it in a FakeTensorMode."""
     rows = config.train.batch_size / world_size / config.engine.gradient_accumulation
@@ -166,11 +179,12 @@ def _working_bytes(
     # The student's forward pass, which stays alive during the regression loss.
     student_graph = _activations(config, student, student, partial(fake_forward, student))
     loss = 0.0
-    for distance in distances:
+    for distance in losses.distances:
         to_fake(distance)
         loss += _distance_activations(distance, student.latent_shape).of(rows)
-    if metric is not None:
-        loss += _sweep_bytes(metric, student.latent_shape, rows)
+    if losses.metric is not None:
+        to_fake(losses.metric)
+        loss += _sweep_bytes(losses.metric, student.latent_shape, rows)
     # The loss is gone before the backward pass begins.
     recomputed = student_graph.recomputed.of(rows)
     working = student_graph.saved.of(rows) + max(loss, recomputed)
@@ -191,6 +205,9 @@ def _working_bytes(
     if buckets:
         working += _bytes(_trained(student))
         working += _bytes(_trained(discriminator)) if discriminator is not None else 0.0
+    if losses.guide is not None:
+        to_fake(losses.guide)
+        working += _guidance_activations(config, losses.guide, student.latent_shape).of(rows)
     return working
 
 
@@ -432,3 +449,8 @@ def _trained(network: nn.Module) -> list[nn.Parameter]:
 def _bytes(parameters: Any) -> float:
     """Bytes of parameters in fp32."""
     return 4.0 * sum(int(p.numel()) for p in parameters)
+
+
+def _stored_bytes(network: nn.Module) -> float:
+    """Bytes of parameters in the types that they have."""
+    return sum(p.numel() * p.element_size() for p in network.parameters())
