@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,6 +33,7 @@ from d2g.diffusion.pretrained import (
     new_vae,
     save_pipeline,
 )
+from distill.planning.flops import count as count_flops
 from pairgen.config import PairConfig
 from pairgen.job import Job, batched, open_job
 from pairgen.speed import choose_speed
@@ -192,9 +192,7 @@ def ours(job: Job, indices: list[int]) -> torch.Tensor:
 
 def row_flops(job: Job) -> float:
     """Floating-point operations of one pair: matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter:
-        job.rows([0])
-    return float(counter.get_total_flops())
+    return count_flops(lambda: job.rows([0]))
 
 
 def writer_overhead(config: PairConfig, repeats: int) -> list[str]:

@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,6 +28,7 @@ from d2g.core.peak_flops import H100_BF16
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import LatentSpace
 from distill.config.presets import DISTILL_PRESETS
+from distill.planning.flops import count as count_flops
 from distill.training.data import pair_batches
 from distill.training.train import train
 from pairgen.store.dataset import PairSampler, pair_loader
@@ -196,9 +196,8 @@ def sd15_bound(rows_per_sec: float) -> list[str]:
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         )
         inputs = torch.zeros(1, 4, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2])
-    flops = 3 * counter.get_total_flops()
+    with torch.no_grad():
+        flops = 3 * count_flops(lambda: unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2]))
     bound = H100_BF16 / flops
     return [
         f"SD 1.5, an estimate and not a run: forward and backward of the UNet at 64x64 take "
