@@ -97,12 +97,6 @@ class TrainConfig:
             raise SettingError("keep_best needs validation; set validate_images and validate_pairs")
 
     @property
-    def ema_decay(self) -> float:
-        """Decay of the weight average per step: `ema_beta`, or from `ema_halflife_images`."""
-        halflife = self.ema_halflife_images
-        return 0.5 ** (self.batch_size / halflife) if halflife else self.ema_beta
-
-    @property
     def bf16(self) -> bool:
         """Whether the networks compute in bf16. First `decide_precision` decides what auto means."""
         assert self.precision != "auto", "train.precision is auto; call decide_precision first"
@@ -356,6 +350,13 @@ class DistillConfig:
     def adversarial(self) -> bool:
         """Whether there is a discriminator."""
         return self.stage in ("gan", "text")
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay of the average per update of the student: `ema_beta`, or from `ema_halflife_images`."""
+        images = self.train.batch_size * (self.gan.d_steps_per_g_step if self.adversarial else 1)
+        halflife = self.train.ema_halflife_images
+        return 0.5 ** (images / halflife) if halflife else self.train.ema_beta
 
     @property
     def own_text(self) -> bool:

@@ -1,6 +1,8 @@
 """Output folder of an export: checks, weights, and the bound on its parity."""
 
 import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,8 +23,10 @@ the last timestep of an epsilon teacher it is multiplied by 14.6.
 """
 
 
-def check_out(out: Path, student: str, teacher: str) -> None:
-    """Raise UserError if `out` holds a run, the student, the teacher, or a pipeline that no export wrote."""
+def check_out(out: Path, student: str, teacher: str, replaced: Iterable[str] = ()) -> None:
+    """Raise UserError if `out` holds a run, the student, the teacher, a pipeline that no export wrote, or
+    without an export one of the entries `replaced`, which this one would replace.
+    """
     if files := [name for name in ("config.json", "checkpoints") if (out / name).exists()]:
         raise UserError(f"--out {out} holds a run or a model ({', '.join(files)}); choose another --out")
     for role, source in (("student", student), ("teacher", teacher)):
@@ -31,12 +35,18 @@ def check_out(out: Path, student: str, teacher: str) -> None:
             raise UserError(f"--out {out} is the {role} itself; choose another --out")
     if (out / "model_index.json").exists() and not is_export(out):
         raise UserError(f"--out {out} holds a pipeline that no export wrote; choose another --out")
+    if not is_export(out) and (others := [name for name in replaced if os.path.lexists(out / name)]):
+        raise UserError(
+            f"--out {out} holds what no export wrote and this one would replace ({', '.join(others)}); "
+            "choose another --out"
+        )
 
 
 def is_export(folder: Path) -> bool:
     """Whether a folder holds an export with a model card."""
     readme = folder / "README.md"
-    return readme.is_file() and "diffusion2gan" in readme.read_text(encoding="utf-8", errors="replace")
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    return text.startswith("---") and "diffusion2gan" in text
 
 
 def parse_dtype(name: str) -> torch.dtype:

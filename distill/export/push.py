@@ -32,12 +32,13 @@ def check_repository(name: str) -> None:
 def write_upload(source: str, out: Path, config: ExportConfig) -> list[dict[str, Any]]:
     """Write to `out` what is uploaded: a copy of an export with a model card, or an export of a run.
 
-    Returns the files with their sizes in bytes. Raises UserError for a source that is neither, and if `out`
-    holds files of something else, which would be published too.
+    Returns the files with their sizes in bytes. Raises UserError for a source that is neither, for links out
+    of the export, and if `out` holds files of something else, which would be published too.
     """
     folder, before = Path(source), _files(out)
     if is_export(folder):
-        check_out(out, source, source)
+        _refuse_links(folder)
+        check_out(out, source, source, _names(folder))
         with staged(out, "exports to") as copy:
             shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     else:
@@ -56,6 +57,21 @@ def write_upload(source: str, out: Path, config: ExportConfig) -> list[dict[str,
             "uploaded; choose another --out"
         )
     return [{"path": name, "bytes": stat.st_size} for name, stat in files.items()]
+
+
+def _names(folder: Path) -> list[str]:
+    """The entries of a folder that are published: hidden ones are not."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise UserError for a link out of a folder: what it leads to would be copied, and published."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, outside of the folder, which would be published too; "
+                "nothing was uploaded; put the file itself there, or remove the link"
+            )
 
 
 def _files(folder: Path) -> dict[str, os.stat_result]:

@@ -70,7 +70,7 @@ def export_comfyui(
     source = teacher or student_folder(student)[1]
     kind = open_pipeline(source).kind
     schedule = _comfyui_schedule(source, kind)
-    check_out(out, student, source)
+    check_out(out, student, source, ("README.md",))
     sampler = load_student(student, source, device)
     _require_plain_student(sampler, student, schedule)
 

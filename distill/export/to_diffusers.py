@@ -70,7 +70,7 @@ def export_pipeline(
     scores = own_results(student, options.scores)
     source = teacher or student_folder(student)[1]
     schedule = pipeline_schedule(source)
-    check_out(out, student, source)
+    check_out(out, student, source, ("README.md", *open_pipeline(source).components))
     sampler = load_student(student, source, device)
     guided, reads_text = sampler.student.guided, sampler.student.reads_text
     # Write the pipeline, draw with it, and write the card with the difference.
@@ -181,7 +181,7 @@ def export_lora(
     pipeline = open_pipeline(source)
     _require_lora_loader(pipeline, source)
     schedule = pipeline_schedule(source)
-    check_out(out, student, source)
+    check_out(out, student, source, ("README.md", "scheduler", "comfyui"))
     sampler, adapters, rounded = _load_lora_student(student, source, device)
 
     # Draw with the training code, write, and draw again with diffusers.

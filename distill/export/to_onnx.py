@@ -47,8 +47,8 @@ def export_onnx(
     # Check all inputs before the expensive part.
     scores = own_results(student, options.scores)
     source = teacher or student_folder(student)[1]
-    check_out(out, student, source)
     kind = open_pipeline(source)
+    check_out(out, student, source, ("README.md", *_tokenizers(source)))
     if all(export.name != "onnx" for export in kind.family.exports):
         raise UserError(
             f"teacher {source} is a {kind.kind}, whose text encoders or network have no ONNX export; "
@@ -83,7 +83,7 @@ def _write_files(sampler: OneStepSampler, source: str, out: Path) -> tuple[float
     inputs = {"noise": latents_noise, **cond, **scale}
     save_onnx(_OneStep(student), inputs, ["latents"], out / "student.onnx")
     save_onnx(_Decoder(sampler.vae), {"latents": expected}, ["images"], out / "decoder.onnx")
-    tokenizers = [name for name in open_pipeline(source).components if name.startswith("tokenizer")]
+    tokenizers = _tokenizers(source)
     for name in tokenizers:
         pretrained.load_tokenizer(source, name).save_pretrained(out / name)
 
@@ -102,6 +102,11 @@ def _write_files(sampler: OneStepSampler, source: str, out: Path) -> tuple[float
         reads_labels=not student.reads_text and sampler.conditioner.kind == "label",
     )
     return parity, usage
+
+
+def _tokenizers(teacher: str) -> list[str]:
+    """The tokenizers of a teacher, by component."""
+    return [name for name in open_pipeline(teacher).components if name.startswith("tokenizer")]
 
 
 def _write_text_encoder(sampler: OneStepSampler, out: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

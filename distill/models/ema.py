@@ -28,6 +28,11 @@ class EMA:
             for name, value in module.state_dict().items()
         }
 
+    @property
+    def copies(self) -> bool:
+        """Whether the decay is so small that the average is always a copy of the weights, as with 0."""
+        return self.beta < torch.finfo(torch.float32).eps
+
     @torch.no_grad()
     def update(self, module: nn.Module, nimg: int, beta: float | None = None) -> None:
         """Set avg to beta * avg + (1 - beta) * weights, or to the weights before `start_nimg` images.

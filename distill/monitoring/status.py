@@ -13,6 +13,7 @@ from d2g.core.distributed.checkpoint import complete_points
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.tracking.run_directory import ENDED, read_stats
+from distill.monitoring.best_point import comparable_reports
 from distill.monitoring.collapse import Line, findings
 from distill.monitoring.plots import Row, health_rows
 
@@ -101,7 +102,7 @@ def read_status(folder: Path, width: int = 24, now: float | None = None) -> RunS
         silent_minutes=silent,
         seconds_left=max(0, images - nimg) / rate if rate > 0 and progressing else None,
         values={k: v for k, v in latest.items() if k != "nimg"},
-        warnings=[finding.text for finding in findings(lines)],
+        warnings=[finding.text for finding in findings(comparable_reports(folder, lines))],
         checkpoint=str(folder / "checkpoints" / f"{points[-1]:09d}") if points else None,
         preview=str(previews[-1]) if previews else None,
         rows=health_rows(lines, width),

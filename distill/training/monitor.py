@@ -144,7 +144,7 @@ class RunMonitor:
         nimg = self.state.nimg
         # One line of stats.jsonl, with the statistics of the preview.
         means = process_group.mean({name: float(value) for name, value in values.items()})
-        if nimg >= self.options.ema_start_images:  # before that the average is a copy
+        if nimg >= self.options.ema_start_images and not self.state.ema.copies:
             means["ema/drift"] = self.state.ema.drift(self.state.student.module)
         means |= self._preview(nimg)
         speed = pace.report(nimg)

@@ -27,7 +27,14 @@ from d2g.data.captions import Captions
 from d2g.data.columns import caption_column
 from d2g.data.folders import TABLE_SUFFIX, FolderListing, few_names, list_folder
 from d2g.data.pictures import decode_picture
-from d2g.data.tables import check_expansion, encoded_image, image_column, open_table
+from d2g.data.tables import (
+    check_expansion,
+    encoded_image,
+    image_column,
+    open_table,
+    parquet_errors,
+    unreadable_table,
+)
 from d2g.diffusion.conditioning import Conditioner, ConditioningKind
 
 SETTING = "gan.real_column"
@@ -152,7 +159,10 @@ class RealImages:
         data = encoded_image(images[row].as_py(), name)
         if captions is None:
             return data, "", name
-        caption = captions[row].as_py()
+        try:
+            caption = captions[row].as_py()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: its caption is not UTF-8 ({error}); correct or drop the row") from error
         if caption in (None, ""):
             raise UserError(f"{name} has no caption; drop the row")
         return data, self.kind.checked(str(caption), name), name
@@ -160,7 +170,10 @@ class RealImages:
     def _read_group(self, table: int, group: int) -> tuple[Any, Any]:
         image, caption = self._columns[table]
         columns = [image] if caption is None else [image, caption]
-        rows = self._tables[table].read_row_group(group, columns=columns)
+        try:
+            rows = self._tables[table].read_row_group(group, columns=columns)
+        except parquet_errors() as error:
+            raise unreadable_table(self._files[table], error) from error
         return rows[image], None if caption is None else rows[caption]
 
     def _decode(self, data: bytes, name: str) -> Tensor:
@@ -232,7 +245,11 @@ def _table_columns(file: Path, table: Any, column: str | None, kind: CaptionKind
     caption = caption_column(file, names, kind.column(column), SETTING)
     check_expansion(file, table, [image, caption])
     if kind.name == "label":
-        for value in table.read(columns=[caption])[caption].unique().to_pylist():
+        try:
+            labels = table.read(columns=[caption])[caption].unique().to_pylist()
+        except parquet_errors() as error:
+            raise unreadable_table(file, error) from error
+        for value in labels:
             kind.checked(str(value), f"{file}, column {caption}")
     return image, caption
 

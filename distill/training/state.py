@@ -39,7 +39,13 @@ from distill.models.text_student import (
     text_conditioner_on_meta,
     text_modules,
 )
-from distill.student_files import kind_settings, load_same_adapters, load_student_weights, stored_tensors
+from distill.student_files import (
+    kind_settings,
+    load_same_adapters,
+    load_student_weights,
+    stored_tensors,
+    student_folder,
+)
 from distill.training.inputs import weights_sha256_of
 from distill.training.optim import optimizer
 
@@ -216,7 +222,7 @@ def state_of(
         _attach_pixel_features(kind, config, discriminator.module, device)
         optim_d = optimizer(discriminator.module, config.gan.optim, config.engine.offload_optimizer)
     # The moving average starts at the student's weights.
-    ema = EMA(student.module, config.train.ema_decay, config.train.ema_start_images)
+    ema = EMA(student.module, config.ema_decay, config.train.ema_start_images)
     return State(
         stage=config.stage,
         networks=NetworkDigests.of(config),
@@ -300,6 +306,16 @@ def _expect_kind(init: str, kind: str) -> None:
         )
 
 
+def _expect_point(init: str, student: DiffusionStudent) -> None:
+    """Raise SettingError if the student `init` is evaluated at another timestep than this run's."""
+    timestep = student_folder(init)[2]
+    if student.schedule.one_step(timestep) != student.point:
+        raise SettingError(
+            f"init is {init}, a student at timestep {timestep}, but this run's student is at "
+            f"{student.timestep}; set student_timestep={timestep}"
+        )
+
+
 def _build_student(config: DistillConfig, fresh: bool) -> Student:
     """Build the student with its initial weights, and switch gradients on for the trained parameters."""
     # Weights of the teacher, of the run or student `init`, or random ones.
@@ -309,6 +325,8 @@ def _build_student(config: DistillConfig, fresh: bool) -> Student:
     conditioner = load_text_conditioner(config.teacher) if config.own_text else None
     if config.init not in ("", FROM_TEACHER) and fresh:
         _expect_kind(config.init, config.student.kind)
+        if isinstance(student, DiffusionStudent):
+            _expect_point(config.init, student)
         load_student_weights(student, config.init, conditioner)
     if student.guided and not takes_guidance(config.teacher, config.student):
         raise SettingError(

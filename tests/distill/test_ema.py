@@ -1,10 +1,13 @@
 """distill.models.ema: closed form, start of averaging, fp32 averages of lower-precision modules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from distill.config.run import TrainConfig
+from distill.config.discriminator import DiscriminatorConfig
+from distill.config.run import DistillConfig, TrainConfig
 from distill.models.ema import EMA
 
 
@@ -34,11 +37,23 @@ def test_closed_form() -> None:
     assert ema.tensors["count"].item() == 1
 
 
-def test_half_life_does_not_depend_on_the_batch_size() -> None:
+@pytest.mark.parametrize("d_steps", [1, 5])
+def test_half_life_depends_on_neither_batch_size_nor_d_steps(d_steps: int) -> None:
+    gan = DiscriminatorConfig(d_steps_per_g_step=d_steps, mix_fraction=0.0)
     for batch_size in (1, 8, 40):
-        config = TrainConfig(batch_size=batch_size, ema_halflife_images=80)
-        assert config.ema_decay ** (80 / batch_size) == pytest.approx(0.5)
-    assert TrainConfig(ema_beta=0.3).ema_decay == 0.3
+        train = TrainConfig(batch_size=batch_size, ema_halflife_images=80)
+        config = DistillConfig(stage="gan", gan=gan, train=train)
+        assert config.ema_decay ** (80 / batch_size / d_steps) == pytest.approx(0.5)
+        assert replace(config, stage="ode").ema_decay ** (80 / batch_size) == pytest.approx(0.5)
+        assert replace(config, train=replace(train, ema_halflife_images=0)).ema_decay == train.ema_beta
+
+
+@pytest.mark.parametrize(("beta", "copies"), [(0.0, True), (1e-30, True), (0.1, False)])
+def test_a_decay_near_zero_copies(beta: float, copies: bool) -> None:
+    module = Module(0.0)
+    ema = EMA(module, beta)
+    ema.update(module.set_weight(5.0), 1)
+    assert ema.copies == copies == (ema.drift(module) == 0)
 
 
 def test_ema_is_a_copy_until_its_start() -> None:

@@ -72,6 +72,19 @@ def test_an_export_may_replace_an_earlier_one_but_not_its_input(run: str, tmp_pa
     assert not (pipeline / "unet" / "stale.safetensors").exists()
 
 
+@pytest.mark.parametrize("form", FORMATS[1:])
+def test_an_export_replaces_no_files_of_something_else(form: Any, run: str, tmp_path: Path) -> None:
+    """A project's README.md, even one that names this program, and its folders named like components."""
+    project = tmp_path / "project"
+    (project / "scheduler").mkdir(parents=True)
+    (project / "scheduler" / "jobs.txt").write_text("mine")
+    (project / "README.md").write_text("# Mine, made with diffusion2gan")
+    before = listing(project)
+    with pytest.raises(UserError, match=r"holds what no export wrote .*README.md.*; choose another --out$"):
+        export(ExportConfig(student=run, format=form), project)
+    assert listing(project) == before
+
+
 def test_an_export_is_atomic(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="stop"), staged(out, "exports to") as folder:

@@ -162,6 +162,30 @@ def test_a_folder_is_not_copied_onto_itself(exported: Path, d2g: Any) -> None:
     assert ended.code == 1 and "is the student itself; choose another --out" in ended.error
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_links_out_of_an_export_are_not_followed(
+    inside: bool, exported: Path, tmp_path: Path, d2g: Any
+) -> None:
+    """An export from a stranger must not publish files of this machine."""
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    (keys / "id").write_text("secret")
+    (exported / "unet" / "more").symlink_to("weights.safetensors" if inside else keys)
+    ended = d2g("push", exported, "a/b", "--dry-run", "--out", tmp_path / "out")
+    if inside:
+        assert ended.code == 0 and (tmp_path / "out/unet/more").read_bytes() == bytes(range(256))
+    else:
+        assert ended.code == 1 and f"is a link to {keys}, outside of the folder" in ended.error
+        assert not (tmp_path / "out").exists()
+
+
+def test_no_readme_of_something_else_is_replaced(exported: Path, tmp_path: Path, d2g: Any) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    ended = d2g("push", exported, "a/b", "--dry-run", "--out", tmp_path)
+    assert ended.code == 1 and "holds what no export wrote" in ended.error
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_files_of_something_else_are_not_published(exported: Path, hub: Any, tmp_path: Path) -> None:
     """Running the same command again is fine; a file that no push wrote is not."""
     for _ in range(2):

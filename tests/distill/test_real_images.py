@@ -13,6 +13,8 @@ from PIL import Image
 
 from d2g.core.errors import UserError
 from distill.training.real_images import RealImages
+from distill.training.real_rows import _PixelRows
+from pairgen.store.dataset import PairSampler, pair_loader
 
 NAMES = [f"{number:02d}.png" for number in range(7)]
 
@@ -126,3 +128,22 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
     file.write_bytes(b"no parquet")
     with pytest.raises(UserError, match="is not a readable parquet file"):
         RealImages(str(file), (8, 8))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_table_is_one_line(workers: int, tmp_path: Path) -> None:
+    """Also where a loader process reads it, and for captions that are no text."""
+    images = [{"bytes": png_bytes(number), "path": None} for number in range(7)]
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": images, "caption": ["a"] * 7}), file, compression="snappy")
+    data = bytearray(file.read_bytes())
+    data[400:800] = b"\xff" * 400  # in the page of images
+    file.write_bytes(data)
+    rows = _PixelRows(RealImages(str(file), (8, 8)))
+    loader = pair_loader(rows, PairSampler(7, 1, 0), workers=workers)
+    with pytest.raises(UserError, match=r"a.parquet is not a readable parquet file \(.*\); fetch it again$"):
+        next(loader)
+    captions = pa.Array.from_buffers(pa.string(), 1, pa.array([b"B\xe4r"], pa.binary()).buffers())
+    pq.write_table(pa.table({"image": images[:1], "caption": captions}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"row 0: its caption is not UTF-8 .*; correct or drop the row"):
+        RealImages(str(tmp_path / "b.parquet"), (8, 8)).read([0])

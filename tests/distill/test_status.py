@@ -14,6 +14,7 @@ from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import RunLog, read_stats
 from d2g_cli import main as cli
 from d2g_cli.watch import has_news
+from distill.monitoring.best_point import record_measure
 from distill.monitoring.status import read_status, usual_gap
 from jobs import Running
 
@@ -53,6 +54,17 @@ def test_view_of_a_run(run: Path) -> None:
     assert status.checkpoint == str(run / "checkpoints" / "000000040")
     assert status.preview == str(run / "previews" / "pairs-000000040.png")
     assert status.warnings == [] and {row.name for row in status.rows} == set(LINE)
+
+
+def test_validations_with_other_settings_are_no_warning(run: Path) -> None:
+    """As in the run itself, validations count from the last change of their settings on."""
+    log = RunLog(run, json.loads((run / "config.json").read_text()))
+    for nimg in range(50, 62):
+        log.write(nimg, {"val/fid": float(nimg)})
+    assert [text for text in read_status(run).warnings if "quality stalls" in text]
+    record_measure(run, {"metric": "val/fid", "num": 1}, 50)
+    record_measure(run, {"metric": "val/fid", "num": 2}, 60)
+    assert read_status(run).warnings == []
 
 
 def test_json_output_leaves_the_folder_unchanged(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

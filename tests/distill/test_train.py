@@ -34,6 +34,7 @@ from distill.training.failure import not_finite_error
 from distill.training.optim import optimizer, update
 from distill.training.state import new_state
 from distill.training.train import train
+from exported import save_run
 from jobs import BATCH, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -187,6 +188,25 @@ def test_the_gan_stage_starts_from_the_ema_of_the_regression_stage(
     before = load_file(unbroken["ode"] / "checkpoints" / "000000080" / "ema.safetensors")
     after = sharded_checkpoint.read(checkpoint.open_checkpoint(tmp_path / "checkpoints" / "000000004"))
     assert equal(before, {name: after[f"student.{name}"] for name in before})
+
+
+def test_a_stage_continues_at_the_timestep_of_its_student(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    """Weights for one timestep give noise at another one."""
+    run = save_run(tmp_path / "run", str(teacher), student_timestep=981)
+    config = distill_config(teacher, pairs, stage="gan", init=run)
+    message = "a student at timestep 981, but this run's student is at 999; set student_timestep=981$"
+    with pytest.raises(SettingError, match=message):
+        new_state(config, torch.device("cpu"))
+    state = new_state(replace(config, student_timestep=981), torch.device("cpu"))
+    assert state.student.module.timestep == 981
+    last = save_run(tmp_path / "last", str(teacher), student_timestep=999)  # -1 is the last one, too
+    new_state(replace(config, init=last), torch.device("cpu"))
+
+
+def test_no_average_is_no_collapse(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    """With ema_beta=0 the average equals the weights, which does not mean that they stand still."""
+    train(distill_config(teacher, pairs, "train.ema_beta=0", "train.on_collapse=stop"), tmp_path)
+    assert all("ema/drift" not in line for line in read_stats(tmp_path))
 
 
 def test_a_finished_run_is_not_changed(unbroken: dict[str, Path], teacher: Path, pairs: Path) -> None:
