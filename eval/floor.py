@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from d2g.core.errors import UserError
 from d2g.core.seeds import EvalStream, generator
 from eval.measure.reference import Reference
 from eval.metrics.feature_stats import FeatureStats
 from eval.metrics.inputs import MetricInputs
-from eval.protocols.metric import all_metrics
+from eval.protocols.metric import Metric, all_metrics
 from eval.protocols.protocol import Protocol
 
 
@@ -62,16 +63,34 @@ def real_floor(
         compared_with = "others of the reference"
     # Compute the metrics as for samples, with one set in place of the generated images.
     inputs = MetricInputs(protocol=protocol, rows={}, prompts=(), generated=held_out, real=compared)
+    too_few = [
+        metric.name
+        for metric in reference_metrics
+        if any(_too_few(metric, stats, protocol) for stats in (held_out, compared))
+    ]
     numbers = {
         key: estimate.value
         for metric in reference_metrics
+        if metric.name not in too_few
         for key, estimate in metric.compute(inputs).estimates.items()
     }
     counts = [next(iter(stats.values())).count for stats in (held_out, compared)]
-    return Floor(
-        numbers=numbers,
-        note=f"floor: {counts[0]:,} held-out real pictures against {counts[1]:,} {compared_with}",
-    )
+    note = f"floor: {counts[0]:,} held-out real pictures against {counts[1]:,} {compared_with}"
+    if too_few:
+        note += f" (too few for {', '.join(too_few)})"
+    return Floor(numbers=numbers, note=note)
+
+
+def _too_few(metric: Metric, stats: Mapping[str, FeatureStats], protocol: Protocol) -> bool:
+    """Whether the metric needs more pictures than these."""
+    if metric.check_count is None:
+        return False
+    features = stats[metric.networks[0]]
+    try:
+        metric.check_count(len(features.rows), protocol, features.dim)
+    except UserError:
+        return True
+    return False
 
 
 def _part(stats: FeatureStats, rows: torch.Tensor) -> FeatureStats:
