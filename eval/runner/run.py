@@ -46,13 +46,18 @@ def run_evaluation(config: EvalRun, progress: Progress = quiet) -> dict[str, Any
     measure it with, is missing or given twice; UserError while another evaluation works in these folders.
     """
     session = EvalSession(config, progress)
+    report = config.out is not None and not config.out.endswith(".json")
+    if report and config.train is not None and not session.needs_features:
+        raise SettingError("--train looks for neighbors in the protocol's features; add fid to the metrics")
     with session.sole_evaluation():
         source, evaluation = session.measure(config)
+        # Every process measures its share of the training pictures.
+        training_rows = _training_features(session) if report and config.train is not None else None
         if config.latency:
             timed = replace(evaluation.result, latency=latency(session, source))
             evaluation = replace(evaluation, result=timed)
         if process_group.rank() == 0:
-            _write(session, source, evaluation)
+            _write(session, source, evaluation, training_rows)
         process_group.barrier()
     return evaluation.result.to_json()
 
@@ -74,7 +79,9 @@ def latency(session: EvalSession, source: ImageSource) -> dict[str, Any]:
     return measure_latency(models, session.device, repeats=repeats, warmup=max(1, repeats // 5))
 
 
-def _write(session: EvalSession, source: ImageSource, evaluation: Evaluation) -> None:
+def _write(
+    session: EvalSession, source: ImageSource, evaluation: Evaluation, training_rows: Tensor | None
+) -> None:
     """Write the files that the config asks for."""
     out = session.config.out
     if out is None:
@@ -94,40 +101,40 @@ def _write(session: EvalSession, source: ImageSource, evaluation: Evaluation) ->
         source,
         evaluation,
         other=session.other,
-        nearest=_nearest_images(session, source, evaluation),
+        nearest=[] if training_rows is None else [_nearest_images(session, source, evaluation, training_rows)],
     )
     write_report(folder / "report.html", data)
 
 
-def _nearest_images(session: EvalSession, source: ImageSource, evaluation: Evaluation) -> list[Pictures]:
-    """The first images beside the training images that are nearest in the protocol's features."""
-    if session.config.train is None:
-        return []
-    rows = evaluation.rows
-    if "features" not in rows.values:
-        raise SettingError("--train looks for neighbors in the protocol's features; add fid to the metrics")
+def _training_features(session: EvalSession) -> Tensor:
+    """The protocol's features of the training pictures. Call it on every rank."""
+    assert session.config.train is not None
     net, size = session.networks.sets["features"], session.protocol.preprocessing
-    # Features of the whole training set, then the nearest rows of the first images.
     training = image_source(open_images(session.config.train))
     assert training.count is not None
     measure = {"features": Measure(size=size, function=lambda images, _: net(images).float())}
-    training_rows = measure_source(
+    rows = measure_source(
         training, range(training.count), measure, work=MeasureOptions(), progress=session.progress
     )
+    return rows.values["features"]
+
+
+def _nearest_images(
+    session: EvalSession, source: ImageSource, evaluation: Evaluation, training_rows: Tensor
+) -> Pictures:
+    """The first images beside the training images that are nearest in the protocol's features."""
+    assert session.config.train is not None
+    rows, count = evaluation.rows, len(training_rows)
     # The training rows are compared in chunks to bound the distance matrix.
     generated = rows.values["features"][:NEAREST]
-    near = nearest_neighbors(
-        generated, training_rows.values["features"].split(4096), k=min(NEIGHBORS, training.count)
+    near = nearest_neighbors(generated, training_rows.split(4096), k=min(NEIGHBORS, count))
+    return beside_nearest(
+        near,
+        first_images(source, len(generated)),
+        LazyImages(image_source(open_images(session.config.train)), count),
+        rows.prompts[: len(generated)],
+        features=session.networks.sets["features"].name,
     )
-    return [
-        beside_nearest(
-            near,
-            first_images(source, len(generated)),
-            LazyImages(training, training.count),
-            rows.prompts[: len(generated)],
-            features=net.name,
-        )
-    ]
 
 
 def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress = quiet) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class EvalSession:
         networks = load_networks(
             self.metrics,
             self.protocol,
-            features=self._feature_network() if self._needs_features else None,
+            features=self._feature_network() if self.needs_features else None,
             clip=config.clip or self._teacher_clip(),
             weights=config.weight_table(),
             teacher=self.teacher,
@@ -132,7 +132,8 @@ class EvalSession:
         return replace(networks, extra={**networks.extra, **measures})
 
     @property
-    def _needs_features(self) -> bool:
+    def needs_features(self) -> bool:
+        """Whether a metric needs the protocol's features."""
         return any("features" in all_metrics()[name].networks for name in self.metrics)
 
     @cached_property
@@ -342,12 +343,13 @@ class EvalSession:
 
     @cached_property
     def training(self) -> Reference | None:
-        """Statistics of the training pictures (--train); None without them or without a reference."""
-        if self.config.train is None or not self.networks.compared or self.config.reference is None:
+        """Statistics of all training pictures (--train); None without them, or where there is no floor."""
+        given = self.config.reference is not None and self.protocol.reference == "given"
+        if self.config.train is None or not given or not self.networks.compared:
             return None
         return open_reference(
             Path(self.config.train),
-            self.protocol,
+            replace(self.protocol, reference_images=0),
             self.networks.compared,
             allow_fewer=True,
             batch_size=self.config.batch_size,

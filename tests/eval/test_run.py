@@ -101,14 +101,16 @@ def test_a_killed_run_resumes_to_the_same_numbers(job: Path, teacher: Path, tmp_
 def test_several_processes_give_the_same_result_and_rank_0_prints_it(
     job: Path, teacher: Path, tmp_path: Path, ranks: int
 ) -> None:
-    """Each process also measures its share of the reference images."""
+    """Each process also measures its share of the reference and of the training images."""
     single = d2g(arguments(job, teacher), tmp_path / "single").json
     cache = {"D2G_CACHE": str(tmp_path / "cache")}
-    ended = d2g_ranks(arguments(job, teacher, out=tmp_path / "out"), tmp_path / "ranks", ranks, cache)
+    options = arguments(job, teacher, out=tmp_path / "out", train=job / "photographs")
+    ended = d2g_ranks(options, tmp_path / "ranks", ranks, cache)
     assert [one.code for one in ended] == [0] * ranks, [one.stderr for one in ended]
     assert [bool(one.stdout) for one in ended] == [True] + [False] * (ranks - 1)
     assert_close(ended[0].json, single)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["fid"] == ended[0].json["fid"]
+    assert "Nearest training images" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_saved_images_give_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
@@ -437,6 +439,11 @@ def test_real_pictures_beside_real_pictures(
     assert same["floor"]["fid"] == pytest.approx(0, abs=1e-6) and same["floor"]["recall"] == 1
     assert "floor: 12 held-out real pictures against 12 training pictures" in same["notes"]
     assert "held-out real pictures" in (tmp_path / "out" / "report.html").read_text()
+    # The protocol's number of reference images is not that of training pictures.
+    fixed = EvalSession(replace(run, protocol=replace(run.protocol, reference_images=6)))
+    assert fixed.training is not None and fixed.training.count == 12
+    # A protocol with a reference of its own has no floor.
+    assert EvalSession(replace(run, protocol=PROTOCOLS["coco2014-30k-gigagan"])).training is None
 
 
 def test_a_network_of_the_user(job: Path, teacher: Path, tmp_path: Path, monkeypatch: Any) -> None:
