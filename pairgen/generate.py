@@ -4,6 +4,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.request import url2pathname
 
 import torch
@@ -54,6 +55,8 @@ class Tally:
 
     def __init__(self, max_bad: float) -> None:
         self.written, self.bad, self.max_bad = 0, 0, max_bad
+        self.latest: dict[str, Any] = {}
+        """The quarantine record of the last row without finite latents."""
 
     def append(
         self,
@@ -71,14 +74,15 @@ class Tally:
         quarantined = len(writer.quarantined)
         writer.append(noise, latents, prompts, index, condition)
         self.written += len(index)
-        self.bad += len(writer.quarantined) - quarantined
+        if len(writer.quarantined) > quarantined:
+            self.bad += len(writer.quarantined) - quarantined
+            self.latest = list(writer.quarantined.values())[-1]
         if self.written >= CHECK_BAD_AFTER and self.bad > self.max_bad * self.written:
-            latest = list(writer.quarantined.values())[-1]
             # Save now: after an error, the background thread runs no further calls.
             writer.flush()
             raise FloatingPointError(
                 f"{self.bad} of {self.written} latents are not finite, the last that of pair "
-                f"{latest['index']} ({latest['prompt']!r}); max_bad is {self.max_bad}: try another "
+                f"{self.latest['index']} ({self.latest['prompt']!r}); max_bad is {self.max_bad}: try another "
                 "precision, or raise max_bad"
             )
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,9 @@ def export_store(folder: Path, out: Path, format: str, progress: Progress = quie
 
     format: `parquet` or `webdataset`, whose contents docs/pair-format.md describes. Noise and latents keep
     the stored type, and seeded noise is written out. Missing shards and quarantined pairs are left out, and
-    the log says how many. Files that are present stay, so the same call resumes. Returns the numbers of
-    pairs, of files, and of files that this call wrote.
+    the log says how many. Files that are newer than their shards stay, so the same call resumes, and copies
+    shards again that `d2g pairs repair` has filled. Returns the numbers of pairs, of files, and of files that
+    this call wrote.
 
     Raises SettingError for another format, DamagedShard, and UserError if `out` holds the copy of another
     store or cannot be written.
@@ -50,7 +52,7 @@ def export_store(folder: Path, out: Path, format: str, progress: Progress = quie
         for done, shard in enumerate(shards):
             source = shard_path(folder, shard)
             target = out / f"{source.stem}.{suffix}"
-            if not target.exists():
+            if not target.exists() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
                 content = encode(load_rows(source, spec), spec)
                 write_and_rename(content, target, target.with_name(f".{target.name}.tmp"))
                 written += 1
@@ -84,7 +86,7 @@ def _to_parquet(rows: PairBatch, spec: StoreSpec) -> bytes:
     for name, values in _tensors(rows).items():
         shapes[name] = list(values.shape[1:])
         flat = pa.array(values.numpy().reshape(-1))
-        columns[name] = pa.FixedSizeListArray.from_arrays(flat, values[0].numel())
+        columns[name] = pa.FixedSizeListArray.from_arrays(flat, math.prod(values.shape[1:]))
     table = pa.table(columns).replace_schema_metadata({"shapes": json.dumps(shapes)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="none")  # noise cannot be compressed

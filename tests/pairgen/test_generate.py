@@ -18,12 +18,15 @@ from jobs import Running, d2g, make_pairs
 from pairgen import speed
 from pairgen.config import PAIR_PRESETS, PairConfig
 from pairgen.cost import GPU_COUNTS, plan_pairs
-from pairgen.generate import generate_pairs, regenerate, resimulate
+from pairgen.generate import Tally, generate_pairs, regenerate, resimulate
 from pairgen.job import config_from_spec, open_job
 from pairgen.speed import fastest_batch
 from pairgen.store.reader import PairReader
-from pairgen.store.spec import read_spec, shards_present
+from pairgen.store.spec import create_store, read_spec, shards_present
+from pairgen.store.writer import PairWriter
 from pairgen.verify import verify_store
+from stores import SPEC
+from stores import rows as rows_of_shard
 
 ROOT = Path(__file__).parents[2]
 
@@ -195,6 +198,20 @@ def test_an_error_keeps_every_finished_row(config: PairConfig, tmp_path: Path) -
 
 
 # Refused inputs.
+
+
+def test_the_last_bad_row_may_be_of_an_earlier_shard(tmp_path: Path) -> None:
+    """Shares are checked from 256 rows on: here in the second shard, whose own rows are all finite."""
+    spec = replace(SPEC, num_pairs=512, shard_size=255)
+    create_store(tmp_path, spec)
+    tally = Tally(max_bad=0.1)
+    noise, latents, prompts, index = rows_of_shard(spec, list(spec.rows(0)))
+    latents[7:60] = torch.nan
+    with PairWriter(tmp_path, spec, 0) as writer:
+        tally.append(writer, noise, latents, prompts, index)
+    with PairWriter(tmp_path, spec, 1) as writer:
+        with pytest.raises(FloatingPointError, match=r"^53 of 256 latents .* the last that of pair 59 \("):
+            tally.append(writer, *rows_of_shard(spec, [255]))
 
 
 def test_other_settings_are_refused_by_name(config: PairConfig, pairs: Path) -> None:

@@ -15,7 +15,9 @@ from d2g_cli import main as cli
 from jobs import make_pairs
 from pairgen.other_formats import export_store
 from pairgen.store.reader import PairReader
+from pairgen.store.spec import quarantine_path
 from pairgen.verify import verify_store
+from stores import SPEC, put_shard, put_store
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,21 @@ def test_a_copy_resumes_and_equals_an_unbroken_one(pairs: Path, tmp_path: Path) 
     assert export_store(pairs, tmp_path / "twice", "webdataset")["written"] == 1
     for path in (tmp_path / "once").iterdir():
         assert path.read_bytes() == (tmp_path / "twice" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_a_shard_that_was_filled_after_the_copy_is_copied_again(tmp_path: Path, format: str) -> None:
+    """Shard 1 has no rows at first."""
+    store = put_store(tmp_path / "pairs", quarantined=[2, *range(8, 16)])
+    assert export_store(store, tmp_path / "copy", format)["pairs"] == 22 - 9
+    for shard in (0, 1):
+        quarantine_path(store, shard).unlink()
+        put_shard(store, SPEC, shard)
+    again = export_store(store, tmp_path / "copy", format)
+    assert (again["pairs"], again["written"]) == (22, 2)
+    export_store(store, tmp_path / "once", format)
+    for path in (tmp_path / "once").iterdir():
+        assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
 
 
 def test_what_cannot_be_copied_is_refused(teacher: Path, pairs: Path, tmp_path: Path) -> None:
