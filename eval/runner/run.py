@@ -96,13 +96,11 @@ def _write(
     write_atomically(folder / "result.json", text)
     scores = {name: values.contiguous() for name, values in rows.values.items() if values.ndim == 1}
     write_atomically(folder / "rows.safetensors", save(scores, {"prompts": json.dumps(rows.prompts)}))
-    data = report_data(
-        str(source.facts["kind"]),
-        source,
-        evaluation,
-        other=session.other,
-        nearest=[] if training_rows is None else [_nearest_images(session, source, evaluation, training_rows)],
-    )
+    nearest = []
+    if training_rows is not None:
+        nearest.append(_nearest_images(session, source, evaluation, training_rows))
+    kind = str(source.facts["kind"])
+    data = report_data(kind, source, evaluation, other=session.other, nearest=nearest)
     write_report(folder / "report.html", data)
 
 
