@@ -1,7 +1,11 @@
-"""Images of a student, of its teacher, or of both, as files with a grid: what `d2g sample` writes."""
+"""Images of a student, of its teacher, or of both, as files with a grid: what `d2g sample` writes.
+
+Each batch is written when it is drawn, so that memory does not grow with the number of images, and what an
+interrupted command has drawn stays.
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,9 @@ from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
 from distill.sampling import load_student, with_prior, with_psi
 from distill.student_files import kind_settings, student_folder, student_guidance
+
+GRID_IMAGES = 64
+"""Largest number of images in a grid."""
 
 
 def save_samples(
@@ -42,11 +49,9 @@ def save_samples(
     of images and the seconds per image. Raises SettingError if `guidance` or `psi` is set but the student
     does not take it, and as `with_prior` does.
     """
-    images, seconds = _student_images(
-        name, prompts, seed, batch_size, teacher, guidance, progress, prior=prior, psi=psi
-    )
-    _write_images(images, prompts, seed, out)
-    return {"out": str(out), "images": len(images), "seconds_per_image": seconds}
+    batches = _student_batches(name, prompts, seed, batch_size, teacher, guidance, prior=prior, psi=psi)
+    _, seconds = _write_images(batches, prompts, seed, out, "sample", progress)
+    return {"out": str(out), "images": len(prompts), "seconds_per_image": seconds}
 
 
 def save_teacher_samples(
@@ -63,9 +68,9 @@ def save_teacher_samples(
 
     Raises SettingError and UserError as `load_sampler` does.
     """
-    images, seconds = _teacher_images(name, prompts, seed, batch_size, settings, progress)
-    _write_images(images, prompts, seed, out)
-    return {"out": str(out), "images": len(images), "seconds_per_image": seconds}
+    batches = _teacher_batches(name, prompts, seed, batch_size, settings)
+    _, seconds = _write_images(batches, prompts, seed, out, "sample teacher", progress)
+    return {"out": str(out), "images": len(prompts), "seconds_per_image": seconds}
 
 
 def save_both_samples(
@@ -88,26 +93,17 @@ def save_both_samples(
     prior = settings.prior
     if settings.guidance is None and family_of(teacher).embedded_guidance is not None:
         settings = replace(settings, guidance=student_guidance(student, teacher))
-    student_images = _student_images(
-        student,
-        prompts,
-        seed,
-        batch_size,
-        teacher,
-        settings.guidance,
-        progress,
-        must_take_guidance=False,
-        prior=prior,
+    student_batches = _student_batches(
+        student, prompts, seed, batch_size, teacher, settings.guidance, must_take_guidance=False, prior=prior
     )
+    images, seconds = _write_images(student_batches, prompts, seed, out / "student", "sample", progress)
     settings = replace(settings, prior=None if prior is None else student_folder(prior)[1])
-    timed: dict[str, tuple[list[Tensor], float]] = {
-        "student": student_images,
-        "teacher": _teacher_images(teacher, prompts, seed, batch_size, settings, progress),
-    }
-    for name, (images, _) in timed.items():
-        _write_images(images, prompts, seed, out / name)
+    teacher_batches = _teacher_batches(teacher, prompts, seed, batch_size, settings)
+    teacher_images, teacher_seconds = _write_images(
+        teacher_batches, prompts, seed, out / "teacher", "sample teacher", progress
+    )
     # Rows of student and teacher, side by side.
-    rows = [image for pair in zip(*(images for images, _ in timed.values()), strict=True) for image in pair]
+    rows = [image for pair in zip(images, teacher_images, strict=True) for image in pair]
     if len({image.shape for image in rows}) == 1:
         steps = f"{settings.steps}" if prior is None else f"{settings.prior_steps} + {settings.steps}"
         names = ("one step" if prior is None else "two steps", f"teacher, {steps} steps")
@@ -116,28 +112,28 @@ def save_both_samples(
         shared = "on the same noise" if same_noise else "with noise of their own"
         heading = f"{Path(student).name} and its teacher {Path(teacher).name} {shared}, seed {seed}"
         across = 2 if len(rows) <= 16 else 8
-        save_png(captioned_grid(torch.stack(rows[:64]), titles[:64], heading, across), out / "grid.png", {})
+        rows, titles = rows[:GRID_IMAGES], titles[:GRID_IMAGES]
+        save_png(captioned_grid(torch.stack(rows), titles, heading, across), out / "grid.png", {})
     return {
         "out": str(out),
-        "images": len(rows),
-        "seconds_per_image": timed["student"][1],
-        "teacher_seconds_per_image": timed["teacher"][1],
+        "images": 2 * len(prompts),
+        "seconds_per_image": seconds,
+        "teacher_seconds_per_image": teacher_seconds,
     }
 
 
-def _student_images(
+def _student_batches(
     name: str,
     prompts: Sequence[str],
     seed: int,
     batch_size: int,
     teacher: str | None,
     guidance: float | None,
-    progress: Progress,
     must_take_guidance: bool = True,
     prior: str | None = None,
     psi: float | None = None,
-) -> tuple[list[Tensor], float]:
-    """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
+) -> Iterator[Tensor]:
+    """Load a student, and draw an image per prompt: batches of uint8 [B, 3, H, W] on the CPU."""
     one_step = with_prior(load_student(name, teacher, process_group.own_device()), name, prior)
     one_step = with_psi(one_step, name, psi)
     # The guidance scale is an input of some students only.
@@ -148,43 +144,47 @@ def _student_images(
             f"student {name} has its guidance in its weights; leave --guidance out, or train one with "
             "student.guidance_conditioning=true"
         )
-    started, samples = time.monotonic(), list[Tensor]()
-    for images, _ in one_step.sample(prompts, seed, batch_size=batch_size):
-        samples += list(images)
-        progress("sample", len(samples), len(prompts))
-    return samples, (time.monotonic() - started) / len(samples)
+    return (images for images, _ in one_step.sample(prompts, seed, batch_size=batch_size))
 
 
-def _teacher_images(
-    name: str,
-    prompts: Sequence[str],
-    seed: int,
-    batch_size: int,
-    settings: SolverSettings,
-    progress: Progress,
-) -> tuple[list[Tensor], float]:
-    """One image per prompt, uint8 [3, H, W] each, and the seconds per image."""
+def _teacher_batches(
+    name: str, prompts: Sequence[str], seed: int, batch_size: int, settings: SolverSettings
+) -> Iterator[Tensor]:
+    """Load a teacher, and draw an image per prompt: batches of uint8 [B, 3, H, W] on the CPU."""
     sampler = load_sampler(name, settings, process_group.own_device())
     vae = pretrained.load_vae(name).to(sampler.teacher.device)
-    started, samples = time.monotonic(), list[Tensor]()
-    for first in range(0, len(prompts), batch_size):
+
+    @torch.no_grad()
+    def draw(first: int) -> Tensor:
         # Image i has the noise of (seed, i), as a student's.
         part = list(prompts[first : first + batch_size])
         latents = sampler.latents(seed, range(first, first + len(part)), part)
-        with torch.no_grad():
-            samples += list(to_uint8(decode(vae, latents)).cpu())
-        progress("sample teacher", len(samples), len(prompts))
-    return samples, (time.monotonic() - started) / len(samples)
+        return to_uint8(decode(vae, latents)).cpu()
+
+    return map(draw, range(0, len(prompts), batch_size))
 
 
-def _write_images(images: Sequence[Tensor], prompts: Sequence[str], seed: int, out: Path) -> None:
-    """One file per image, and a grid of the first ones."""
-    for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        save_png(
-            image, out / f"{number:05d}.png", {"prompt": prompt, "seed": str(seed), "index": str(number)}
-        )
-    save_png(image_grid(torch.stack(list(images[:64]))), out / "grid.png", {})
-    log_earlier_samples(out, len(images))
+def _write_images(
+    batches: Iterator[Tensor], prompts: Sequence[str], seed: int, out: Path, label: str, progress: Progress
+) -> tuple[list[Tensor], float]:
+    """Write one file per image as batches are drawn, then a grid of the first ones.
+
+    Returns the images of the grid, and the seconds per image without those of writing.
+    """
+    first: list[Tensor] = []
+    number, seconds, started = 0, 0.0, time.monotonic()
+    for images in batches:
+        seconds += time.monotonic() - started
+        for image in images:
+            text = {"prompt": prompts[number], "seed": str(seed), "index": str(number)}
+            save_png(image, out / f"{number:05d}.png", text)
+            number += 1
+        first += list(images[: GRID_IMAGES - len(first)])
+        progress(label, number, len(prompts))
+        started = time.monotonic()
+    save_png(image_grid(torch.stack(first)), out / "grid.png", {})
+    log_earlier_samples(out, number)
+    return first, seconds / number
 
 
 def log_earlier_samples(out: Path, count: int) -> None:

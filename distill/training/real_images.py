@@ -96,14 +96,25 @@ class RealImages:
                 "leave it out"
             )
         self._files, self._rows = _list_source(self.source, column, kind)
-        self._tables = [open_table(file) for file in self._files]
+        self._open_tables()
         self._columns = [
             _table_columns(*pair, column, kind) for pair in zip(self._files, self._tables, strict=True)
         ]
         self._ends = np.cumsum([0, *(table.metadata.num_rows for table in self._tables)])
         if not len(self):
             raise UserError(f"{source} holds no images; expected captioned images, or .parquet")
+
+    def _open_tables(self) -> None:
+        self._tables = [open_table(file) for file in self._files]
         self._group = lru_cache(maxsize=16)(self._read_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without open files, for loader processes that do not start as forks."""
+        return {name: value for name, value in vars(self).items() if name not in ("_tables", "_group")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_tables()
 
     @property
     def shuffle_blocks(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,14 @@ def test_order_depends_on_seed_and_images_so_far_only(source: str) -> None:
     assert images.batch(3, 5, 4)[1] == two_epochs[5:9]
     assert RealImages(source, (12, 8)).batch(3, 5, 4)[1] == two_epochs[5:9]
     assert images.batch(4, 0, 14)[1] != two_epochs
+
+
+def test_another_process_opens_the_same_images(source: str) -> None:
+    """Loader processes start by spawn on macOS, and get a pickle."""
+    images = RealImages(source, (8, 8))
+    copy = pickle.loads(pickle.dumps(images))
+    (pixels, captions), (copied, copied_captions) = (each.read([6, 0, 3]) for each in (images, copy))
+    assert torch.equal(pixels, copied) and captions == copied_captions
 
 
 def test_unusable_sources_are_refused(tmp_path: Path) -> None:

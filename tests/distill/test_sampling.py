@@ -75,6 +75,16 @@ def test_files_store_their_prompt_and_the_grid_shows_all_images(run: Path, tmp_p
         assert grid.size == (3 * 18, 3 * 18)
 
 
+def test_an_interrupted_command_keeps_what_it_has_drawn(run: Path, tmp_path: Path) -> None:
+    def interrupt(label: str, done: int, total: int) -> None:
+        if done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_samples(str(run), PROMPTS, tmp_path, 5, 3, progress=interrupt)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number:05d}.png" for number in range(6)]
+
+
 def test_a_run_is_sampled_with_its_ema_weights(run: Path) -> None:
     tensors = load_file(run / "checkpoints" / "000000020" / "ema.safetensors")
     student = load_student(str(run)).student
