@@ -110,12 +110,13 @@ def load_any_pipeline(
     diffusers.utils.logging.disable_progress_bar()
     if not Path(name).exists():
         hub.fetch(name, ["model_index.json"], f"pipeline {name}")
+    path, settings = Path(name) / "model_index.json", dict[str, Any]()
+    index = read_json_object(path, COPY_AGAIN) if path.is_file() else {}
+    _refuse_own_code(Path(name), index)
     # A safety checker is switched off only where the pipeline names one: others reject the argument.
-    index = Path(name) / "model_index.json"
-    settings: dict[str, Any] = {}
+    if "safety_checker" in index:
+        settings = {"safety_checker": None, "requires_safety_checker": False}
     try:
-        if index.is_file() and "safety_checker" in read_json_object(index, COPY_AGAIN):
-            settings = {"safety_checker": None, "requires_safety_checker": False}
         pipe = diffusers.DiffusionPipeline.from_pretrained(name, **settings)
     except Exception as error:  # on odd files, the libraries raise almost anything
         raise_machine_error(error)
@@ -131,6 +132,24 @@ def load_any_pipeline(
         if value is not None and setting not in loaded.parameters:
             raise SettingError(f"pipeline {name} ({type(pipe).__name__}) takes no {setting}; leave it out")
     return loaded
+
+
+def _refuse_own_code(folder: Path, index: dict[str, Any]) -> None:
+    """Raise UserError for a pipeline that brings Python code, which older versions of diffusers run.
+
+    A pipeline's own class is [MODULE, CLASS]; a component's is too, and its module lies in its folder.
+    """
+    modules = [
+        folder / component / f"{value[0]}.py"
+        for component, value in index.items()
+        if isinstance(value, list) and value and component != "_class_name"
+    ]
+    own = index.get("_class_name", "")
+    if not isinstance(own, str) or any(module.exists() for module in modules):
+        raise UserError(
+            f"pipeline {folder} has classes of its own, whose code d2g does not run; give a pipeline of the "
+            "classes of diffusers and transformers"
+        )
 
 
 def supported_steps(pipe: AnyPipeline, steps: int, default: int) -> int:

@@ -97,7 +97,7 @@ def _vision_config(name: str, files: tuple[str, ...]) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(_folder(name, files))
+        return transformers.AutoConfig.from_pretrained(_folder(name, files), trust_remote_code=False)
     except UserError:
         if name not in PUBLISHED_CONFIGS or files == WEIGHTS:
             raise
@@ -141,7 +141,7 @@ def _load(name: str, kind: str, model_type: str, **options: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
     folder = _folder(name, WEIGHTS)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type != model_type:
             raise UserError(f"{name} is a {config.model_type} model; expected {model_type}")
         model, report = getattr(transformers, kind).from_pretrained(

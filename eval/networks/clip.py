@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError, first_line
+from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.core.machine_errors import raise_machine_error
 from d2g.vision.transformers_vision import text_table_sha256
 from eval.images.resize import to_pil
@@ -103,7 +104,7 @@ def _load(model: str, device: Device) -> tuple[Any, Any, Any, str]:
         net, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained or None, device=device
         )
-        tokenizer = open_clip.get_tokenizer(name)
+        tokenizer = open_clip.get_tokenizer(name, **_tokenizer_options(Path(folder) if local else None))
     except Exception as error:  # on damaged files and without a network, it raises almost anything
         raise_machine_error(error)
         raise UserError(
@@ -112,6 +113,15 @@ def _load(model: str, device: Device) -> tuple[Any, Any, Any, str]:
         ) from error
     full_name = f"local-dir:{Path(folder).resolve().name}" if local else model
     return net.eval().requires_grad_(False), preprocess, tokenizer, full_name
+
+
+def _tokenizer_options(folder: Path | None) -> dict[str, bool]:
+    """Options that win over a folder's own `tokenizer_kwargs`: transformers runs no code of the folder."""
+    if folder is None:
+        return {}
+    config = read_json_object(folder / CLIP_CONFIG, COPY_AGAIN)
+    # open_clip's own tokenizer, which runs no code, does not take the option.
+    return {"trust_remote_code": False} if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") else {}
 
 
 def _embed(net: Any, preprocess: Any, images: Tensor, device: Device) -> Tensor:
@@ -145,15 +155,20 @@ def new_clip(model_config: Mapping[str, Any]) -> Any:
 def clip_tokenizer(folder: str | Path, context_length: int) -> Callable[[list[str]], Tensor]:
     """Load open_clip's tokenizer from CLIPTokenizer files: texts -> token ids [B, context_length].
 
-    Its `.tokenizer` is the transformers tokenizer. Raises UserError when the folder has no tokenizer.
+    Its `.tokenizer` is the transformers tokenizer. Raises UserError when the folder has no tokenizer, or one
+    with code of its own.
     """
     import open_clip
 
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder} holds no tokenizer; expected {', '.join(TOKENIZER_FILES[:2])} in it")
-    tokenizer: Callable[[list[str]], Tensor] = open_clip.tokenizer.HFTokenizer(
-        str(folder), context_length=context_length
-    )
+    try:
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.tokenizer.HFTokenizer(
+            str(folder), context_length=context_length, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise_machine_error(error)
+        raise UserError(f"the tokenizer of {folder} does not load ({first_line(error)[:200]}); copy it again") from error
     return tokenizer
 
 

@@ -1,5 +1,7 @@
 """eval.networks.clip: presets are models of open_clip; features and scores of a tiny CLIP."""
 
+import io
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from eval.metrics.clip_score import clip_scores
 from eval.metrics.kernel import cmmd
-from eval.networks.clip import CLIP_PRESETS, load_clip, load_clip_features
+from eval.networks.clip import CLIP_PRESETS, clip_tokenizer, load_clip, load_clip_features
 from jobs import make_clip
 
 
@@ -46,6 +48,29 @@ def test_a_damaged_folder_is_one_line(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"CLIP '{copy}' does not load") as error:
             load_clip(str(copy))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_code_in_a_folder_does_not_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    """Neither if the folder's own settings allow it, nor if the user would answer a question."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    copy, marker = Path(shutil.copytree(folder, tmp_path / "clip")), tmp_path / "marker"
+    (copy / "own.py").write_text(
+        f"from transformers import CLIPTokenizer\nopen({str(marker)!r}, 'w')\nclass Own(CLIPTokenizer): pass\n"
+    )
+    config = json.loads((copy / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": allowed} if allowed else {}
+    (copy / "open_clip_config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((copy / "tokenizer_config.json").read_text())
+    tokenizer |= {"auto_map": {"AutoTokenizer": [None, "own.Own"]}, "tokenizer_class": "Own"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for load in (lambda: load_clip(str(copy)), lambda: clip_tokenizer(copy, 8)):
+        with pytest.raises(UserError, match="contains custom code"):
+            load()
+    assert not marker.exists()
 
 
 def test_features_are_not_normalized_but_cmmd_and_scores_normalize_them(folder: Path) -> None:

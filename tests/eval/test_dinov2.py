@@ -1,5 +1,6 @@
 """eval.networks.dinov2 and transformers_vision: tiny DINOv2 models loaded from saved folders."""
 
+import io
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from d2g.vision.normalization import IMAGENET
-from d2g.vision.transformers_vision import load_clip_model
+from d2g.vision.transformers_vision import load_clip_model, load_dinov2_model
 from eval.networks.base import normalize_channels
 from eval.networks.dinov2 import interpolated, load_dinov2
 from eval.networks.registry import FEATURES
@@ -100,3 +101,22 @@ def test_missing_foreign_and_damaged_models_are_named(tmp_path: Path) -> None:
     (tmp_path / "patch" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"lacks weights of Dinov2Model: encoder.layer.2"):
         load_dinov2(tmp_path / "patch")
+
+
+def test_code_in_a_folder_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask on standard input."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    marker = tmp_path / "marker"
+    (tmp_path / "own.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        f"open({str(marker)!r}, 'w')\n"
+        "class Own(PretrainedConfig): model_type = 'own'\n"
+    )
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="contains custom code"):
+        load_clip_model(str(tmp_path))
+    with pytest.raises(UserError, match="contains custom code"):
+        load_dinov2_model(str(tmp_path))
+    assert not marker.exists()

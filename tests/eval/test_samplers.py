@@ -1,5 +1,6 @@
 """eval.runner.samplers: an image depends only on its number and seed; errors name the image."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,11 @@ def test_invalid_pipelines_and_requests_are_refused(teacher: Path, tmp_path: Pat
     (folder / "model_index.json").write_text("{}")
     with pytest.raises(UserError, match=rf"pipeline {folder} cannot be loaded"):
         pipeline_source(str(folder), REQUEST)
+    for index in ({"_class_name": ["own", "Own"]}, {"_class_name": "DiTPipeline", "vae": ["own", "Own"]}):
+        (folder / "model_index.json").write_text(json.dumps(index))
+        (folder / "vae" / "own.py").write_text("")
+        with pytest.raises(UserError, match=rf"pipeline {folder} has classes of its own, whose code d2g does"):
+            pipeline_source(str(folder), REQUEST)
     with pytest.raises(SettingError, match="precision is 'fp8'; expected fp32, bf16, fp16"):
         SamplingRequest(prompts=["a"], precision="fp8")
     with pytest.raises(SettingError, match="there is no prompt to draw"):
