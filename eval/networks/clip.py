@@ -168,7 +168,9 @@ def clip_tokenizer(folder: str | Path, context_length: int) -> Callable[[list[st
         )
     except (OSError, ValueError) as error:
         raise_machine_error(error)
-        raise UserError(f"the tokenizer of {folder} does not load ({first_line(error)[:200]}); copy it again") from error
+        raise UserError(
+            f"the tokenizer of {folder} does not load ({first_line(error)[:200]}); copy it again"
+        ) from error
     return tokenizer
 
 

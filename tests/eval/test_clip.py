@@ -59,7 +59,9 @@ def test_code_in_a_folder_does_not_run(
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     copy, marker = Path(shutil.copytree(folder, tmp_path / "clip")), tmp_path / "marker"
     (copy / "own.py").write_text(
-        f"from transformers import CLIPTokenizer\nopen({str(marker)!r}, 'w')\nclass Own(CLIPTokenizer): pass\n"
+        "from transformers import CLIPTokenizer\n"
+        f"open({str(marker)!r}, 'w')\n"
+        "class Own(CLIPTokenizer): pass\n"
     )
     config = json.loads((copy / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": allowed} if allowed else {}
