@@ -131,6 +131,8 @@ class OnnxUsage:
     guided: bool
     reads_text: bool
     reads_labels: bool
+    guidance: float
+    """The guidance scale at which a student that takes it is drawn by default."""
 
 
 Usage = PipelineUsage | AdapterUsage | ComfyUIUsage | OnnxUsage

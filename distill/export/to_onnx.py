@@ -100,6 +100,7 @@ def _write_files(sampler: OneStepSampler, source: str, out: Path) -> tuple[float
         guided=student.guided,
         reads_text=student.reads_text,
         reads_labels=not student.reads_text and sampler.conditioner.kind == "label",
+        guidance=sampler.guidance,
     )
     return parity, usage
 

@@ -147,7 +147,16 @@ RECIPES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
                 "student.dropout=0.1", "train.precision=fp32", "train.ema_beta=0.5", "seed=7",
                 "optim.lr=0.002", "optim.name=radam", "train.batch_size=32"),
         ("batches of 32, radam, learning rate 0.002, fp32, EMA 0.5, seed 7; LoRA of rank 8, alpha 4, "
-         "guidance scale as an input, dropout 0.1.",), ("all weights",),
+ "guidance scale as an input, dropout 0.1.",), ("all weights", "Guidance by CLIP"),
+    ),
+    "frozen": (
+        "ode", ('student.freeze=["*.conv1.*", "conv_in.*"]',),
+        ("; all weights trained, without those that match `*.conv1.*`, `conv_in.*`.",), (),
+    ),
+    "text encoders": (
+        "text", ("clip_guidance.weight=50", "clip_guidance.model=/secret/clip-l/"),
+        ("; the text encoders alone trained.", "Guidance by CLIP `clip-l`: spherical, weight 50.",
+         "Discriminator: loss `ns`, weight 0.25"), ("all weights", "secret"),
     ),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """distill.export.to_onnx: onnxruntime samples the student, and the code in the README.md runs."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,19 @@ from exported import PROMPT, readme_of, save_result_of, save_run
 def test_onnxruntime_reproduces_the_student(teacher: Path, tmp_path: Path) -> None:
     """A student with a guidance input. SDXL is left out: torch.export takes a minute for its networks."""
     run = save_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))
-    out = tmp_path / "out"
+    config, out = tmp_path / "run" / "config.json", tmp_path / "out"
+    inputs = {"pairs": [{"guidance": 1.5}, {"guidance": 4.0}]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "inputs": inputs}))
     scores = CardOptions(scores=(save_result_of(tmp_path / "result.json", run),))
     assert export(ExportConfig(student=run, format="onnx", card=scores), out)["parity_max_abs_err"] <= 1e-4
     assert "of these weights:\n\n| measure | value |\n|---|---|\n| fid | 9.29 |" in readme_of(out)
     one, z = load_student(run), noise(7, range(3), (4, 4, 4))
     hidden = one.conditioner.encode([*PROMPT, "a blue sphere"]).tensors["hidden"]
-    scale = torch.full((3,), 8.0)
+    scale = torch.full((3,), 4.0)
     (latents,) = run_onnx(out / "student.onnx", {"noise": z, "hidden": hidden, "guidance": scale})
     torch.testing.assert_close(latents, one.latents(z, [*PROMPT, "a blue sphere"]), rtol=0, atol=1e-4)
     (code,) = re.findall(r"```python\n(.*?)```", readme_of(out), re.DOTALL)
+    assert "guidance=np.full(1, 4.0, np.float32)" in code, "the scale of its pairs nearest to 8"
     names: dict[str, Any] = {}
     exec(code.replace("THIS_FOLDER", str(out)), names)
     assert names["image"].size == (16, 16) and np.asarray(names["image"]).std() > 1
