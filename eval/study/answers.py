@@ -1,11 +1,13 @@
 """The answers of a preference study: one JSON lines file, and what they say."""
 
+import errno
 import json
 import os
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -82,21 +84,29 @@ class AnswerFile:
             return {answer.pair for answer in self.answers if answer.user == user}
 
     def _append(self, values: Mapping[str, Any]) -> None:
+        line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
+        length = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with open(self.path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(values, ensure_ascii=False) + "\n")
-                stream.flush()
+            with open(self.path, "ab", buffering=0) as stream:
+                if stream.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(stream.fileno())
         except OSError as error:
+            # Half a line would make the file unreadable.
+            with suppress(OSError):
+                os.truncate(self.path, length)
             raise cannot_write(self.path, error) from error
 
 
 def read_answers(path: Path) -> tuple[Study, list[Answer]]:
     """The study of a file and its answers. Raises UserError, which names the line, for anything else."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Names may hold other characters that `splitlines` takes for the end of a line.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); expected a file of `d2g eval prefer`") from error
+    if lines == [""]:
+        raise UserError(f"{path} is empty; expected a file of `d2g eval prefer`")
     parsed: list[Any] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -110,8 +120,6 @@ def read_answers(path: Path) -> tuple[Study, list[Answer]]:
                 f"{path}, line {number} is no line of a study ({error}); delete it if it was cut off, or "
                 "give a file of `d2g eval prefer`"
             ) from error
-    if not parsed:
-        raise UserError(f"{path} is empty; expected a file of `d2g eval prefer`")
     return parsed[0], parsed[1:]
 
 

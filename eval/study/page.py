@@ -18,6 +18,7 @@ from PIL import Image
 
 from d2g.core.config import digest
 from d2g.core.errors import UserError
+from d2g.core.json_files import parse_json
 from d2g.core.seeds import generator
 from d2g.core.shuffle import permuted
 from d2g.data.pictures import png_text
@@ -31,6 +32,8 @@ MAX_BODY = 1 << 14
 """Bytes of an answer."""
 MAX_NAME = 60
 """Characters of a user's name."""
+MAX_SECONDS = 1e9
+"""A bound on the seconds of an answer, which nobody reaches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +161,7 @@ def open_server(study: PreferenceStudy, host: str, port: int) -> ThreadingHTTPSe
         def record(self, values: dict[str, Any]) -> None:
             user, pair = _user(values), values.get("pair")
             seconds = values.get("seconds")
-            if not isinstance(pair, int) or not isinstance(seconds, int | float):
+            if type(pair) is not int or type(seconds) not in (int, float) or not 0 <= seconds < MAX_SECONDS:
                 raise UserError("an answer needs the number of its pair and its seconds")
             study.answer(user, pair, str(values.get("side")), float(seconds))
 
@@ -194,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler, ABC):
 
         def record() -> tuple[str, bytes]:
             try:
-                values = json.loads(body)
+                values = parse_json(body)
             except ValueError as error:
                 raise UserError(f"an answer must be JSON ({error})") from error
             if not isinstance(values, dict):
@@ -231,6 +234,6 @@ def _user(values: dict[str, Any]) -> str:
 
 def _pair(study: PreferenceStudy, query: dict[str, Any]) -> int:
     text = str(query.get("pair", ""))
-    if not text.isdecimal() or int(text) >= len(study.contestants.prompts):
+    if not text.isdecimal() or len(text) > 9 or int(text) >= len(study.contestants.prompts):
         raise UserError(f"pair is {text!r}; expected a number of the study")
     return int(text)

@@ -1,7 +1,9 @@
 """eval.study: the page in a real browser, what its answers say, and input that is refused."""
 
 import json
+import math
 import re
+import resource
 import threading
 import urllib.error
 import urllib.request
@@ -163,6 +165,19 @@ def test_damaged_answers_are_named(
     assert "\n" not in str(error.value)
 
 
+def test_a_full_disk_leaves_no_half_line(models: Contestants, tmp_path: Path) -> None:
+    file = AnswerFile(tmp_path / "a.jsonl", models.study())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.path.stat().st_size + 20, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"a\.jsonl"):
+            file.add("a", 0, "first", "first", 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    file.add("a", 1, "first", "first", 1.0)
+    assert [answer.pair for answer in read_answers(file.path)[1]] == [1]
+
+
 def test_images_that_do_not_compare_are_refused(models: Contestants, tmp_path: Path) -> None:
     dark = Path(models.first.name)
     fewer = save_model(tmp_path / "fewer", 1, PROMPTS[:3])
@@ -199,13 +214,21 @@ def test_the_server_refuses_what_no_page_sends(models: Contestants, tmp_path: Pa
             {"pair": "0"},
             {"side": "up"},
             {"seconds": None},
+            {"seconds": math.nan},
+            {"seconds": True},
+            {"seconds": 10**400},
+            {"pair": False},
+            {"user": "\ud800"},
         ):
             assert status("/answer", {**good, **change}) == 400
         assert status("/answer", [1]) == 400 and status("/answer", good, "text/plain") == 415
-        for path in ("/next", "/image?user=a&pair=9&side=left", "/image?user=a"):
+        for path in ("/next", "/image?user=a&pair=9&side=left", "/image?user=a", f"/image?user=a&pair={9:0>5000}"):
             assert status(path) == 400
         assert status("/secrets") == 404 and len(read_answers(out)[1]) == 0
         assert status("/answer", good) == 200 and status("/answer", good) == 400
+        # A name with a character that ends a line for Python, but not in JSON lines.
+        assert status("/answer", {**good, "user": "a\u2028b"}) == 200
+    assert [answer.user for answer in read_answers(out)[1]] == ["a", "a\u2028b"]
     with served(models, out) as address, pytest.raises(UserError, match="cannot listen on"):
         port = int(address.rpartition(":")[2])
         open_server(PreferenceStudy(models, AnswerFile(out, models.study()), 0), "127.0.0.1", port)
