@@ -1,7 +1,7 @@
 """Evaluate any source of images under a protocol: measure each image once, then compute the numbers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
@@ -115,7 +115,8 @@ def _measure(
         return rows, None
     extra = range(numbers.stop, numbers.stop * protocol.diversity_images)
     embedding = {DREAMSIM_ROWS: measures[DREAMSIM_ROWS]}
-    return rows, measure_source(source, extra, embedding, work=work, progress=progress)
+    unkept = None if work is None else replace(work, keep=None)  # the kept images are those of the numbers
+    return rows, measure_source(source, extra, embedding, work=unkept, progress=progress)
 
 
 def _resolve(protocol: Protocol, networks: Networks, rows: MeasuredRows) -> Protocol:

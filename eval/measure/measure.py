@@ -66,7 +66,7 @@ def measure_source(
         for part in work.parts(numbers)[process_group.rank() :: process_group.world_size()]:
             # Load the part if it was measured before.
             path = work.path(part)
-            if path is not None and path.is_file():
+            if path is not None and work.finished(part):
                 done.append(load_part(path))
             else:
                 rows = _measure_part(source, part, measures, pairs, other, work, stop)
@@ -132,7 +132,7 @@ def _measure_part(
                 _check_sizes(source, images, other, other_images)
                 columns[name].append(pair.function(images, other_images).cpu())
         if work.keep:
-            _save_images(batch, work.keep)
+            _save_images(batch, work)
         # Remember which files were measured and what was converted.
         if batch.digests is not None:
             columns.setdefault(FILE_SHA256, []).append(batch.digests)
@@ -192,7 +192,7 @@ def _check_prompts(batch: SampledBatch, measures: Mapping[str, Measure]) -> None
             )
 
 
-def _save_images(batch: SampledBatch, folder: Path) -> None:
+def _save_images(batch: SampledBatch, work: MeasureOptions) -> None:
     for offset, (image, prompt) in enumerate(zip(batch.views[NATIVE], batch.prompts, strict=True)):
         number = batch.first + offset
-        save_png(image, folder / f"{number:08d}.png", {"prompt": prompt, "index": str(number)})
+        save_png(image, work.image(number), {"prompt": prompt, "index": str(number)})

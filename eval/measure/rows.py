@@ -43,7 +43,7 @@ class MeasureOptions:
     """Options of measuring that do not change the numbers.
 
     batch_size: images per forward pass. folder: folder for finished parts, from which a killed run resumes.
-    keep: folder in which the images are saved as PNG. part: images per part (0: a 64th of all images, 16 to
+    keep: folder in which the images are saved as PNG; a part without its images is measured again. part: images per part (0: a 64th of all images, 16 to
     512).
     """
 
@@ -64,20 +64,32 @@ class MeasureOptions:
             return None
         return self.folder / "parts" / f"{part.start:08d}-{part.stop:08d}.safetensors"
 
+    def image(self, number: int) -> Path:
+        """The file of a kept image."""
+        assert self.keep is not None
+        return self.keep / f"{number:08d}.png"
 
-def open_work(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Create a work folder for the evaluation that `facts` (JSON) describe, or resume in an existing one.
+    def finished(self, part: range) -> bool:
+        """Whether a part is measured, and its images are kept if they should be."""
+        path = self.path(part)
+        if path is None or not path.is_file():
+            return False
+        return self.keep is None or all(self.image(number).is_file() for number in part)
+
+
+def open_work(folder: Path, facts: Mapping[str, Any], *, file: str = "work.json", holds: str = "parts") -> None:
+    """Create a folder for the evaluation that `facts` (JSON) describe, or resume in an existing one.
 
     Raises UserError when the folder belongs to another evaluation, naming what differs.
     """
-    path = folder / "work.json"
+    path = folder / file
     if path.is_file():
         differ = differing(
             read_json_object(path, f"delete {folder} and evaluate again"), json.loads(json.dumps(facts))
         )
         if differ:
             raise UserError(
-                f"{folder} holds parts of another evaluation: {', '.join(differ)}; give the same settings to "
+                f"{folder} holds {holds} of another evaluation: {', '.join(differ)}; give the same settings to "
                 "go on with it, or another folder"
             )
     elif process_group.rank() == 0:

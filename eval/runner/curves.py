@@ -56,14 +56,14 @@ def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
         facts = _facts(points, config.setting)
         if config.run.out is not None and process_group.rank() == 0:
             out = Path(config.run.out)
-            rows = [{**row, "label": f"{row[config.setting]:g}"} for row in facts["points"]]
+            rows = [{**row, "label": _label(row[config.setting])} for row in facts["points"]]
             lines = {config.setting: rows}
             if earlier:
                 lines = {Path(out).name: rows}
                 for folder, before in earlier.items():
                     _require_same_protocol(folder, before, facts)
                     lines[Path(folder).name] = [
-                        {**row, "label": f"{row[config.setting]:g}"} for row in before["points"]
+                        {**row, "label": _label(row[config.setting])} for row in before["points"]
                     ]
             curve = fid_clip_curve(lines, label=facts["labels"]["fid"])
             write_atomically(out / "curve.json", json.dumps(facts, indent=1))
@@ -134,15 +134,15 @@ def measure_points(session: EvalSession, config: CurveRun) -> list[CurvePoint]:
     points: list[CurvePoint] = []
     for value, folder in folders.items():
         session.progress(f"points over {config.setting}", len(points), len(folders))
-        source, evaluation = session.measure(_run_at(config, value), folder)
+        source, evaluation = session.measure(run_at(config, value), folder)
         points.append(CurvePoint(value=value, source=source, evaluation=evaluation))
     session.progress(f"points over {config.setting}", len(points), len(folders))
     return points
 
 
-def _run_at(config: CurveRun, value: float) -> EvalRun:
+def run_at(config: CurveRun, value: float) -> EvalRun:
     """The run at one value, with folders of its own."""
-    run, name = config.at(value), f"{config.setting}-{value:g}"
+    run, name = config.at(value), f"{config.setting}-{_label(value)}"
     if run.keep is not None:
         run = replace(run, keep=str(Path(run.keep) / name))
     if run.work is not None:
@@ -150,6 +150,11 @@ def _run_at(config: CurveRun, value: float) -> EvalRun:
     if run.out is not None and not run.out.endswith(".json"):
         return replace(run, work=str(Path(run.out) / "work" / name))
     return run
+
+
+def _label(value: float) -> str:
+    """The value in names and labels: the images of a checkpoint with all their digits."""
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:g}"
 
 
 def _checkpoints(run: str, values: Sequence[float]) -> dict[float, Path | None]:
@@ -212,6 +217,6 @@ def _over_training(facts: Mapping[str, Any]) -> list[Curve]:
 def _write_report(out: Path, points: Sequence[CurvePoint], setting: str, curves: Sequence[Curve]) -> None:
     last = points[-1]
     data = report_data(str(last.source.facts["kind"]), last.source, last.evaluation, curves=curves)
-    results = {f"{setting} {point.value:g}": point.evaluation.result for point in points}
+    results = {f"{setting} {_label(point.value)}": point.evaluation.result for point in points}
     title = f"{last.evaluation.result.protocol}, over {setting}"
     write_report(out / "report.html", replace(data, title=title, metrics=metrics_of(results)))

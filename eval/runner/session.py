@@ -399,11 +399,15 @@ class EvalSession:
         return self.count or (len(self.prompts) if source.count is None else 0)
 
     def _measure_options(self, config: EvalRun, source: ImageSource) -> MeasureOptions:
-        """Batch size and folders; opens the work folder, which refuses another evaluation's parts."""
+        """Batch size and folders; opens the folders, which refuse the parts and images of others."""
         folder = Path(config.work) if config.work else None
         if folder is None and config.out is not None and not config.out.endswith(".json"):
             folder = Path(config.out) / "work"
         keep = Path(config.keep) if config.keep else None
+        images = image_count(source, self.protocol, self._count(source), config.allow_fewer)
+        if keep is not None:
+            drawn = {"source": dict(source.facts), "images": images}
+            open_work(keep, drawn, file="images.json", holds="images")
         if folder is not None:
             facts = {
                 "source": dict(source.facts),
@@ -411,7 +415,7 @@ class EvalSession:
                 "settings": self.protocol.settings(),
                 "networks": self.networks.models(),
                 "metrics": sorted(self.metrics),
-                "images": image_count(source, self.protocol, self._count(source), config.allow_fewer),
+                "images": images,
                 "part": config.part,
             }
             open_work(folder, facts)

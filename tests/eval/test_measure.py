@@ -6,6 +6,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,17 @@ def same(a: MeasuredRows, b: MeasuredRows) -> bool:
 
 
 EXPECTED = measure_source(sampler(), range(50), MEASURES)
+
+
+def test_images_are_kept_of_parts_that_were_measured_without_them(tmp_path: Path) -> None:
+    work, keep = MeasureOptions(part=4, folder=tmp_path / "work"), tmp_path / "kept"
+    measure_source(sampler(), range(10), MEASURES, work=work)
+    kept = measure_source(sampler(), range(10), MEASURES, work=replace(work, keep=keep))
+    names = [f"{number:08d}.png" for number in range(10)]
+    assert sorted(path.name for path in keep.iterdir()) == names
+    (keep / names[5]).unlink()
+    again = measure_source(sampler(), range(10), MEASURES, work=replace(work, keep=keep))
+    assert (keep / names[5]).is_file() and same(kept, again)
 
 
 @pytest.mark.parametrize(("batch_size", "part"), [(1, 0), (7, 50), (64, 13), (3, 1)])

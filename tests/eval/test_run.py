@@ -25,7 +25,7 @@ from eval.networks.registry import load_clip
 from eval.protocols.config import CurveRun, EvalRun
 from eval.protocols.protocol import PROTOCOLS
 from eval.result import EvalResult
-from eval.runner.curves import run_curve, run_every
+from eval.runner.curves import run_at, run_curve, run_every
 from eval.runner.run import compare_results, run_evaluation, save_statistics
 from eval.runner.samplers import SamplingRequest, student_source
 from eval.runner.session import EvalSession, read_list
@@ -115,7 +115,9 @@ def test_several_processes_give_the_same_result_and_rank_0_prints_it(
 
 def test_saved_images_give_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
     sampled = run_evaluation(config(job, teacher=str(teacher), keep=str(tmp_path / "kept")))
-    assert len(list((tmp_path / "kept").iterdir())) == 12
+    assert len(list((tmp_path / "kept").glob("*.png"))) == 12
+    with pytest.raises(UserError, match=r"kept holds images of another evaluation: source\.steps"):
+        run_evaluation(config(job, teacher=str(teacher), steps=3, keep=str(tmp_path / "kept")))
     read = run_evaluation(config(job, images=str(tmp_path / "kept"), prompts=None, num=0))
     assert {k: read[k] for k in ("fid", "clip_score", "protocol_sha256")} == {
         k: sampled[k] for k in ("fid", "clip_score", "protocol_sha256")
@@ -263,6 +265,18 @@ def test_two_curves_in_one_picture(job: Path, tmp_path: Path) -> None:
         run_curve(CurveRun(run=replace(run, out=str(tmp_path / "psi")), setting="psi", values=(0.5,)))
     with pytest.raises(SettingError, match="psi is 2; expected 0"):
         CurveRun(run=run, setting="psi", values=(2,))
+
+
+def test_checkpoints_that_are_close_have_folders_of_their_own() -> None:
+    run = EvalRun(student="runs/gan", out="out", keep="kept")
+    curve = CurveRun(run=run, setting="checkpoints")
+    points = [run_at(curve, float(images)) for images in (12_800_000, 12_800_064)]
+    assert [point.work for point in points] == [
+        *("out/work/checkpoints-12800000", "out/work/checkpoints-12800064")
+    ]
+    assert [point.keep for point in points] == ["kept/checkpoints-12800000", "kept/checkpoints-12800064"]
+    guidance = run_at(CurveRun(run=run, setting="guidance", values=(1.5,)), 1.5)
+    assert guidance.work == "out/work/guidance-1.5"
 
 
 def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
