@@ -43,8 +43,8 @@ class MeasureOptions:
     """Options of measuring that do not change the numbers.
 
     batch_size: images per forward pass. folder: folder for finished parts, from which a killed run resumes.
-    keep: folder in which the images are saved as PNG; a part without its images is measured again. part: images per part (0: a 64th of all images, 16 to
-    512).
+    keep: folder in which the images are saved as PNG; a part without its images is measured again. part:
+    images per part (0: a 64th of all images, 16 to 512).
     """
 
     batch_size: int = 64
@@ -77,7 +77,9 @@ class MeasureOptions:
         return self.keep is None or all(self.image(number).is_file() for number in part)
 
 
-def open_work(folder: Path, facts: Mapping[str, Any], *, file: str = "work.json", holds: str = "parts") -> None:
+def open_work(
+    folder: Path, facts: Mapping[str, Any], *, file: str = "work.json", holds: str = "parts"
+) -> None:
     """Create a folder for the evaluation that `facts` (JSON) describe, or resume in an existing one.
 
     Raises UserError when the folder belongs to another evaluation, naming what differs.
@@ -89,8 +91,8 @@ def open_work(folder: Path, facts: Mapping[str, Any], *, file: str = "work.json"
         )
         if differ:
             raise UserError(
-                f"{folder} holds {holds} of another evaluation: {', '.join(differ)}; give the same settings to "
-                "go on with it, or another folder"
+                f"{folder} holds {holds} of another evaluation: {', '.join(differ)}; give the same settings "
+                "to go on with it, or another folder"
             )
     elif process_group.rank() == 0:
         write_atomically(path, json.dumps(facts, indent=1))

@@ -222,7 +222,12 @@ def test_the_server_refuses_what_no_page_sends(models: Contestants, tmp_path: Pa
         ):
             assert status("/answer", {**good, **change}) == 400
         assert status("/answer", [1]) == 400 and status("/answer", good, "text/plain") == 415
-        for path in ("/next", "/image?user=a&pair=9&side=left", "/image?user=a", f"/image?user=a&pair={9:0>5000}"):
+        for path in (
+            "/next",
+            "/image?user=a&pair=9&side=left",
+            "/image?user=a",
+            f"/image?user=a&pair={9:0>5000}",
+        ):
             assert status(path) == 400
         assert status("/secrets") == 404 and len(read_answers(out)[1]) == 0
         assert status("/answer", good) == 200 and status("/answer", good) == 400
