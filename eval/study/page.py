@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -18,13 +18,21 @@ from PIL import Image
 
 from d2g.core.config import digest
 from d2g.core.errors import UserError
-from d2g.core.json_files import parse_json
+from d2g.core.json_files import check_type, parse_json
 from d2g.core.seeds import generator
 from d2g.core.shuffle import permuted
 from d2g.data.pictures import png_text
 from eval.images.decode import decode_image
 from eval.images.folders import ImageFiles, open_images
 from eval.study.answers import AnswerFile, Choice, Study
+
+
+class PostedAnswer(TypedDict):
+    """The numbers of an answer that the page sends."""
+
+    pair: int
+    seconds: float
+
 
 Route = Callable[[dict[str, Any]], tuple[str, bytes]]
 """(query of the address) -> content type and body."""
@@ -159,11 +167,16 @@ def open_server(study: PreferenceStudy, host: str, port: int) -> ThreadingHTTPSe
         }
 
         def record(self, values: dict[str, Any]) -> None:
-            user, pair = _user(values), values.get("pair")
-            seconds = values.get("seconds")
-            if type(pair) is not int or type(seconds) not in (int, float) or not 0 <= seconds < MAX_SECONDS:
-                raise UserError("an answer needs the number of its pair and its seconds")
-            study.answer(user, pair, str(values.get("side")), float(seconds))
+            user = _user(values)
+            try:
+                check_type(values, PostedAnswer)
+            except ValueError as error:
+                raise UserError(
+                    f"an answer needs the number of its pair and its seconds ({error})"
+                ) from error
+            if not 0 <= values["seconds"] < MAX_SECONDS:
+                raise UserError(f"an answer takes 0 to {MAX_SECONDS:g} seconds")
+            study.answer(user, values["pair"], str(values.get("side")), float(values["seconds"]))
 
     try:
         return ThreadingHTTPServer((host, port), Handler)
