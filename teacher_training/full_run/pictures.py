@@ -1,16 +1,24 @@
 """The pictures of a run as the teacher sees them: one parquet file that pairs and evaluations read."""
 
 import io
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
+from d2g.core.config import differing
 from d2g.core.distributed import process_group
+from d2g.core.errors import UserError
+from d2g.core.json_files import parse_json
 from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
+from d2g.data.tables import open_table
 from eval.images.folders import load_all, read_images
 from eval.images.resize import to_pil
 from eval.runner.session import read_list
@@ -18,15 +26,22 @@ from teacher_training.config import TeacherConfig
 from teacher_training.data import captioned_images
 
 PICTURES_FILE = "pictures.parquet"
+FACTS = "d2g_pictures"
+"""Key of the settings in the metadata of the file."""
 
 
 def save_pictures(config: TeacherConfig, size: int, out: Path, progress: Progress = quiet) -> Path:
     """Write OUT/pictures.parquet on rank 0, unless it is there: pictures of `size` pixels with captions.
 
     The pictures and captions are those of `captioned_images`, which raises UserError for damaged pictures and
-    missing captions.
+    missing captions. Raises UserError if the file is there with pictures of other settings.
     """
     file = out / PICTURES_FILE
+    facts = {"data": os.path.realpath(config.data), "size": size} | {
+        name: getattr(config, name) for name in ("column", "images", "seed", "caption_template")
+    }
+    if file.is_file():
+        _require_same(file, facts)
     if process_group.rank() == 0 and not file.is_file():
         images, captions = captioned_images(
             config.data,
@@ -38,11 +53,22 @@ def save_pictures(config: TeacherConfig, size: int, out: Path, progress: Progres
             config.column,
         )
         table = pa.table({"image": [{"bytes": _png(image)} for image in images], "caption": captions})
+        table = table.replace_schema_metadata({FACTS: json.dumps(facts)})
         buffer = io.BytesIO()
         pq.write_table(table, buffer, row_group_size=1024)
         write_atomically(file, buffer.getvalue())
     process_group.barrier()
     return file
+
+
+def _require_same(file: Path, facts: Mapping[str, Any]) -> None:
+    """Raise UserError for a file of pictures that were made with other settings; older files do not say."""
+    stored = (open_table(file).schema_arrow.metadata or {}).get(FACTS.encode(), b"{}")
+    if differ := differing({**facts, **parse_json(stored)}, facts):
+        raise UserError(
+            f"{file} has pictures of other settings: {', '.join(differ)}; give the same to go on, or another "
+            "--out"
+        )
 
 
 def _png(image: Tensor) -> bytes:

@@ -13,6 +13,7 @@ import torch
 from browser import chromium
 from d2g.core.distributed import checkpoint
 from d2g.core.distributed.process_count import saved_process_count
+from d2g.core.errors import UserError
 from d2g.diffusion.teacher import load_teacher
 from d2g_cli.launch import cpu_processes
 from eval.images.folders import load_all, read_images
@@ -159,6 +160,11 @@ def test_pictures_are_kept_as_the_teacher_sees_them(data: Path, tmp_path: Path) 
     # An existing file is kept.
     before = file.stat().st_mtime_ns
     assert save_pictures(config, 16, tmp_path).stat().st_mtime_ns == before
+    # Other pictures are not taken for them.
+    with pytest.raises(UserError, match=r"has pictures of other settings: caption_template .*, data "):
+        save_pictures(replace(CONFIG, data=str(data)), 16, tmp_path)
+    with pytest.raises(UserError, match=r"has pictures of other settings: size .16 -> 32.; give"):
+        save_pictures(config, 32, tmp_path)
 
 
 def test_times_add_up_over_starts_and_interruptions(tmp_path: Path) -> None:
