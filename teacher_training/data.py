@@ -11,10 +11,12 @@ from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
-from d2g.core.errors import UserError
+from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import read_json
 from d2g.core.logs import logger
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.progress import Progress, quiet
+from d2g.core.regular_files import require_regular
 from d2g.data.captions import class_captions
 from d2g.data.columns import caption_column, find_caption_column
 from d2g.data.folders import list_folder
@@ -245,19 +247,48 @@ def _expect_no_gaps(source: str, numbers: Sequence[int]) -> None:
 
 def cached_pictures(folder: Path, load: Callable[[], TrainingPictures]) -> TrainingPictures:
     """`load()`, cached in `folder`: rank 0 loads them once, other ranks and resumed runs read the cache."""
-    pixels, texts, classes = (folder / name for name in ("images.npy", "captions.json", "classes.json"))
+    texts = folder / "captions.json"
     if not texts.is_file() and process_group.rank() == 0:
         pictures = load()
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(pixels, pictures.images.numpy())
+        np.save(folder / "images.npy", pictures.images.numpy())
         if pictures.classes is not None:
-            write_atomically(classes, json.dumps(pictures.classes))
+            write_atomically(folder / "classes.json", json.dumps(pictures.classes))
         # Written last: it marks a complete cache.
         write_atomically(texts, json.dumps(pictures.prompts))
     process_group.barrier()
-    hint = f"delete {folder} and run again"
-    return TrainingPictures(
-        images=torch.from_numpy(np.load(pixels)),
-        prompts=read_json(texts, hint, list[str]),
-        classes=read_json(classes, hint, list[str]) if classes.is_file() else None,
+    return read_cache(folder, f"delete {folder} and run again")
+
+
+def read_cache(folder: Path, remedy: str) -> TrainingPictures:
+    """The pictures that `cached_pictures` has written. Raises UserError, which ends with `remedy`, for files
+    that are missing or damaged, or do not fit together.
+    """
+    prompts = read_json(folder / "captions.json", remedy, list[str])
+    classes = folder / "classes.json"
+    pictures = TrainingPictures(
+        images=_read_pixels(folder / "images.npy", remedy),
+        prompts=prompts,
+        classes=read_json(classes, remedy, list[str]) if classes.is_file() else None,
     )
+    if len(prompts) != len(pictures.images):
+        raise UserError(f"{folder} has {len(pictures.images)} pictures and {len(prompts)} captions; {remedy}")
+    return pictures
+
+
+def _read_pixels(file: Path, remedy: str) -> Tensor:
+    try:
+        require_regular(file)
+        # A map is refused if the file is shorter than it claims, before memory is taken.
+        pixels = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise_machine_error(error)
+        raise UserError(f"{file} is damaged ({first_line(error)}); {remedy}") from error
+    if (
+        not isinstance(pixels, np.ndarray)
+        or pixels.dtype != np.uint8
+        or pixels.ndim != 4
+        or pixels.shape[1] != 3
+    ):
+        raise UserError(f"{file} holds no pictures; {remedy}")
+    return torch.from_numpy(np.array(pixels))

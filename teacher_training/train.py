@@ -1,6 +1,7 @@
 """Trains a teacher on images with captions or classes: autoencoder, network, LatentLPIPS, CLIP."""
 
 import json
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +14,9 @@ from torch import Tensor
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import pick, to_json
 from d2g.core.distributed import checkpoint, process_group
-from d2g.core.errors import UserError
+from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import read_json_object
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.progress import Progress, quiet
 from d2g.core.torch_files import load_tensors
 from d2g.core.tracking.run_directory import RunLog, same_places, sole_owner
@@ -322,6 +324,7 @@ def _train_vae(job: TeacherJob, log: RunLog) -> dict[str, Any]:
         for folder in (job.out, Path(job.pipeline)):
             save_component(vae, folder / "vae")
         kind = type(vae).__name__
+        (job.work / "latents.pt").unlink(missing_ok=True)  # of an earlier autoencoder
         index = {"_class_name": job.kind.pipeline, "vae": ["diffusers", kind]}
         write_atomically(Path(job.pipeline) / "model_index.json", json.dumps(index))
     process_group.barrier()
@@ -348,7 +351,11 @@ def _latents(job: TeacherJob) -> Tensor:
         torch.save(torch.cat(rows), path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
     process_group.barrier()
-    latents: Tensor = load_tensors(path)
+    try:
+        latents: Tensor = load_tensors(path)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise_machine_error(error)
+        raise UserError(f"{path} is damaged ({first_line(error)}); delete it and run again") from error
     return latents
 
 

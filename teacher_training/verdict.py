@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
-from d2g.core.json_files import read_json, read_json_object
+from d2g.core.json_files import read_json_object
 from d2g.core.seeds import Stream, generator, noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
@@ -21,6 +20,7 @@ from d2g.diffusion.schedule import Point, Schedule
 from d2g.diffusion.scheduler_files import AnySchedule
 from d2g.diffusion.teacher import Teacher, load_teacher
 from eval.metrics.paired import psnr
+from teacher_training.data import read_cache
 
 ROWS = 256
 """Pictures that the losses and the reconstructions are measured on, evenly spread over all."""
@@ -267,8 +267,7 @@ def current_verdict(folder: Path) -> Mapping[str, Any] | None:
     """
     if (verdict := recorded_verdict(folder)) is not None:
         return verdict
-    pixels = folder / "training" / "images.npy"
-    if not pixels.is_file():
+    if not (folder / "training" / "images.npy").is_file():
         return None
-    captions = read_json(folder / "training" / "captions.json", f"restore {folder}", list[str])
-    return judge_teacher(folder, torch.from_numpy(np.load(pixels)), captions)
+    pictures = read_cache(folder / "training", f"restore {folder}")
+    return judge_teacher(folder, pictures.images, pictures.prompts)

@@ -1,6 +1,7 @@
 """teacher_training.train: all stages of a tiny teacher, from every kind of captioned images."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from own_pictures import CONFIG, SIZE, class_folders, image_folder, make_image, 
 from teacher_training.config import TEACHER_PRESETS
 from teacher_training.data import captioned_images, labeled_images, register_data
 from teacher_training.train import train_teacher
+from teacher_training.verdict import current_verdict
 
 
 def test_pictures_without_a_difference_are_refused_before_the_first_stage(tmp_path: Path) -> None:
@@ -103,6 +105,35 @@ def test_stages_can_be_run_one_at_a_time(tmp_path: Path) -> None:
     assert pretrained.load_autoencoder(str(out / "vae")).config.scaling_factor != 0.18215
     with pytest.raises(SettingError, match=r"unknown stage 'unett'; did you mean 'unet'\?"):
         train_teacher(config, out, ("unett",))
+
+
+def test_damaged_caches_are_named_and_an_autoencoder_gets_latents_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    image_folder(tmp_path / "data")
+    config, out = replace(CONFIG, data=str(tmp_path / "data")), tmp_path / "teacher"
+    train_teacher(config, out, ("data", "vae", "unet"))
+    latents = out / "training" / "latents.pt"
+    first = latents.read_bytes()
+    # Another autoencoder: the latents of the first one are not taken for its own.
+    for stage in ("vae", "unet"):
+        shutil.rmtree(out / "training" / stage)
+    other = replace(config, vae=replace(config.vae, fit=replace(config.vae.fit, lr=2e-3)))
+    train_teacher(other, out, ("vae", "unet"))
+    assert latents.read_bytes() != first
+    # Files that are cut off.
+    pixels, message = out / "training" / "images.npy", r"is damaged \([^\n]*\); delete [^\n]* and run again$"
+    whole = pixels.read_bytes()
+    pixels.write_bytes(whole[:-100])
+    (out / "training" / "verdict.json").unlink()
+    with pytest.raises(UserError, match=rf"^{pixels} is damaged .*; restore {out}$"):
+        current_verdict(out)
+    with pytest.raises(UserError, match=message):
+        train_teacher(other, out, ("unet",))
+    pixels.write_bytes(whole)
+    shutil.rmtree(out / "training" / "unet")
+    latents.write_bytes(latents.read_bytes()[:-100])
+    with pytest.raises(UserError, match=message):
+        train_teacher(other, out, ("unet",))
 
 
 def test_unusable_images_are_refused(tmp_path: Path) -> None:
