@@ -136,7 +136,9 @@ def _differing(a: EvalResult, b: EvalResult) -> list[str]:
 
 def _comparison_facts(result: EvalResult, shared: Collection[str]) -> dict[str, Any]:
     """The facts that comparable results share. `shared`: networks that both results used."""
-    counts = {key: result.counts[key] for key in ("images", "reference") if key in shared or key == "images"}
+    counts = {
+        key: result.counts.get(key) for key in ("images", "reference") if key in shared or key == "images"
+    }
     return {
         "protocol": result.protocol,
         "protocol_sha256": result.protocol_sha256,

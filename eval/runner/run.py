@@ -2,17 +2,19 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.distributed import process_group
-from d2g.core.errors import SettingError
+from d2g.core.errors import SettingError, UserError, first_line
+from d2g.core.machine_errors import raise_machine_error
 from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import sole_owner
 from eval.evaluation import Evaluation
@@ -186,13 +188,14 @@ def compare_results(paths: Sequence[Path]) -> dict[str, Any]:
         "protocol_sha256": first.protocol_sha256,
         "labels": {key: labels.get(key, key) for key in keys},
         "results": rows,
-        "pickscore_wins": _win_rates(sorted(results)),
+        "pickscore_wins": _win_rates(results),
     }
 
 
-def _win_rates(names: Sequence[str]) -> list[dict[str, Any]]:
+def _win_rates(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
     """PickScore win rates of every two results that kept their scores."""
-    scores = {name: values for name in names if (values := _pickscores(Path(name))) is not None}
+    names = sorted(results)
+    scores = {name: values for name in names if (values := _pickscores(name, results[name])) is not None}
     wins = []
     for first, second in itertools.combinations(scores, 2):
         # How often the first image of a prompt scores higher.
@@ -211,6 +214,19 @@ def _win_rates(names: Sequence[str]) -> list[dict[str, Any]]:
     return wins
 
 
-def _pickscores(folder: Path) -> Tensor | None:
-    file = folder / "rows.safetensors"
-    return load_file(file).get("pickscore") if file.is_file() else None
+def _pickscores(name: str, result: EvalResult) -> Tensor | None:
+    """The PickScores of the images of a result's folder. Raises UserError for damaged or foreign ones."""
+    file = Path(name) / "rows.safetensors"
+    if not file.is_file():
+        return None
+    try:
+        scores = load_file(file).get("pickscore")
+    except (OSError, SafetensorError) as error:
+        raise_machine_error(error)
+        raise UserError(f"{file} is damaged ({first_line(error)}); evaluate it again") from error
+    images = result.counts.get("images")
+    if scores is not None and scores.shape != (images,):
+        raise UserError(
+            f"{file} holds {scores.numel()} PickScores, the result is of {images} images; evaluate it again"
+        )
+    return scores

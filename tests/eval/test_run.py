@@ -411,6 +411,23 @@ def test_win_rates_from_saved_scores(job: Path, teacher: Path, tmp_path: Path) -
     assert compare_results([tmp_path / "a"])["pickscore_wins"] == []
 
 
+def test_damaged_scores_and_foreign_results_are_one_line(tmp_path: Path) -> None:
+    for name, counts in (("a", {"images": 3}), ("b", {"images": 3}), ("c", {"pr_images": 1})):
+        result = EvalResult(protocol="folder", protocol_sha256="0" * 64, counts=counts)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result.to_json()))
+        save_file({"pickscore": torch.arange(3.0)}, tmp_path / name / "rows.safetensors")
+    assert compare_results([tmp_path / "a", tmp_path / "b"])["pickscore_wins"][0]["ties"] == 3
+    with pytest.raises(UserError, match=r"do not compare: counts\.images"):
+        compare_results([tmp_path / "a", tmp_path / "c"])
+    save_file({"pickscore": torch.arange(2.0)}, tmp_path / "b" / "rows.safetensors")
+    with pytest.raises(UserError, match="holds 2 PickScores, the result is of 3 images; evaluate it again"):
+        compare_results([tmp_path / "a", tmp_path / "b"])
+    (tmp_path / "b" / "rows.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(UserError, match=r"rows.safetensors is damaged \(.*\); evaluate it again"):
+        compare_results([tmp_path / "a", tmp_path / "b"])
+
+
 def test_metrics_without_a_network_are_left_out_and_named(
     job: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
