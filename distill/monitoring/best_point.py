@@ -50,7 +50,8 @@ def record_measure(folder: Path, measure: Mapping[str, Any], nimg: int) -> list[
     Returns what differs from the validations before, as texts; [] if they compare with this one.
     """
     before = _recorded_measure(folder)
-    changes = [] if before is None else differing(before["measure"], measure)
+    # What an older version has not recorded counts as the same.
+    changes = [] if before is None else differing({**measure, **before["measure"]}, measure)
     since = 0 if before is None else nimg if changes else min(nimg, before["since"])
     record = MeasureRecord(measure=dict(measure), since=since)
     if record != before:

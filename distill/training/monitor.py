@@ -255,7 +255,10 @@ class RunMonitor:
         metric = next((name for name in SELECTION_METRICS if name in values), "")
         if process_group.rank() != 0 or not metric:
             return
-        how = self.extra_validation.facts if self.extra_validation and metric == "val/fid" else {}
+        rows = held_out(len(self.reader), self.options.validate_pairs)  # they move when a store grows
+        how: Mapping[str, object] = {"pairs": [rows.start, rows.stop]}
+        if self.extra_validation is not None and metric == "val/fid":
+            how = self.extra_validation.facts
         if changes := record_measure(self.log.folder, {"metric": metric, **how}, self.state.nimg):
             logger.info(
                 "%d images: the settings of the validation have changed (%s); "

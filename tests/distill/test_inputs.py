@@ -24,6 +24,7 @@ from distill.config.run import DistillConfig
 from distill.config.student import StudentConfig
 from distill.export.card_history import read_history
 from distill.export.export import export
+from distill.monitoring.best_point import comparable_reports
 from distill.training.inputs import describe_inputs, same_inputs, weights_sha256_of
 from distill.training.real_images import RealImages
 from distill.training.state import NetworkDigests
@@ -122,6 +123,25 @@ def test_a_run_accepts_a_store_that_has_grown(
     with caplog.at_level("INFO"):
         assert train(distill_config(teacher, store, f"train.images={3 * BATCH}"), run).steps == 3
     assert "grown from 12 to 14 pairs since this run started" in caplog.text
+
+
+def test_validations_on_the_pairs_of_a_grown_store_are_not_compared(
+    teacher: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last pairs are held out, and others are last now."""
+    run, store = tmp_path / "run", copy(pairs, tmp_path / "pairs")
+    settings = ("train.validate_pairs=2", f"train.validate_images={BATCH}", "train.keep_best=true")
+    for images, num_pairs in ((BATCH, 12), (2 * BATCH, 12), (3 * BATCH, 14)):
+        prompts = tiny.save_prompts(tmp_path / "prompts.txt")
+        generate_pairs(
+            tiny.pair_config(str(teacher), prompts, steps=1, guidance=1.0, num_pairs=num_pairs), store
+        )
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(distill_config(teacher, store, *settings, f"train.images={images}"), run)
+        assert ("pairs ([10, 12] -> [12, 14])" in caplog.text) == (num_pairs == 14)
+    counted = comparable_reports(run, read_stats(run))
+    assert [line["nimg"] for line in counted if "val/psnr" in line] == [3 * BATCH]
 
 
 def test_a_run_of_an_older_version_lacks_newer_settings(
