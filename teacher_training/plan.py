@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -153,10 +154,18 @@ def save_request(out: Path, config: TeacherConfig, request: Request, stages: Seq
         write_atomically(out / TRAINING / "plan.json", json.dumps(content, indent=1))
 
 
+class StoredLengths(TypedDict):
+    """The content of OUT/training/plan.json that is read back."""
+
+    lengths: dict[str, int]
+
+
 def _chosen_lengths(out: Path, request: Request) -> dict[str, int]:
     """Lengths by setting that were chosen for the same request before, for the stages of that start."""
     file = out / TRAINING / "plan.json"
-    stored = read_json_object(file, f"delete {file} to choose the lengths again") if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    stored = read_json_object(file, f"delete {file} to choose the lengths again", StoredLengths)
     return dict(stored["lengths"]) if stored.get("request") == asdict(request) else {}
 
 

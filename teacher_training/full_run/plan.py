@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -127,11 +127,19 @@ def save_plan(out: Path, plan: FullRunPlan) -> None:
         write_atomically(out / "plan.json", json.dumps(content, indent=1))
 
 
+class StoredPlan(TypedDict):
+    """The content of OUT/plan.json."""
+
+    request: dict[str, Any]
+    lengths: dict[str, int]
+    seconds: dict[str, float]
+
+
 def _known_plan(file: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """The plan of an earlier start; empty without one."""
     if not file.is_file():
         return {}
-    stored = read_json_object(file, f"delete {file}, the run is planned again")
+    stored = read_json_object(file, f"delete {file}, the run is planned again", StoredPlan)
     if differ := differing(stored["request"], request):
         raise UserError(
             f"{file.parent} was planned for another run: {', '.join(differ)}; give the same to go on, or "

@@ -30,7 +30,8 @@ from teacher_training.full_run.pictures import (
     spread_captions,
     spread_pictures,
 )
-from teacher_training.full_run.plan import PART_SHARES, FullRunPlan
+from teacher_training.full_run.plan import PART_SHARES, FullRunPlan, plan_run
+from teacher_training.plan import Request, plan_teacher
 from teacher_training.start import save_untrained_teacher
 from teacher_training.times import PartTimes
 
@@ -165,6 +166,19 @@ def test_pictures_are_kept_as_the_teacher_sees_them(data: Path, tmp_path: Path) 
         save_pictures(replace(CONFIG, data=str(data)), 16, tmp_path)
     with pytest.raises(UserError, match=r"has pictures of other settings: size .16 -> 32.; give"):
         save_pictures(config, 32, tmp_path)
+
+
+def test_a_damaged_plan_is_one_line(data: Path, tmp_path: Path) -> None:
+    config = replace(FULL_RUN_PRESETS["quick"], pretrained_teacher="miniature")
+    (tmp_path / "plan.json").write_text('{"request": {}, "lengths": {"pairs": "many"}, "seconds": {}}')
+    with pytest.raises(
+        UserError, match=r"plan\.json is damaged \(lengths\.pairs.*\); delete .*planned again$"
+    ):
+        plan_run(config, tmp_path)
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "plan.json").write_text("{}")
+    with pytest.raises(UserError, match=r"plan\.json is damaged \(it has no 'lengths'\); delete"):
+        plan_teacher(replace(CONFIG, data=str(data)), tmp_path, ("data", "vae"), Request(minutes=1))
 
 
 def test_times_add_up_over_starts_and_interruptions(tmp_path: Path) -> None:

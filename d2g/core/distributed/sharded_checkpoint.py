@@ -253,7 +253,8 @@ def verify(last: Checkpoint) -> None:
 
     Each rank reads a part of the files. A file that meta.json does not list is refused like a changed one.
     """
-    listed: Mapping[str, Any] = last.meta["files"] if isinstance(last.meta["files"], dict) else {}
+    files = last.meta.get("files")
+    listed: Mapping[str, Any] = files if isinstance(files, dict) else {}
     names = sorted({*listed, *_present(last.folder), f"{STATE}/{INDEX}"})
     bad = ""
     for name in names[process_group.rank() :: process_group.world_size()]:
