@@ -26,7 +26,7 @@ from teacher_training.config import TeacherConfig
 from teacher_training.data import captioned_images
 
 PICTURES_FILE = "pictures.parquet"
-FACTS = "d2g_pictures"
+PICTURES_KEY = "d2g_pictures"
 """Key of the settings in the metadata of the file."""
 
 
@@ -53,7 +53,7 @@ def save_pictures(config: TeacherConfig, size: int, out: Path, progress: Progres
             config.column,
         )
         table = pa.table({"image": [{"bytes": _png(image)} for image in images], "caption": captions})
-        table = table.replace_schema_metadata({FACTS: json.dumps(facts)})
+        table = table.replace_schema_metadata({PICTURES_KEY: json.dumps(facts)})
         buffer = io.BytesIO()
         pq.write_table(table, buffer, row_group_size=1024)
         write_atomically(file, buffer.getvalue())
@@ -63,7 +63,7 @@ def save_pictures(config: TeacherConfig, size: int, out: Path, progress: Progres
 
 def _require_same(file: Path, facts: Mapping[str, Any]) -> None:
     """Raise UserError for a file of pictures that were made with other settings; older files do not say."""
-    stored = (open_table(file).schema_arrow.metadata or {}).get(FACTS.encode(), b"{}")
+    stored = (open_table(file).schema_arrow.metadata or {}).get(PICTURES_KEY.encode(), b"{}")
     if differ := differing({**facts, **parse_json(stored)}, facts):
         raise UserError(
             f"{file} has pictures of other settings: {', '.join(differ)}; give the same to go on, or another "
