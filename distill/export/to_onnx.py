@@ -201,6 +201,10 @@ def save_onnx(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence
         verbose=False,
     )
     assert program is not None, "torch.onnx.export gives a program with dynamo=True"
+    # torch notes at each node where its code lies: paths of this machine do not belong in the file.
+    for graph in (program.model.graph, *program.model.functions.values()):
+        for node in graph:
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
