@@ -76,7 +76,7 @@ class BlockStatistics:
     """Statistics of B rows."""
 
     own: Moments  # of noise and latents of the same row
-    next_row: Moments | None  # of noise and the next row's latents; None for a single row
+    next_row: Moments | None  # of noise and the next row's latents; None without such a row
     norms: FloatArray  # [B, 2] of noise and latents
     index: IntArray
     prompts: list[str]
@@ -103,9 +103,9 @@ def store_statistics(
     # Statistics of blocks of at least two rows: noise is also compared with the next row's latents.
     positions = evenly_spread(len(reader), rows)
     size = max(2, BLOCK_VALUES // prod(spec.latent_shape))
-    batches = (reader.read(positions[start : start + size]) for start in range(0, len(positions), size))
+    parts = (positions[start : start + size] for start in range(0, len(positions), size))
     blocks = []
-    for block in in_threads(_block, batches, workers):
+    for block in in_threads(_block, (_with_next_rows(reader, part) for part in parts), workers):
         tokens = _token_counts(tokenizer, block.prompts)  # here, because tokenizers are not thread-safe
         blocks.append(replace(block, prompts=[], tokens=tokens))
         progress("stats", sum(len(b.index) for b in blocks), len(positions))
@@ -201,12 +201,22 @@ def evenly_spread(size: int, count: int) -> Sequence[int]:
     return sorted({round(i * (size - 1) / max(1, count - 1)) for i in range(count)})
 
 
-def _block(batch: PairBatch) -> BlockStatistics:
+def _with_next_rows(reader: PairReader, positions: Sequence[int]) -> tuple[PairBatch, PairBatch | None]:
+    """These rows, and the rows after them; None where each row follows the one before."""
+    if len(positions) > 1 and positions[-1] - positions[0] == len(positions) - 1:
+        return reader.read(positions), None
+    following = [position + 1 for position in positions if position + 1 < len(reader)]
+    return reader.read(positions), reader.read(following) if following else None
+
+
+def _block(batches: tuple[PairBatch, PairBatch | None]) -> BlockStatistics:
+    batch, following = batches
     noise, latent = batch.noise.double().numpy(), batch.latents.double().numpy()
+    next_latent = latent[1:] if following is None else following.latents.double().numpy()
     norms = [np.sqrt(np.square(values).sum(axis=(1, 2, 3))) for values in (noise, latent)]
     return BlockStatistics(
         own=Moments.of(noise, latent),
-        next_row=Moments.of(noise[:-1], latent[1:]) if len(noise) > 1 else None,
+        next_row=Moments.of(noise[: len(next_latent)], next_latent) if len(next_latent) else None,
         norms=np.stack(norms, axis=1),
         index=batch.index.numpy(),
         prompts=batch.prompts,

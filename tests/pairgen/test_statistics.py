@@ -217,6 +217,12 @@ FAULTS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tenso
 }
 
 
+def test_sampled_rows_are_compared_with_the_rows_after_them(tmp_path: Path) -> None:
+    damage, words = FAULTS["rows shifted by one"]
+    make_store(tmp_path, *damage(latents_of(400), seeds.noise(3, range(400), (2, 4, 4))))
+    assert words in store_statistics(tmp_path, rows=100)["verdict"]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_verdict_names_what_is_wrong(fault: str, tmp_path: Path) -> None:
     damage, words = FAULTS[fault]
@@ -249,7 +255,9 @@ def test_rows_option_samples_evenly_spaced_rows(tmp_path: Path) -> None:
         statistics["latent"]["mean"], latent[::10].double().mean(dim=(0, 2, 3)), rtol=1e-9
     )
     one = store_statistics(tmp_path, rows=1)
-    assert one["rows"] == 1 and one["correlation"]["noise_next_latent"] is None
+    assert one["rows"] == 1 and one["correlation"]["noise_next_latent"] is not None
+    make_store(tmp_path / "single", latent[:1])
+    assert store_statistics(tmp_path / "single")["correlation"]["noise_next_latent"] is None
 
 
 def test_outliers_are_sorted_by_distance(tmp_path: Path) -> None:
