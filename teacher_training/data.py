@@ -22,7 +22,7 @@ from d2g.data.columns import caption_column, find_caption_column
 from d2g.data.folders import list_folder
 from d2g.data.prompt_files import prompt_cells
 from d2g.data.tables import open_table
-from eval.images.folders import ImageFiles, Reading, load_all, open_images, read_images
+from eval.images.folders import ImageFiles, Reading, load_all, open_images, read_images, spread_numbers
 from teacher_training.config import TeacherConfig
 
 DataSource = Callable[[int, int, int, Progress], tuple[Tensor, list[str]]]
@@ -74,8 +74,9 @@ def captioned_images(
 
     `source` is the name of a registered data source, a folder with captions (`d2g.data.captions`), a folder
     with one subfolder per class (captioned by `template`, such as "a photo of a {}"), or a .parquet file.
-    Images from files are turned upright, cropped to a square and resized. `column`: the caption column.
-    Raises UserError for a missing source and for images without a caption.
+    `limit` images are evenly spread over all. Images from files are turned upright, cropped to a square and
+    resized. `column`: the caption column. Raises UserError for a missing source and for images without a
+    caption.
     """
     if source in _SOURCES:
         return _SOURCES[source](size, limit, seed, progress)
@@ -84,7 +85,6 @@ def captioned_images(
     captions = {} if files.captions else class_captions(Path(source), files.pictures, template)
     if captions:
         files = replace(files, captions=captions)
-        files = _evenly_spaced(files, limit)
     images, texts = _load_squares(files, source, limit, size)
     expect_captions(source, texts)
     return images, texts
@@ -116,9 +116,8 @@ def read_captions(config: TeacherConfig) -> list[str]:
     captions = files.captions
     if not captions:
         captions = class_captions(Path(config.data), files.pictures, config.caption_template)
-        files = _evenly_spaced(files, config.images) if captions else files
     texts += [captions.get(picture, "") for picture in files.pictures]
-    return texts[: config.images]
+    return [texts[number] for number in spread_numbers(len(texts), config.images)]
 
 
 def labeled_images(
@@ -147,18 +146,22 @@ def labeled_images(
         files = replace(files, captions=numbers)
     elif names:
         files = replace(files, column=column or LABEL_COLUMN)
-    files = _evenly_spaced(files, limit)
     images, texts = _load_squares(files, source, limit, size)
     prompts = [str(text) for text in texts] if names else [""] * len(images)
     return TrainingPictures(images=images, prompts=prompts, classes=names)
 
 
 def _load_squares(files: ImageFiles, source: str, limit: int, size: int) -> tuple[Tensor, list[str]]:
-    """The pictures cropped to their central squares and resized, with their captions."""
-    reading = Reading()
+    """At most `limit` pictures, evenly spread, cropped to their central squares and resized, with their
+    captions."""
+    reading, total = Reading(), len(files)
     loaded = load_all(
-        read_images(files, limit=limit, resize=f"crop{size}-lanczos", exact=False, reading=reading)
+        read_images(
+            files, limit=limit, spread=True, resize=f"crop{size}-lanczos", exact=False, reading=reading
+        )
     )
+    if total > limit and process_group.rank() == 0:
+        logger.info("%s: %d of %d pictures, evenly spread; images=%d takes all", source, limit, total, total)
     if reading.elongated and process_group.rank() == 0:
         logger.warning(
             "%s: %d of %d pictures have one side more than twice as long as the other; the teacher sees "
@@ -178,14 +181,6 @@ def _expect_source(source: str) -> None:
             f"{source}: no such file or folder; expected a folder of captioned images, a .parquet file, "
             f"or a registered name (there are {names})"
         )
-
-
-def _evenly_spaced(files: ImageFiles, limit: int) -> ImageFiles:
-    """At most `limit` picture files, evenly spaced, so that every class keeps its share; tables stay."""
-    count = len(files.pictures)
-    if count <= limit:
-        return files
-    return replace(files, pictures=[files.pictures[row * count // limit] for row in range(limit)])
 
 
 def load_pictures(config: TeacherConfig, progress: Progress = quiet) -> TrainingPictures:

@@ -104,6 +104,7 @@ def read_images(
     *,
     limit: int | None = None,
     start: int = 0,
+    spread: bool = False,
     resize: str = NATIVE,
     batch_size: int = 64,
     workers: int = 0,
@@ -111,6 +112,7 @@ def read_images(
     exact: bool = True,
 ) -> Iterator[Batch]:
     """Read at most `limit` images from number `start` on, in batches, in sorted order of their files.
+    `spread`: they are evenly spread over all (`spread_numbers`), instead of the first ones.
 
     `source`: a folder or .parquet files. Captions come from the folder's metadata file or NAME.txt
     (`d2g.data.captions`), else from a PNG's own `prompt` text; in parquet from a caption column.
@@ -124,7 +126,13 @@ def read_images(
     reading = reading or Reading()
     workers = workers or usable_cores() + 2
     files = source if isinstance(source, ImageFiles) else open_images(source)
-    entries = _entries(files, start, start + limit if limit is not None else None)
+    if spread and limit is not None and limit < len(files):
+        numbers = set(spread_numbers(len(files), limit))
+        entries: Iterable[Entry] = (
+            entry for number, entry in enumerate(_entries(files, 0, None)) if number in numbers
+        )
+    else:
+        entries = _entries(files, start, start + limit if limit is not None else None)
     for entry, decoded in _decode_ahead(
         entries, lambda entry: decode_image(entry.read, entry.name, resize, exact=exact), workers, batch_size
     ):
@@ -147,6 +155,11 @@ def read_images(
     # The last batch may be smaller.
     if images:
         yield torch.from_numpy(np.stack(images)), captions
+
+
+def spread_numbers(total: int, count: int) -> Sequence[int]:
+    """At most `count` numbers below `total`, evenly spread, so that every class keeps its share."""
+    return range(total) if total <= count else [row * total // count for row in range(count)]
 
 
 def read_image(file: Path) -> Tensor:

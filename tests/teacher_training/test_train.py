@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -191,8 +192,26 @@ def test_preset_sizes_are_compatible() -> None:
             assert latent == 8 and latent % preset.denoiser.downscale == 0, name
 
 
-def test_a_limit_keeps_the_class_proportions(tmp_path: Path) -> None:
-    class_folders(tmp_path)
+def sort_by_class(folder: Path) -> None:
+    """Sort the rows of a parquet file, and the names of captioned pictures, by their captions."""
+    for table in folder.glob("*.parquet"):
+        pq.write_table(pq.read_table(table).sort_by("caption"), table)
+    for metadata in folder.glob("metadata.jsonl"):
+        rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+        for row in rows:
+            name = f"{row['caption']} {row['file_name']}"
+            (folder / row["file_name"]).rename(folder / name)
+            row["file_name"] = name
+        metadata.write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("source", list(SOURCES))
+def test_a_limit_keeps_the_class_proportions(
+    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    SOURCES[source](tmp_path)
+    sort_by_class(tmp_path)
     images, captions = captioned_images(str(tmp_path), SIZE, 16, 0, "a photo of a {}")
     assert len(images) == 16
     assert {captions.count(caption) for caption in set(captions)} == {2} and len(set(captions)) == 8
+    assert f"{tmp_path}: 16 of 40 pictures, evenly spread; images=40 takes all" in caplog.text
