@@ -407,7 +407,7 @@ class EvalSession:
         images = image_count(source, self.protocol, self._count(source), config.allow_fewer)
         if keep is not None:
             drawn = {"source": dict(source.facts), "images": images}
-            open_work(keep, drawn, file="images.json", holds="images")
+            open_work(keep, drawn, file=".images.json", holds="images")
         if folder is not None:
             facts = {
                 "source": dict(source.facts),
