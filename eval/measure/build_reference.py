@@ -53,22 +53,7 @@ def build_reference(
 
     Raises UserError for fewer images than the protocol's, unless `allow_fewer`, and for more.
     """
-    # The number of images is the protocol's, unless fewer are allowed.
-    count = protocol.reference_images or source.count or 0
-    if source.count is not None and source.count < count:
-        if not allow_fewer:
-            raise UserError(
-                f"{source.name} holds {source.count} images, protocol {protocol.name} compares with {count}; "
-                "fetch the rest, or give --allow-fewer, and the result says so"
-            )
-        count = source.count
-    elif source.count is not None and source.count > count:
-        raise UserError(
-            f"{source.name} holds {source.count} images, protocol {protocol.name} compares with {count}; "
-            "give the folder of just these"
-        )
-    if count < 2:
-        raise UserError(f"{source.name} holds {count} image(s); a reference needs at least 2")
+    count = _reference_count(source, protocol, allow_fewer)
     # One measurement per feature network, resumable in the work folder.
     measures = {
         name: Measure(size=protocol.preprocessing, function=lambda images, _, net=net: net(images).float())  # type: ignore[misc]
@@ -92,6 +77,26 @@ def build_reference(
     }
     stats = feature_stats(rows, sets, protocol.preprocessing, title)
     return Reference(stats=stats, prompts=prompts, facts=facts)
+
+
+def _reference_count(source: ImageSource, protocol: Protocol, allow_fewer: bool) -> int:
+    """The images to measure: the protocol's, unless fewer are allowed. Raises UserError for other numbers."""
+    count = protocol.reference_images or source.count or 0
+    if source.count is not None and source.count < count:
+        if not allow_fewer:
+            raise UserError(
+                f"{source.name} holds {source.count} images, protocol {protocol.name} compares with {count}; "
+                "fetch the rest, or give --allow-fewer, and the result says so"
+            )
+        count = source.count
+    elif source.count is not None and source.count > count:
+        raise UserError(
+            f"{source.name} holds {source.count} images, protocol {protocol.name} compares with {count}; "
+            "give the folder of just these"
+        )
+    if count < 2:
+        raise UserError(f"{source.name} holds {count} image(s); a reference needs at least 2")
+    return count
 
 
 def _digest_of(digests: Tensor | None) -> str:
@@ -126,6 +131,7 @@ def open_reference(
     else:
         files, prompts = reference_files(path, protocol)
         source = image_source(files)
+        _reference_count(source, protocol, allow_fewer)  # the cache may have it for another protocol
         networks = {name: [net.name, net.sha256] for name, net in sets.items()}
         decisive = ("prompts", "reference", "images", "seed", "pr_images")
         settings = {name: protocol.settings()[name] for name in decisive}
@@ -151,5 +157,15 @@ def keep_reference(reference: Reference, file: Path, work: MeasureOptions, keep:
     if process_group.rank() == 0:
         reference.save(file, keep=keep)
         if work.folder is not None:
-            shutil.rmtree(work.folder, ignore_errors=True)
+            _remove_parts(work.folder)
     process_group.barrier()
+
+
+def _remove_parts(folder: Path) -> None:
+    """Delete a work folder, but not what others have put there."""
+    own = {"parts", "work.json"}
+    if all(entry.name in own or entry.name.startswith(".") for entry in folder.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    (folder / "work.json").unlink(missing_ok=True)

@@ -16,8 +16,15 @@ from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from eval.images.coco import chosen_images, read_coco
 from eval.images.folders import load_all, open_images, read_images
-from eval.measure.build_reference import build_reference, cache_folder, open_reference, reference_files
+from eval.measure.build_reference import (
+    build_reference,
+    cache_folder,
+    keep_reference,
+    open_reference,
+    reference_files,
+)
 from eval.measure.reference import Reference
+from eval.measure.rows import MeasureOptions
 from eval.measure.source import image_source
 from eval.networks.base import FeatureNet
 from eval.protocols.protocol import PROTOCOLS, Protocol
@@ -185,6 +192,27 @@ def test_missing_and_foreign_statistics_files_are_named(tmp_path: Path) -> None:
         save_file({"prompts": torch.zeros(1)}, tmp_path / "a.safetensors", metadata)
         with pytest.raises(UserError, match=r"a.safetensors is no reference statistics file"):
             Reference.load(tmp_path / "a.safetensors")
+
+
+def test_another_protocol_is_checked_although_the_cache_has_the_images(coco: Path) -> None:
+    photographs, folder = coco / "val2014", dataclasses.replace(PROTOCOLS["folder"], size=8, pr_images=8)
+    assert open_reference(photographs, folder, SETS).count == 10
+    fewer, more = (dataclasses.replace(folder, reference_images=number) for number in (9, 11))
+    with pytest.raises(UserError, match="holds 10 images, protocol folder compares with 9; give the folder"):
+        open_reference(photographs, fewer, SETS)
+    with pytest.raises(UserError, match="holds 10 images, protocol folder compares with 11; fetch the rest"):
+        open_reference(photographs, more, SETS)
+
+
+def test_a_work_folder_keeps_what_others_have_put_there(coco: Path, tmp_path: Path) -> None:
+    work = MeasureOptions(folder=tmp_path / "work")
+    for note in (False, True):
+        built = build_reference(image_source(open_images(coco / "val2014")), COCO, SETS, work=work)
+        if note:
+            (tmp_path / "work" / "note.txt").write_text("mine")
+        keep_reference(built, tmp_path / "a.safetensors", work, 0)
+        assert (tmp_path / "work").exists() == note
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["note.txt"]
 
 
 def test_a_file_keeps_all_rows_for_cmmd(coco: Path, tmp_path: Path) -> None:
