@@ -176,6 +176,11 @@ class RealImages:
             raise UserError(f"{name}: its caption is not UTF-8 ({error}); correct or drop the row") from error
         if caption in (None, ""):
             raise UserError(f"{name} has no caption; drop the row")
+        if self.kind.name == "text" and not isinstance(caption, str):
+            kind = type(caption).__name__
+            raise UserError(
+                f"{name}: a caption must be text, found {str(caption)[:40]!r} ({kind}); write the column again"
+            )
         return data, self.kind.checked(str(caption), name), name
 
     def _read_group(self, table: int, group: int) -> tuple[Any, Any]:

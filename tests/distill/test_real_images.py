@@ -156,3 +156,12 @@ def test_a_damaged_table_is_one_line(workers: int, tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": images[:1], "caption": captions}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"row 0: its caption is not UTF-8 .*; correct or drop the row"):
         RealImages(str(tmp_path / "b.parquet"), (8, 8)).read([0])
+
+
+@pytest.mark.parametrize("caption", [b"a cube", ["a cube", "a red cube"], 3])
+def test_captions_in_a_table_must_be_text(caption: object, tmp_path: Path) -> None:
+    """They were trained on as Python writes them: b'a cube', ['a cube', ...]."""
+    image = {"bytes": png_bytes(0), "path": None}
+    pq.write_table(pa.table({"image": [image], "caption": [caption]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"row 0: a caption must be text, found .*; write the column again"):
+        RealImages(str(tmp_path / "a.parquet"), (8, 8)).read([0])
