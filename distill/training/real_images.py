@@ -179,7 +179,8 @@ class RealImages:
         if self.kind.name == "text" and not isinstance(caption, str):
             kind = type(caption).__name__
             raise UserError(
-                f"{name}: a caption must be text, found {str(caption)[:40]!r} ({kind}); write the column again"
+                f"{name}: a caption must be text, found {str(caption)[:40]!r} ({kind}); write the column "
+                "again"
             )
         return data, self.kind.checked(str(caption), name), name
 
