@@ -189,8 +189,9 @@ def push(
         Path | None, typer.Option(help="Folder for what is uploaded (push/NAME).", show_default=False)
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", help="Format for a run: diffusers, lora, comfyui or onnx.")
-    ] = "diffusers",
+        str | None,
+        typer.Option("--format", help="Format for a run: diffusers (default), lora, comfyui or onnx."),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write the folder and list its files; upload nothing.")
@@ -199,13 +200,16 @@ def push(
 ) -> None:
     """Publish a student on the Hugging Face hub with its model card; a run is exported first."""
     from distill.config.export import FORMATS_WITH_CARD, ExportConfig
+    from distill.export.output import is_export
     from distill.export.push import check_repository, upload, write_upload
 
     check_repository(repository)
-    if form not in FORMATS_WITH_CARD:
+    if form not in (None, *FORMATS_WITH_CARD):
         raise SettingError(f"--format is {form!r}; expected {', '.join(FORMATS_WITH_CARD)}")
+    if form is not None and is_export(Path(source)):
+        raise SettingError(f"--format is {form!r}, but {source} is exported already; leave it out")
     folder = out or Path("push") / repository.rpartition("/")[2]
-    files = write_upload(source, folder, ExportConfig(format=form))  # type: ignore[arg-type]  # checked above
+    files = write_upload(source, folder, ExportConfig(format=form or "diffusers"))  # type: ignore[arg-type]  # checked above
     result: dict[str, Any] = {"repository": repository, "folder": str(folder), "files": files}
     if not dry_run:
         result["url"] = upload(folder, repository, private)

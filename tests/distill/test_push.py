@@ -179,6 +179,13 @@ def test_links_out_of_an_export_are_not_followed(
         assert not (tmp_path / "out").exists()
 
 
+def test_a_format_is_for_a_run(exported: Path, tmp_path: Path, d2g: Any) -> None:
+    ended = d2g("push", exported, "a/b", "--dry-run", "--format", "lora", "--out", tmp_path / "out")
+    assert (
+        ended.code == 2 and "--format is 'lora', but" in ended.error and "is exported already" in ended.error
+    )
+
+
 def test_no_readme_of_something_else_is_replaced(exported: Path, tmp_path: Path, d2g: Any) -> None:
     (tmp_path / "README.md").write_text("mine")
     ended = d2g("push", exported, "a/b", "--dry-run", "--out", tmp_path)
