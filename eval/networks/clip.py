@@ -101,10 +101,11 @@ def _load(model: str, device: Device) -> tuple[Any, Any, Any, str]:
     name, _, pretrained = (f"local-dir:{folder}", "", "") if local else model.partition(":")
     _check_source(model, Path(folder) if local else None, pretrained)
     try:
+        options = _without_own_code(Path(folder)) if local else {}
         net, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=pretrained or None, device=device
         )
-        tokenizer = open_clip.get_tokenizer(name, **_tokenizer_options(Path(folder) if local else None))
+        tokenizer = open_clip.get_tokenizer(name, **options)
     except Exception as error:  # on damaged files and without a network, it raises almost anything
         raise_machine_error(error)
         raise UserError(
@@ -115,13 +116,18 @@ def _load(model: str, device: Device) -> tuple[Any, Any, Any, str]:
     return net.eval().requires_grad_(False), preprocess, tokenizer, full_name
 
 
-def _tokenizer_options(folder: Path | None) -> dict[str, bool]:
-    """Options that win over a folder's own `tokenizer_kwargs`: transformers runs no code of the folder."""
-    if folder is None:
-        return {}
-    config = read_json_object(folder / CLIP_CONFIG, COPY_AGAIN)
+def _without_own_code(folder: Path) -> dict[str, bool]:
+    """Options of the tokenizer that win over the folder's `tokenizer_kwargs`: none of its code runs.
+
+    Raises ValueError for a text model with code of its own, before open_clip would ask whether to run it.
+    """
+    from transformers import AutoConfig
+
+    text = read_json_object(folder / CLIP_CONFIG, COPY_AGAIN)["model_cfg"]["text_cfg"]
+    if text.get("hf_model_name"):
+        AutoConfig.from_pretrained(text["hf_model_name"], trust_remote_code=False)
     # open_clip's own tokenizer, which runs no code, does not take the option.
-    return {"trust_remote_code": False} if config["model_cfg"]["text_cfg"].get("hf_tokenizer_name") else {}
+    return {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
 
 
 def _embed(net: Any, preprocess: Any, images: Tensor, device: Device) -> Tensor:

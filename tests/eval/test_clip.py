@@ -75,6 +75,32 @@ def test_code_in_a_folder_does_not_run(
     assert not marker.exists()
 
 
+def test_code_of_a_text_model_does_not_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    copy, text, marker = (
+        Path(shutil.copytree(folder, tmp_path / "clip")),
+        tmp_path / "text",
+        tmp_path / "marker",
+    )
+    text.mkdir()
+    (text / "own.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        f"open({str(marker)!r}, 'w')\n"
+        "class Own(PretrainedConfig): model_type = 'own'\n"
+    )
+    auto = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (text / "config.json").write_text(json.dumps(auto))
+    config = json.loads((copy / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = str(text)
+    (copy / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="contains custom code"):
+        load_clip(str(copy))
+    assert not marker.exists()
+
+
 def test_features_are_not_normalized_but_cmmd_and_scores_normalize_them(folder: Path) -> None:
     features, clip = load_clip_features(folder), load_clip(str(folder))
     images = random_images(5)
