@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -404,22 +405,25 @@ class EvalSession:
         if folder is None and config.out is not None and not config.out.endswith(".json"):
             folder = Path(config.out) / "work"
         keep = Path(config.keep) if config.keep else None
-        images = image_count(source, self.protocol, self._count(source), config.allow_fewer)
-        if keep is not None:
+        # The facts that decide the images, and those that decide the rows.
+        if folder is not None or keep is not None:
+            images = image_count(source, self.protocol, self._count(source), config.allow_fewer)
             drawn = {"source": dict(source.facts), "images": images}
-            open_work(keep, drawn, file=".images.json", holds="images")
-        if folder is not None:
-            facts = {
-                "source": dict(source.facts),
-                "against": dict(self.other.facts) if self.other else None,
-                "settings": self.protocol.settings(),
-                "networks": self.networks.models(),
-                "metrics": sorted(self.metrics),
-                "images": images,
-                "part": config.part,
-            }
-            open_work(folder, facts)
+            if keep is not None:
+                open_work(keep, drawn, file=".images.json", holds="images")
+            if folder is not None:
+                open_work(folder, drawn | self._measured_facts(config.part))
         return MeasureOptions(batch_size=config.batch_size, folder=folder, keep=keep, part=config.part)
+
+    def _measured_facts(self, part: int) -> dict[str, Any]:
+        """What decides the rows of a work folder besides its images."""
+        return {
+            "against": dict(self.other.facts) if self.other else None,
+            "settings": self.protocol.settings(),
+            "networks": self.networks.models(),
+            "metrics": sorted(self.metrics),
+            "part": part,
+        }
 
 
 def _without_zero(guidance: float | None) -> float | None:
