@@ -65,12 +65,16 @@ def _names(folder: Path) -> list[str]:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise UserError for a link out of a folder: what it leads to would be copied, and published."""
+    """Raise UserError for a link to a folder, which could lead back, and for one out of the export: what it
+    leads to would be copied, and published.
+    """
+    root = os.path.realpath(folder)
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and (path.is_dir() or not target.is_relative_to(root)):
             raise UserError(
-                f"{path} is a link to {path.resolve()}, outside of the folder, which would be published too; "
-                "nothing was uploaded; put the file itself there, or remove the link"
+                f"{path} is a link to {target}, {'a folder' if path.is_dir() else 'outside of the export'}; "
+                "nothing was uploaded; put the files themselves there, or remove the link"
             )
 
 
