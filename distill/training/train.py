@@ -5,7 +5,7 @@ The method itself is in distill/training/step.py.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from d2g.core.claims import FolderOwner
 from d2g.core.config import to_json
 from d2g.core.distributed import checkpoint, process_group, sharded_checkpoint
-from d2g.core.errors import Interrupted, SettingError, UserError
+from d2g.core.errors import Interrupted, LostFolder, SettingError, UserError
 from d2g.core.precision import set_training_arithmetic
 from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
@@ -168,9 +168,26 @@ def _train(
 ) -> TrainSummary:
     run = _open_run(config, out, device, validate)
     started, first_nimg = time.monotonic(), run.state.nimg
-    with run.monitor.record_ending(), StopFlag() as stop:
+    with run.monitor.record_ending(), StopFlag() as stop, _keep_checkpoint(run.writer):
         _loop(run, StopControl(config.train, stop, run.writer, owner), progress)
     return _summary(out, run.log, run.state, config.train.images, first_nimg, time.monotonic() - started)
+
+
+@contextmanager
+def _keep_checkpoint(writer: sharded_checkpoint.Writer) -> Iterator[None]:
+    """Context that completes the checkpoint which is being written in the background, also after an error.
+
+    Not where several processes would have to do it together, and not if another run owns the folder.
+    """
+    try:
+        yield
+    except LostFolder:
+        raise
+    except Exception:
+        if process_group.world_size() == 1:
+            with suppress(UserError):  # a full disk must not hide the original error
+                writer.finish()
+        raise
 
 
 def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: Validate | None) -> _Run:

@@ -203,6 +203,20 @@ def test_a_stage_continues_at_the_timestep_of_its_student(teacher: Path, pairs: 
     new_state(replace(config, init=last), torch.device("cpu"))
 
 
+def test_a_checkpoint_in_the_background_survives_an_error(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    """Damage that the step after a checkpoint meets: the first shard is needed then, in this order."""
+    store = shutil.copytree(pairs, tmp_path / "pairs")
+    shard = store / "shards" / "pairs-00000.h5"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    shard.write_bytes(data)
+    order = ("data.block=5", "data.window=1", f"train.checkpoint_images={BATCH}")
+    config = distill_config(teacher, store, *order, "engine.async_checkpoints=true")
+    with pytest.raises(UserError, match=r"pairs-00000\.h5"):
+        train(config, tmp_path / "run")
+    assert checkpoint.complete_points(tmp_path / "run" / "checkpoints") == [BATCH]
+
+
 def test_no_average_is_no_collapse(teacher: Path, pairs: Path, tmp_path: Path) -> None:
     """With ema_beta=0 the average equals the weights, which does not mean that they stand still."""
     train(distill_config(teacher, pairs, "train.ema_beta=0", "train.on_collapse=stop"), tmp_path)
