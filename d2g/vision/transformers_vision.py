@@ -108,6 +108,13 @@ def _vision_config(name: str, files: tuple[str, ...]) -> Any:
         raise UserError(f"{name} has no config of transformers: {str(error).splitlines()[0]}") from error
 
 
+def refuse_own_code(name: str) -> None:
+    """Raise ValueError or OSError unless transformers has the model of this folder or hub id itself."""
+    import transformers
+
+    transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
 def load_clip_tokenizer(name: str) -> Any:
     """Load the CLIPTokenizer of a folder or hub id. Raises UserError when there is none."""
     from transformers import CLIPTokenizer

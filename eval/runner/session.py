@@ -380,7 +380,8 @@ class EvalSession:
             if process_group.rank() == 0
             else Floor()
         )
-        more = (self.subset_note, floor.note, self._guidance_note())
+        first = _first_note(source, len(evaluation.rows))
+        more = (self.subset_note, first, floor.note, self._guidance_note())
         notes = [*result.notes, *self.left_out, *filter(None, more)]
         result = replace(result, notes=notes, floor=dict(floor.numbers))
         return source, replace(evaluation, result=result)
@@ -424,6 +425,14 @@ class EvalSession:
             "metrics": sorted(self.metrics),
             "part": part,
         }
+
+
+def _first_note(source: ImageSource, measured: int) -> str:
+    """Return a note if not all images of a folder are measured; else ""."""
+    if source.count is None or source.count <= measured:
+        return ""
+    log_once(note := f"measured the first {measured} of {source.count} images of {source.name}")
+    return note
 
 
 def _without_zero(guidance: float | None) -> float | None:

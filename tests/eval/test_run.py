@@ -122,6 +122,10 @@ def test_saved_images_give_the_same_numbers(job: Path, teacher: Path, tmp_path: 
     assert {k: read[k] for k in ("fid", "clip_score", "protocol_sha256")} == {
         k: sampled[k] for k in ("fid", "clip_score", "protocol_sha256")
     }
+    # A part of a folder is noted: its first images may be of one class.
+    kept = config(job, images=str(tmp_path / "kept"), prompts=None, num=8, metrics=("clip",), reference=None)
+    note = f"measured the first 8 of 12 images of {tmp_path / 'kept'}"
+    assert note in run_evaluation(kept)["notes"] and not any("the first" in text for text in read["notes"])
     reread = run_evaluation(
         config(job, images=str(tmp_path / "kept"), num=0, prompts=str(twelve_prompts(job, tmp_path)))
     )
