@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 
@@ -11,6 +11,20 @@ from d2g.core.distributed import process_group
 from d2g.core.json_files import read_json_object
 from d2g.core.precision import supports_bf16
 from distill.config.run import DistillConfig
+
+Precision = Literal["fp32", "bf16"]
+
+
+class TrainFacts(TypedDict):
+    """What is read of the settings of a run's training."""
+
+    precision: NotRequired[Precision]
+
+
+class RunFacts(TypedDict):
+    """What is read of a run's config.json."""
+
+    train: NotRequired[TrainFacts]
 
 
 def decide_precision(config: DistillConfig, device: torch.device, run: Path | None = None) -> DistillConfig:
@@ -21,9 +35,8 @@ def decide_precision(config: DistillConfig, device: torch.device, run: Path | No
     """
     if config.train.precision != "auto":
         return config
-    precision: Literal["fp32", "bf16"] = (
-        "fp32" if process_group.any_rank(not supports_bf16(device)) else "bf16"
-    )
+    precision: Precision = "fp32" if process_group.any_rank(not supports_bf16(device)) else "bf16"
     if run is not None and (file := run / "config.json").is_file():
-        precision = read_json_object(file, RESTORE_CONFIG_HINT).get("train", {}).get("precision", precision)
+        written = read_json_object(file, RESTORE_CONFIG_HINT, RunFacts)
+        precision = written.get("train", {}).get("precision", precision)
     return replace(config, train=replace(config.train, precision=precision))

@@ -203,6 +203,16 @@ def test_a_stage_continues_at_the_timestep_of_its_student(teacher: Path, pairs: 
     new_state(replace(config, init=last), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("written", [3, {"precision": ["bf16"]}])
+def test_auto_of_a_damaged_run_is_one_line(
+    written: object, teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"train": written}))
+    config = distill_config(teacher, pairs, "train.precision=auto")
+    with pytest.raises(UserError, match=r"config\.json is damaged \(train.*expected"):
+        train(config, tmp_path)
+
+
 def test_a_checkpoint_in_the_background_survives_an_error(teacher: Path, pairs: Path, tmp_path: Path) -> None:
     """Damage that the step after a checkpoint meets: the first shard is needed then, in this order."""
     store = shutil.copytree(pairs, tmp_path / "pairs")
