@@ -552,7 +552,9 @@ def test_an_error_of_all_ranks_after_init_is_printed_by_rank_0_only(
 ) -> None:
     arguments = distill_arguments(distill_config(teacher, tmp_path / "none"), tmp_path / "run")
     first, second = d2g_ranks(arguments, log, environment=torchrun)
-    assert (first.code, second.code, second.stderr) == (1, 1, "")
+    # Gloo of torch 2.9 writes lines of its own.
+    lines = [line for line in second.stderr.splitlines() if not line.startswith("[Gloo]")]
+    assert (first.code, second.code, lines) == (1, 1, [])
     assert str(tmp_path / "none") in first.error
 
 

@@ -61,6 +61,12 @@ def exact_fp32(device: torch.device) -> AbstractContextManager[None]:
     return _without_tf32()
 
 
+def fp32_products_are_exact() -> bool:
+    """Whether matrix products in fp32 are IEEE fp32; torch rounds their inputs where the user allows it."""
+    _accept_older_interface()
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 @contextmanager
 def _without_tf32() -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn

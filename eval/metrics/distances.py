@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from d2g.core.precision import fp32_products_are_exact
+
 SPARE = 5
 """Number of candidates beyond k whose distance is also computed exactly: rounding may change their order."""
 
@@ -31,7 +33,7 @@ class CenteredRows:
     def __init__(self, rows: Tensor, center: Tensor) -> None:
         self.exact, self.center = rows, center
         # If the user allows TF32 or bfloat16 products, float32 gives no bound on rounding.
-        self.dtype = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+        self.dtype = torch.float32 if fp32_products_are_exact() else torch.float64
         self.centered = torch.cat([self.center_rows(part, self.dtype) for part in blocks(len(rows), PAIRS)])
         self.norms = self.centered.square().sum(1)
 

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,10 @@ def _parse_input(pixels: str) -> tuple[int, tuple[float, ...], tuple[float, ...]
 def _open_program(file: Path, device: Device) -> FileNetwork:
     """A program of torch.export."""
     try:
-        program = torch.export.load(str(file))
+        with warnings.catch_warnings():
+            # torch 2.9 warns of the read-only memory of the weights, which nothing writes to.
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            program = torch.export.load(str(file))
         module: Any = program.module().to(device)
         names = program.graph_signature.user_inputs
         (shape,) = [
