@@ -27,9 +27,9 @@ class DemoConfig:
     ode: DistillConfig = setting(
         _with_train("ode", images=67_200, batch_size=32, ema_beta=0.99), "The regression stage"
     )
-    gan: DistillConfig = setting(_with_train("gan", images=4_800), "The GAN stage")
+    gan: DistillConfig = setting(_with_train("gan", images=4_096), "The GAN stage")
     eval_images: int = setting(512, "Images of each evaluation")
-    teacher_steps: int = setting(50, "Solver steps of the teacher's own samples")
+    teacher_steps: int = setting(25, "Solver steps of the teacher's own samples: as many as of its pairs")
     columns: int = setting(8, "Images side by side in the report")
 
     def __post_init__(self) -> None:
