@@ -82,7 +82,7 @@ class EvalRun:
     noise_scale: float = setting(1.0, "Factor on a student's noise (truncation); 1: as trained")
     psi: float = setting(1.0, "Truncation of a student's styles w towards their mean; 1: none")
     precision: str = setting("fp32", "Arithmetic of the sampler's network")
-    seed: int | None = setting(None, "Seed of the noise; null: the protocol's")
+    seed: int | None = setting(None, "Seed of the noise and of the choice of prompts; null: the protocol's")
     every: bool = setting(False, "Evaluate every checkpoint of a student's run")
     resamples: int = setting(200, "Bootstrap resamples of the confidence intervals; 0: no intervals")
 
