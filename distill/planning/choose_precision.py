@@ -12,19 +12,19 @@ from d2g.core.json_files import read_json_object
 from d2g.core.precision import supports_bf16
 from distill.config.run import DistillConfig
 
-Precision = Literal["fp32", "bf16"]
+DecidedPrecision = Literal["fp32", "bf16"]
 
 
-class TrainFacts(TypedDict):
+class WrittenTrainSettings(TypedDict):
     """What is read of the settings of a run's training."""
 
-    precision: NotRequired[Precision]
+    precision: NotRequired[DecidedPrecision]
 
 
-class RunFacts(TypedDict):
+class WrittenSettings(TypedDict):
     """What is read of a run's config.json."""
 
-    train: NotRequired[TrainFacts]
+    train: NotRequired[WrittenTrainSettings]
 
 
 def decide_precision(config: DistillConfig, device: torch.device, run: Path | None = None) -> DistillConfig:
@@ -35,8 +35,8 @@ def decide_precision(config: DistillConfig, device: torch.device, run: Path | No
     """
     if config.train.precision != "auto":
         return config
-    precision: Precision = "fp32" if process_group.any_rank(not supports_bf16(device)) else "bf16"
+    precision: DecidedPrecision = "fp32" if process_group.any_rank(not supports_bf16(device)) else "bf16"
     if run is not None and (file := run / "config.json").is_file():
-        written = read_json_object(file, RESTORE_CONFIG_HINT, RunFacts)
+        written = read_json_object(file, RESTORE_CONFIG_HINT, WrittenSettings)
         precision = written.get("train", {}).get("precision", precision)
     return replace(config, train=replace(config.train, precision=precision))
