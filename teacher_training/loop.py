@@ -179,6 +179,9 @@ def _resume(
             discriminator.optimizer.load_state_dict(newest.state()[discriminator.name])
         state.nimg = newest.nimg
         log.rewind(state.nimg)
+        # A killed run may have left a checkpoint that it was about to delete.
+        if process_group.rank() == 0:
+            checkpoint.prune(folder)
     return state
 
 

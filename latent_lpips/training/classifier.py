@@ -228,6 +228,9 @@ def _resume(job: _Job) -> _State:
         state.nimg, state.loss_sum, state.steps = last.nimg, last.meta["loss_sum"], last.meta["steps"]
         state.values = next((line for line in job.log.read() if line["nimg"] == state.nimg), {})
         process_group.barrier()  # all ranks have read the log before lines are removed
+        # A killed run may have left a checkpoint that it was about to delete.
+        if process_group.rank() == 0:
+            checkpoint.prune(job.checkpoints)
     # A report at this image is due unless it is in the log. A line that a run wrote because `minutes` were
     # over is removed: an unbroken run does not have it.
     state.report_due = state.nimg > 0 and reports_at(job.config, len(job.train), state.nimg, job.total)

@@ -255,9 +255,15 @@ def test_a_changed_image_invalidates_the_cache(data: Path, teacher: Path, tmp_pa
 
 
 def test_only_complete_checkpoints_are_left(data: Path, teacher: Path, tmp_path: Path) -> None:
-    train_classifier(config(data, teacher, epochs=3, score_epochs=1), tmp_path / "out")
-    last = checkpoint.latest(tmp_path / "out" / "run" / "checkpoints")
+    settings = config(data, teacher, epochs=3, score_epochs=1)
+    train_classifier(settings, tmp_path / "out")
+    folder = tmp_path / "out" / "run" / "checkpoints"
+    last, left = checkpoint.latest(folder), sorted(folder.iterdir())
     assert last is not None and last.nimg == 84 and last.meta["classes"] == ["blue", "green", "red"]
+    # A run was killed after its last checkpoint, before it deleted the oldest one.
+    shutil.copytree(last.folder, folder / "000000001")
+    train_classifier(settings, tmp_path / "out")
+    assert sorted(folder.iterdir()) == left and len(left) == checkpoint.KEPT
 
 
 def lines_of(out: Path) -> list[dict[str, float]]:
