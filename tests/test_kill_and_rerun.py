@@ -62,7 +62,8 @@ def test_lpips_train(seed: int, crops: int, teacher: Path, tmp_path: Path) -> No
     check_kills(["lpips", "train", *words.split(), *sets.split(), "--set", f"crops={crops}"], tmp_path, seed)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1])
 def test_teacher_train(seed: int, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     image_folder(tmp_path / "data")

@@ -20,6 +20,7 @@ KINDS = ("sd", "edm", *TRANSFORMERS, "wuerstchen_decoder", "stable_cascade_prior
 """One family of each kind of repeated block."""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_blocks_have_the_gradients_of_eager_ones(

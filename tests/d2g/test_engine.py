@@ -117,6 +117,7 @@ def test_a_single_process_gives_the_networks_gradients(kind: str, warm_python: s
     assert len(real) == len(fake) == len(noise) == len(text) == ROWS
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiled_passes_agree_with_eager_ones(folder: Path) -> None:
     """The compiled network agrees with the eager one, and R1 still has its second derivative."""

@@ -109,8 +109,9 @@ def catches(pid: int, number: signal.Signals) -> bool:
     return bool(mask >> (number - 1) & 1)
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_signals_at_random_times_end_a_command_with_one_line(seed: int, tmp_path: Path) -> None:
     """At any time: before the command line is imported, while libraries and models load, and at work."""
     numbers = random.Random(seed)

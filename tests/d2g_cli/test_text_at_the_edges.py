@@ -139,6 +139,7 @@ def test_help_in_a_pipe_is_plain_and_lists_the_presets() -> None:
     assert process.returncode == 0 and process.stdout.decode("utf-16").count("...") == 1, "[ARGS]..."
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_paths_that_are_not_utf_8(tmp_path: Path) -> None:
     """File names on Linux are bytes in any encoding."""

@@ -92,6 +92,7 @@ slider.dispatchEvent(new PointerEvent('pointerup', {bubbles: true}));
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_click_in_a_browser_draws_with_student_and_teacher(tmp_path: Path) -> None:
     with socket.socket() as probe:

@@ -93,7 +93,10 @@ ENGINE_OPTIONS = {
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(name, marks=pytest.mark.slow if name == "compile" else ()) for name in ENGINE_OPTIONS],
+    [
+        pytest.param(name, marks=(pytest.mark.slow, pytest.mark.long) if name == "compile" else ())
+        for name in ENGINE_OPTIONS
+    ],
 )
 def test_engine_options_do_not_change_training(
     case: str, config: DistillConfig, plain: Path, tmp_path: Path
@@ -132,6 +135,7 @@ ROW_OPTIONS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ROW_OPTIONS)
 def test_row_randomness_does_not_depend_on_the_split(
@@ -478,6 +482,7 @@ def test_refused_settings_leave_the_run_folder_usable(teacher: Path, pairs: Path
     train(distill_config(teacher, pairs, *validation, "train.validate_pairs=4"), tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_validate_option_measures_fid_during_training(tmp_path: Path) -> None:
     """`--validate miniature`: FID on a few scenes, with one process and with two FSDP2 ranks."""

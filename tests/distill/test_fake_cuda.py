@@ -53,12 +53,15 @@ LATE = [{"d2g/core/transfer.py read: waits for an event": 1}]
 @pytest.mark.parametrize(
     "arguments",
     [
-        "ode",
-        pytest.param("ode optim.name=radam", marks=pytest.mark.long),
-        "ode optim.name=adamw_8bit engine.offload_optimizer=true student.lora_rank=2",
         "gan",
-        pytest.param(
-            "gan gan.penalty=approx engine.gradient_accumulation=2 data.text_cache=4", marks=pytest.mark.long
+        *(
+            pytest.param(arguments, marks=pytest.mark.long)
+            for arguments in (
+                "ode",
+                "ode optim.name=radam",
+                "ode optim.name=adamw_8bit engine.offload_optimizer=true student.lora_rank=2",
+                "gan gan.penalty=approx engine.gradient_accumulation=2 data.text_cache=4",
+            )
         ),
     ],
 )

@@ -270,6 +270,7 @@ def test_two_discriminators_have_a_loss_each() -> None:
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory_counts_the_frozen_networks(teachers: dict[str, str], vit: str) -> None:
     config = distill_config(Path(teachers["sd"]), Path("pairs"), stage="gan")
@@ -349,7 +350,9 @@ def pairs(teachers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     return make_pairs(Path(teachers["sd"]), tmp_path_factory.mktemp("pairs"))
 
 
-@pytest.mark.parametrize("name", ["projected", pytest.param("unet+projected", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["projected", pytest.param("unet+projected", marks=(pytest.mark.slow, pytest.mark.long))]
+)
 def test_runs_resume_bit_for_bit(
     name: str, teachers: dict[str, str], vit: str, pairs: Path, tmp_path: Path
 ) -> None:

@@ -447,6 +447,7 @@ def test_r1_is_that_of_the_discriminator_alone(
     assert own["loss/r1"] == theirs["loss/r1"] > 0 and own["loss/g"] != theirs["loss/g"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 @pytest.mark.parametrize("kind", RUN_KINDS)

@@ -133,6 +133,7 @@ def test_the_next_primary_phase_keeps_the_text_encoder(
     assert any((value != network[name]).any() for name, value in before.student.state_dict().items())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_plans_count_the_text_encoder(first: DistillConfig) -> None:
     gan = replace(first, stage="gan")

@@ -44,6 +44,7 @@ def test_onnxruntime_reproduces_the_student(teacher: Path, tmp_path: Path) -> No
     assert names["image"].size == (16, 16) and np.asarray(names["image"]).std() > 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_class_conditional_onnx_has_no_text_encoder(tmp_path: Path) -> None:
     """The teacher is an EDM in pixels, whose non-integer time is a constant of the ONNX graph."""

@@ -216,6 +216,7 @@ def test_transforms_can_be_sampled_in_advance(metric: LatentLPIPS) -> None:
     torch.testing.assert_close(loss(a, b, transforms=still), metric(a, b))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiles_in_one_graph_with_given_transforms(metric: LatentLPIPS, fresh_dynamo: None) -> None:
     """The compiled loss has no graph break; without `transforms`, sampling is part of the graph."""

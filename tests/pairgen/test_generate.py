@@ -387,6 +387,7 @@ def test_a_short_job_is_exact_and_not_compiled(config: PairConfig, tmp_path: Pat
     assert (read_spec(tmp_path).precision, read_spec(tmp_path).compiled) == ("fp32", False)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
 def test_precision_and_compilation_are_measured_once_for_a_store(

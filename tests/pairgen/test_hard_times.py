@@ -52,8 +52,9 @@ def assert_equal_stores(store: Path, expected: Path) -> None:
     assert verify_store(store).ok
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [7, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [7, 20])
 def test_kills_in_a_row(kills: int, teacher: Path, prompts: str, tmp_path: Path) -> None:
     out, moments = tmp_path / "pairs", random.Random(20)
     arguments = command(teacher, prompts, out, "batch_size=1", "steps=30")

@@ -238,6 +238,7 @@ def test_an_interrupted_training_says_how_to_finish(data: Path, tmp_path: Path, 
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ctrl_c_is_resumed_by_the_command_that_the_refusal_names(
     data: Path, tmp_path: Path, d2g: Any
@@ -291,6 +292,7 @@ def test_a_folder_without_a_preset_is_quick(tmp_path: Path, d2g: Any) -> None:
     assert "no --preset: quick, about 15 minutes" in ended.stderr and "no such file" in ended.error
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_train_one_teacher(data: Path, tmp_path: Path) -> None:
     """The lengths that rank 0 measures are those of all ranks, and rank 0 alone writes the results."""
