@@ -115,8 +115,9 @@ def _measure(
         return rows, None
     extra = range(numbers.stop, numbers.stop * protocol.diversity_images)
     embedding = {DREAMSIM_ROWS: measures[DREAMSIM_ROWS]}
-    unkept = None if work is None else replace(work, keep=None)  # the kept images are those of the numbers
-    return rows, measure_source(source, extra, embedding, work=unkept, progress=progress)
+    # --keep saves the images of `numbers` alone.
+    unsaved = None if work is None else replace(work, keep=None)
+    return rows, measure_source(source, extra, embedding, work=unsaved, progress=progress)
 
 
 def _resolve(protocol: Protocol, networks: Networks, rows: MeasuredRows) -> Protocol:

@@ -112,7 +112,7 @@ def load_any_pipeline(
         hub.fetch(name, ["model_index.json"], f"pipeline {name}")
     path, settings = Path(name) / "model_index.json", dict[str, Any]()
     index = read_json_object(path, COPY_AGAIN) if path.is_file() else {}
-    _refuse_own_code(Path(name), index)
+    _refuse_custom_code(Path(name), index)
     # A safety checker is switched off only where the pipeline names one: others reject the argument.
     if "safety_checker" in index:
         settings = {"safety_checker": None, "requires_safety_checker": False}
@@ -134,7 +134,7 @@ def load_any_pipeline(
     return loaded
 
 
-def _refuse_own_code(folder: Path, index: dict[str, Any]) -> None:
+def _refuse_custom_code(folder: Path, index: dict[str, Any]) -> None:
     """Raise UserError for a pipeline that brings Python code, which older versions of diffusers run.
 
     A pipeline's own class is [MODULE, CLASS]; a component's is too, and its module lies in its folder.

@@ -108,7 +108,7 @@ def _vision_config(name: str, files: tuple[str, ...]) -> Any:
         raise UserError(f"{name} has no config of transformers: {str(error).splitlines()[0]}") from error
 
 
-def refuse_own_code(name: str) -> None:
+def refuse_custom_code(name: str) -> None:
     """Raise ValueError or OSError unless transformers has the model of this folder or hub id itself."""
     import transformers
 

@@ -306,7 +306,7 @@ def _expect_kind(init: str, kind: str) -> None:
         )
 
 
-def _expect_point(init: str, student: DiffusionStudent) -> None:
+def _expect_timestep(init: str, student: DiffusionStudent) -> None:
     """Raise SettingError if the student `init` is evaluated at another timestep than this run's."""
     timestep = student_folder(init)[2]
     if student.schedule.one_step(timestep) != student.point:
@@ -326,7 +326,7 @@ def _build_student(config: DistillConfig, fresh: bool) -> Student:
     if config.init not in ("", FROM_TEACHER) and fresh:
         _expect_kind(config.init, config.student.kind)
         if isinstance(student, DiffusionStudent):
-            _expect_point(config.init, student)
+            _expect_timestep(config.init, student)
         load_student_weights(student, config.init, conditioner)
     if student.guided and not takes_guidance(config.teacher, config.student):
         raise SettingError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.core.machine_errors import raise_machine_error
-from d2g.vision.transformers_vision import refuse_own_code, text_table_sha256
+from d2g.vision.transformers_vision import refuse_custom_code, text_table_sha256
 from eval.images.resize import to_pil
 from eval.networks.base import ClipNet, Device, FeatureNet, parameters_sha256
 
@@ -123,7 +123,7 @@ def _without_own_code(folder: Path) -> dict[str, bool]:
     """
     text = read_json_object(folder / CLIP_CONFIG, COPY_AGAIN)["model_cfg"]["text_cfg"]
     if text.get("hf_model_name"):
-        refuse_own_code(text["hf_model_name"])
+        refuse_custom_code(text["hf_model_name"])
     # open_clip's own tokenizer, which runs no code, does not take the option.
     return {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
 

@@ -263,7 +263,7 @@ def test_only_complete_checkpoints_are_left(data: Path, teacher: Path, tmp_path:
     # A run was killed after its last checkpoint, before it deleted the oldest one.
     shutil.copytree(last.folder, folder / "000000001")
     train_classifier(settings, tmp_path / "out")
-    assert sorted(folder.iterdir()) == left and len(left) == checkpoint.KEPT
+    assert sorted(folder.iterdir()) == left and len(left) == checkpoint.CHECKPOINTS_KEPT
 
 
 def lines_of(out: Path) -> list[dict[str, float]]:

@@ -23,7 +23,7 @@ from d2g.core.json_files import read_json_object
 from d2g.core.machine_errors import raise_machine_error
 from d2g.core.torch_files import load_tensors
 
-KEPT = 2
+CHECKPOINTS_KEPT = 2
 """Number of newest checkpoints that a run keeps by default."""
 
 
@@ -77,7 +77,7 @@ def save(
     modules: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     meta: Mapping[str, Any],
-    keep: int = KEPT,
+    keep: int = CHECKPOINTS_KEPT,
 ) -> Path:
     """Write a checkpoint to a temporary folder, sync and rename it, then delete all but the newest `keep`.
 
@@ -120,7 +120,7 @@ def save(
     return target
 
 
-def prune(folder: Path, keep: int = KEPT, spare: Collection[str] = ()) -> None:
+def prune(folder: Path, keep: int = CHECKPOINTS_KEPT, spare: Collection[str] = ()) -> None:
     """Delete all complete checkpoints but the newest `keep` and those whose names are in `spare`."""
     for old in _complete(folder)[:-keep]:
         if old.name not in spare:
