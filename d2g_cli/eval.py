@@ -29,7 +29,7 @@ from d2g_cli.eval_options import (
     eval_config,
     load_metrics,
     load_presets,
-    refuse_unused_solver,
+    refuse_unused_options,
 )
 from d2g_cli.eval_studies import eval_ledger, eval_prefer, eval_robustness
 from d2g_cli.eval_tables import format_cell, readable_result
@@ -48,7 +48,7 @@ eval_app.command("robustness", cls=_Command)(eval_robustness)
 def eval_run(options: RunOptions) -> None:
     """FID, CLIP score, precision and recall, and more, under a named protocol."""
     config = eval_config(options)
-    refuse_unused_solver(options, config)
+    refuse_unused_options(options, config)
     if options.dry_run:
         finish_dry_run(config, options.as_json, _plan(config), config_inputs(config, EVAL_INPUTS))
     from eval.runner.curves import run_every
@@ -114,7 +114,7 @@ def eval_curve(
     # The plan of one evaluation, repeated for each value.
     run = replace(eval_config(options), out=str(out))
     run = replace(run, metrics=run.metrics or ("fid", "clip"))
-    refuse_unused_solver(options, run)
+    refuse_unused_options(options, run)
     earlier = tuple(str(folder) for folder in beside or ())
     config = CurveRun(run=run, setting=setting, values=values, beside=earlier)
     if options.dry_run:

@@ -148,10 +148,10 @@ def eval_config(options: ProtocolOptions) -> Any:
     return config
 
 
-def refuse_unused_solver(options: SamplerOptions, config: Any) -> None:
-    """Raise SettingError for a setting of a solver, given by hand, where nothing is drawn with one.
+def refuse_unused_options(options: SamplerOptions, config: Any) -> None:
+    """Raise SettingError for a setting of a sampler, given by hand, where nothing that takes it is drawn.
 
-    A preset and `d2g run` may set them for students too.
+    A preset and `d2g run` may set them all the same.
     """
     if not any((config.student, config.images, config.pipeline, config.teacher)):
         return  # the evaluation says what is missing
@@ -161,14 +161,18 @@ def refuse_unused_solver(options: SamplerOptions, config: Any) -> None:
         "steps": teacher or pipeline,
         "guidance": teacher or pipeline or config.student is not None,
         **dict.fromkeys(("solver", "prior_steps", "prior_guidance"), teacher),
+        "precision": teacher or not config.images,
     }
     by_set = {assignment.partition("=")[0].strip() for assignment in options.sets or []}
     for name, has_effect in effective.items():
-        if not has_effect and (name in by_set or getattr(options, name, None) is not None):
-            raise SettingError(
-                f"{name} is set, but has an effect only on a teacher that is drawn; leave it out, or give "
-                "--teacher alone, --latency, or a metric that compares with the teacher, such as psnr"
-            )
+        if has_effect or (name not in by_set and getattr(options, name, None) is None):
+            continue
+        if name == "precision":
+            raise SettingError("precision is set, but --images are measured as they are; leave it out")
+        raise SettingError(
+            f"{name} is set, but has an effect only on a teacher that is drawn; leave it out, or give "
+            "--teacher alone, --latency, or a metric that compares with the teacher, such as psnr"
+        )
 
 
 def _draws_teacher(config: Any) -> bool:

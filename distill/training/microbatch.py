@@ -81,6 +81,20 @@ class MicroBatch:
     d_fake: DiscriminatorInput = field(init=False)
 
 
+@dataclass(frozen=True)
+class _ProcessRows:
+    """The n rows of this process in one step, before they are split. Tensors lie on the run's device."""
+
+    prompts: Sequence[str]
+    noise: Tensor  # [n, C, h, w] fp32
+    target: Tensor  # [n, C, h, w] fp32
+    cond: Conditioning
+    student_cond: Conditioning
+    guidance: tuple[Tensor, ...]  # (scales [n],), empty where `cond` holds them
+    clip_text: Tensor | None  # [n, D]
+    clip_texts: Tensor | None  # [B, D] of the whole batch
+
+
 class StepPreparation:
     """Turns a batch of pairs into the micro-batches and random numbers of one step on this process.
 
@@ -129,14 +143,12 @@ class StepPreparation:
         All tensors are copied to the device here, before the first forward pass: a copy in the middle of a
         step would wait until the GPU has finished its queue.
         """
-        shape = (batch.noise.shape[1], batch.noise.shape[2], batch.noise.shape[3])
-        randomness = self.sample_step_randomness(shape, nimg)
-
         # The conditioning: text or class, guidance scale, and the latents of a cascade's earlier stage.
         noise, target = (to_device(x, self.device).float() for x in (batch.noise, batch.latents))
         cond = self.encode(batch.prompts)
+        guidance = scales(batch)
         if self.embedded_guidance:
-            cond = cond.with_guidance(*scales(batch))
+            cond, guidance = cond.with_guidance(*guidance), ()
         if batch.condition is not None:
             cond = cond.with_prior(batch.condition)
 
@@ -147,24 +159,22 @@ class StepPreparation:
         student_cond = self.encode_for_student(batch.prompts) if self.encode_for_student else cond
 
         # Split this process's rows into micro-batches.
-        rows = len(batch.prompts)
-        size, first_row = rows // self.microbatches, process_group.rank() * rows
+        count = len(batch.prompts)
+        size = count // self.microbatches
         clip_text, clip_texts = self._clip_texts(batch.prompts, size)
+        rows = _ProcessRows(
+            prompts=batch.prompts,
+            noise=noise,
+            target=target,
+            cond=cond,
+            student_cond=student_cond,
+            guidance=tuple(to_device(scale, self.device) for scale in guidance),
+            clip_text=clip_text,
+            clip_texts=clip_texts,
+        )
+        randomness = self.sample_step_randomness(_image_shape(noise), nimg)
         microbatches = [
-            self._microbatch(
-                batch,
-                noise,
-                target,
-                cond,
-                student_cond,
-                slice(start, start + size),
-                first_row + start,
-                shape,
-                randomness,
-                None if clip_text is None else clip_text[start : start + size],
-                clip_texts,
-            )
-            for start in range(0, rows, size)
+            self._microbatch(rows, slice(start, start + size), randomness) for start in range(0, count, size)
         ]
         return microbatches, randomness
 
@@ -216,27 +226,13 @@ class StepPreparation:
             nimg=nimg,
         )
 
-    def _microbatch(
-        self,
-        batch: PairBatch,
-        noise: Tensor,
-        target: Tensor,
-        cond: Conditioning,
-        student_cond: Conditioning,
-        local_rows: slice,
-        first_row: int,
-        shape: tuple[int, int, int],
-        randomness: StepRandomness,
-        clip_text: Tensor | None,
-        clip_texts: Tensor | None,
-    ) -> MicroBatch:
-        """Build the micro-batch of this process's rows `local_rows`.
-
-        `first_row`: position of its first row in the batch of all processes.
-        """
+    def _microbatch(self, local: _ProcessRows, part: slice, randomness: StepRandomness) -> MicroBatch:
+        """Build the micro-batch of the rows `local[part]`."""
         gan, device, student = self.gan, self.device, self.student
-        # Positions of the rows in the batch, and their numbers since the run began.
-        prompts = list(batch.prompts[local_rows])
+        shape = _image_shape(local.noise)
+        # Positions of the rows in the batch of all processes, and their numbers since the run began.
+        prompts = list(local.prompts[part])
+        first_row = process_group.rank() * len(local.prompts) + part.start
         batch_rows = slice(first_row, first_row + len(prompts))
         rows = range(randomness.nimg + batch_rows.start, randomness.nimg + batch_rows.stop)
 
@@ -266,14 +262,12 @@ class StepPreparation:
         transforms, levels = randomness.transforms, randomness.levels
         return MicroBatch(
             prompts=prompts,
-            noise=noise[local_rows],
-            student_noise=noise[local_rows] if own_noise is None else own_noise,
-            target=target[local_rows],
-            cond=cond[local_rows],
-            student_cond=student_cond[local_rows],
-            guidance=()
-            if self.embedded_guidance
-            else tuple(to_device(t[local_rows], device) for t in scales(batch)),
+            noise=local.noise[part],
+            student_noise=local.noise[part] if own_noise is None else own_noise,
+            target=local.target[part],
+            cond=local.cond[part],
+            student_cond=local.student_cond[part],
+            guidance=tuple(scale[part] for scale in local.guidance),
             transforms=None if transforms is None else [select_transforms(t, batch_rows) for t in transforms],
             rows=rows,
             dropout_keys=to_device(row_keys(self.seed, rows) if self.dropout else None, device),
@@ -292,12 +286,18 @@ class StepPreparation:
                 None if levels_of_rows is None else levels_of_rows[batch_rows], device
             ),
             consistency_noise=to_device(consistency_noise, device),
-            clip_text=clip_text,
-            clip_texts=clip_texts,
+            clip_text=None if local.clip_text is None else local.clip_text[part],
+            clip_texts=local.clip_texts,
             clip_crops=to_device(
                 None if self.clip_guidance is None else randomness.clip_crops[batch_rows], device
             ),
         )
+
+
+def _image_shape(images: Tensor) -> tuple[int, int, int]:
+    """(C, h, w) of images [n, C, h, w]."""
+    _, channels, height, width = images.shape
+    return channels, height, width
 
 
 def penalty_batches(

@@ -26,7 +26,7 @@ from eval.images.folders import open_images
 from eval.measure.build_reference import open_reference, reference_files
 from eval.measure.measure import Measure
 from eval.measure.reference import Reference
-from eval.measure.required_networks import Networks, load_networks
+from eval.measure.required_networks import LOADERS, Networks, load_networks
 from eval.measure.rows import MeasureOptions, open_work
 from eval.measure.source import ImageSource, image_source
 from eval.networks.base import FeatureNet
@@ -120,6 +120,7 @@ class EvalSession:
     def networks(self) -> Networks:
         """The networks that the metrics need."""
         config = self.config
+        self._refuse_unused_networks()
         measures = self._source_measures()
         networks = load_networks(
             self.metrics,
@@ -133,9 +134,27 @@ class EvalSession:
         return replace(networks, extra={**networks.extra, **measures})
 
     @property
+    def needed_networks(self) -> set[str]:
+        """The networks that the metrics need, as `--weights NAME=PATH` names them."""
+        return {network for name in self.metrics for network in all_metrics()[name].networks}
+
+    @property
     def needs_features(self) -> bool:
         """Whether a metric needs the protocol's features."""
-        return any("features" in all_metrics()[name].networks for name in self.metrics)
+        return "features" in self.needed_networks
+
+    def _refuse_unused_networks(self) -> None:
+        """Raise SettingError for a network or its weights, given by hand, that no chosen metric needs."""
+        config, needed = self.config, self.needed_networks
+        options = {"features": config.features and "--features", "clip": config.clip and "--clip"}
+        given = {name: option for name, option in options.items() if option}
+        given |= {name: f"--weights {name}=PATH" for name in config.weight_table() if name in LOADERS}
+        for network, option in given.items():
+            if network not in needed:
+                raise SettingError(
+                    f"{option} has no effect: none of the metrics {', '.join(self.metrics)} needs that "
+                    "network; leave it out, or add a metric that does to --metrics"
+                )
 
     @cached_property
     def features(self) -> str | None:
@@ -165,7 +184,12 @@ class EvalSession:
                 f"--features-input has no effect: {name} prepares its images; give --features FILE too"
             )
         loaders = {key: load for source in DATA_SOURCES.values() for key, load in source.features.items()}
-        return loaders[name]() if name in loaders else name
+        if name not in loaders:
+            return name
+        if "features" in config.weight_table():
+            raise SettingError(f"--weights has no effect: the features {name} bring their own; leave it out")
+        network: FeatureNet = loaders[name]()
+        return network
 
     def _source_measures(self) -> dict[str, Measure]:
         """The measures of the chosen metrics that a data source provides, by the name of their rows.

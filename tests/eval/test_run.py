@@ -324,6 +324,16 @@ def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
             {"images": "x", "metrics": ("psnr",), "weights": ("incption=x",)},
             "unknown network 'incption' in --weights",
         ),
+        (
+            {"images": "x", "metrics": ("psnr",), "weights": ("dinov2=x",)},
+            "--weights dinov2=PATH has no effect: none of the metrics psnr needs that network",
+        ),
+        ({"images": "x", "metrics": ("psnr",), "features": "inception"}, "--features has no effect"),
+        ({"images": "x", "metrics": ("psnr",), "clip": "vit-b-32"}, "--clip has no effect"),
+        (
+            {"student": "miniature", "protocol": PROTOCOLS["miniature"], "weights": ("x",)},
+            "--weights has no effect: the features oracle bring their own",
+        ),
     ],
 )
 def test_invalid_settings_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
