@@ -40,6 +40,16 @@ class FullRunConfig:
                 f"teacher.network is {self.teacher.network!r}; `d2g run` trains unet_text alone: train the "
                 "teacher with `d2g teacher train`, and give it as --teacher"
             )
+        # The second stage starts from the student of the first.
+        for name, first, second in (
+            ("student_timestep", self.ode.student_timestep, self.gan.student_timestep),
+            ("student.kind", self.ode.student.kind, self.gan.student.kind),
+        ):
+            if first != second:
+                raise SettingError(
+                    f"ode.{name} is {first}, and gan.{name} is {second}; expected the same, because the GAN "
+                    "stage starts from the student of the regression stage: set both"
+                )
         require(
             self,
             minutes=(self.minutes >= 0, "0 or more"),

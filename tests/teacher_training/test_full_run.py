@@ -218,6 +218,10 @@ def test_the_plan_in_words() -> None:
         ("--data . --set teacher.unet.fit.images=5", "has no effect: the minutes choose the lengths"),
         ("--data . --set ode.teacher=x", "has no effect: options and earlier parts choose it"),
         ("--data . --teacher miniature --set teacher.size=5", "has no effect: --teacher is there already"),
+        (
+            "--data . --set ode.student_timestep=500",
+            "ode.student_timestep is 500, and gan.student_timestep is -1",
+        ),
         ("--data . --minutes -1", "minutes is -1.0; expected 0 or more"),
         ("--data . --processes 0", "--processes is 0; expected 1 or more"),
         ("--data . --processes 1 --parts pairs,gam", "unknown part 'gam'; did you mean 'gan'"),
