@@ -1,7 +1,8 @@
 """How many pairs a student needs: the miniature's stage 1 over the number of pairs and of training images.
 
     python benchmarks/scaling_curves.py run --store DIR --out DIR --seed 0 [--pairs 1024,4096] [--images N]
-    python benchmarks/scaling_curves.py table --out DIR      writes scaling_curves_DATE_cpu.md and .png
+    python benchmarks/scaling_curves.py table --out DIR      writes scaling_curves_DATE_cpu.md
+    python benchmarks/scaling_curves.py figure --out docs/scaling-curves.png      draws all of these tables
 
 STORE comes from `d2g pairs generate --preset miniature`. A run trains on its first pairs. `run` skips
 students that have scores, and an interrupted student resumes.
@@ -12,7 +13,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -58,35 +58,47 @@ def read_scores(out: Path) -> dict[tuple[int, int], list[dict[str, float]]]:
     return dict(sorted(scores.items()))
 
 
-def draw(scores: dict[tuple[int, int], list[dict[str, float]]], file: Path) -> None:
-    """A panel per feature network: distance over pairs, a line per number of images, a point per seed."""
+def read_tables(folder: Path) -> dict[tuple[int, int], dict[str, float]]:
+    """The mean scores by (pairs, images) of the tables in a folder, in increasing order. Later dates win."""
+    scores: dict[tuple[int, int], dict[str, float]] = {}
+    for file in sorted(folder.glob("scaling_curves_*.md")):
+        lines = [line.strip("| \n").split(" | ") for line in file.open() if line.startswith("|")]
+        head, _, *rows = lines
+        for row in rows:
+            values = {
+                name: float(cell.split(" ")[0].replace(",", "")) for name, cell in zip(head, row, strict=True)
+            }
+            scores[int(values["pairs"]), int(values["images"])] = values
+    return dict(sorted(scores.items()))
+
+
+def draw(scores: dict[tuple[int, int], dict[str, float]], file: Path) -> None:
+    """A panel per feature network: distance over pairs, a line per number of images."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = figure.subplots(1, len(FEATURE_NETWORKS))
     for axes, (network, title) in zip(panels, FEATURE_NETWORKS.items(), strict=True):
         for images in sorted({images for _, images in scores}):
-            points = {
-                pairs: [student[network] for student in students]
-                for (pairs, length), students in scores.items()
-                if length == images
-            }
-            (line,) = axes.plot(
-                list(points), [mean(values) for values in points.values()], label=f"{images:,} images"
-            )
-            for pairs, values in points.items():
-                axes.plot([pairs] * len(values), values, ".", color=line.get_color())
+            points = {pairs: one[network] for (pairs, length), one in scores.items() if length == images}
+            axes.plot(list(points), list(points.values()), ".-", label=f"{images:,} images")
         axes.set(xscale="log", yscale="log", xlabel="pairs", title=f"Frechet distance, {title}")
+        # Whole numbers in place of powers of ten.
+        axes.set_xticks(PAIRS, [f"{pairs:,}" for pairs in PAIRS])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:g}")
         axes.grid(alpha=0.3)
-    axes.legend()
+    panels[0].legend(fontsize="small")
     figure.savefig(file, dpi=110)
 
 
 def main() -> None:
-    """Run the students of a grid, or write the table and the figure."""
+    """Run the students of a grid, write the table of their scores, or draw all tables."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("what", choices=["run", "table", "figure"])
     parser.add_argument("--store", type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -99,6 +111,9 @@ def main() -> None:
             for pairs in map(int, args.pairs.split(",")):
                 run(args.store, args.out, args.seed, pairs, images, args.scenes)
         return
+    if args.what == "figure":
+        draw(read_tables(Path(__file__).parent), args.out)
+        return
     scores = read_scores(args.out)
     rows = [
         [f"{pairs:,}", f"{images:,}", len(seeds), *(spread([s[column] for s in seeds]) for column in COLUMNS)]
@@ -107,7 +122,7 @@ def main() -> None:
     scenes = {int(s["scored_scenes"]) for seeds in scores.values() for s in seeds}
     about = f"Stage 1 of the preset `miniature`, scored on {', '.join(map(str, sorted(scenes)))} test scenes."
     lines = [about, "", *table(["pairs", "images", "seeds", *COLUMNS], rows)]
-    draw(scores, write("scaling_curves", "How many pairs a student needs", lines).with_suffix(".png"))
+    write("scaling_curves", "How many pairs a student needs", lines)
 
 
 if __name__ == "__main__":
