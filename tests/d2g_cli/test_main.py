@@ -259,7 +259,13 @@ def test_a_dry_run_writes_nothing(
     monkeypatch.chdir(tmp_path)
     plan = d2g(*words.split(), "--dry-run", "--json", "--seed", "7").json
     assert plan["config"]["seed"] == 7 and list(tmp_path.iterdir()) == []
-    result = d2g(*words.split(), "--dry-run")
+
+
+def test_a_dry_run_says_that_nothing_was_touched(
+    d2g: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = d2g("pairs", "generate", "--preset", "miniature", "--dry-run")
     assert result.code == 0 and "nothing was touched" in result.stdout and list(tmp_path.iterdir()) == []
 
 
@@ -268,13 +274,15 @@ def test_overrides_take_precedence_over_options_and_options_over_presets(d2g: An
     config = d2g(*words.split(), "--dry-run", "--json").json["config"]
     values = [config[name] for name in ("num_pairs", "guidance", "seed", "steps")]
     assert values == [3_000_000, 4.0, 2, 9]
-    plan = d2g("distill", "gan", "--preset", "sd15-cfg3", "--images", "512", "--dry-run", "--json").json
-    assert (plan["steps"], plan["evaluations"], plan["config"]["train"]["images"]) == (2, 2064, 512)
+    plan = d2g("distill", "gan", "--preset", "miniature", "--images", "512", "--dry-run", "--json").json
+    assert (plan["steps"], plan["evaluations"], plan["config"]["train"]["images"]) == (16, 2050, 512)
 
 
 @pytest.mark.parametrize("stage", ["ode", pytest.param("gan", marks=(pytest.mark.slow, pytest.mark.long))])
 def test_the_default_preset_of_a_dry_run(stage: str, d2g: Any) -> None:
-    default_plan = d2g("distill", stage, "--dry-run", "--json").json
+    ended = d2g("distill", stage, "--dry-run", "--json")
+    assert "no --preset: sd15-cfg8, because no teacher is named" in ended.stderr
+    default_plan = ended.json
     preset_plan = d2g("distill", stage, "--preset", "sd15-cfg8", "--dry-run", "--json").json
     assert default_plan == preset_plan and default_plan["table_a1"]["gpus"] == 64
     assert default_plan["memory_gib_per_gpu"]["assumed"].startswith("SD 1.5's networks")
