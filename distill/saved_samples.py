@@ -88,7 +88,8 @@ def save_both_samples(
 
     The guidance of the settings is for a student that takes it, too, else for the teacher alone. By default
     both have the scale of the student's pairs where the teacher takes it as an input. In a cascade, the prior
-    of the settings is the student of the stage before; the teacher draws after that student's teacher.
+    of the settings is the student of the stage before; the teacher draws after that student's teacher. An
+    upsampler enlarges what the student of the settings' prior draws, and its teacher draws alone.
     """
     prior = settings.prior
     if settings.guidance is None and family_of(teacher).embedded_guidance is not None:
@@ -97,7 +98,10 @@ def save_both_samples(
         student, prompts, seed, batch_size, teacher, settings.guidance, must_take_guidance=False, prior=prior
     )
     images, seconds = _write_images(student_batches, prompts, seed, out / "student", "sample", progress)
-    settings = replace(settings, prior=None if prior is None else student_folder(prior)[1])
+    # The teacher of an upsampler reads no other stage: it draws alone.
+    reads_prior = family_of(teacher).prior_family is not None
+    teacher_prior = student_folder(prior)[1] if prior is not None and reads_prior else None
+    settings = replace(settings, prior=teacher_prior)
     teacher_batches = _teacher_batches(teacher, prompts, seed, batch_size, settings)
     teacher_images, teacher_seconds = _write_images(
         teacher_batches, prompts, seed, out / "teacher", "sample teacher", progress
@@ -105,7 +109,7 @@ def save_both_samples(
     # Rows of student and teacher, side by side.
     rows = [image for pair in zip(images, teacher_images, strict=True) for image in pair]
     if len({image.shape for image in rows}) == 1:
-        steps = f"{settings.steps}" if prior is None else f"{settings.prior_steps} + {settings.steps}"
+        steps = f"{settings.prior_steps} + {settings.steps}" if teacher_prior else f"{settings.steps}"
         names = ("one step" if prior is None else "two steps", f"teacher, {steps} steps")
         titles = [f"{name}: {text}" for text in prompts for name in names]
         same_noise = kind_settings(student).is_diffusion

@@ -167,7 +167,10 @@ class CalibrateConfig:
         recipe=True,
     )
     dropout: float = setting(0.5, "Dropout probability before the heads", source="Zhang et al. 2018")
-    held_out: float = setting(0.1, "Share of the judgments kept for scoring; unused where the data has val/")
+    held_out: float = setting(
+        0.1,
+        "Share of the pictures whose judgments are kept for scoring; unused where the data has val/",
+    )
 
     def __post_init__(self) -> None:
         require(

@@ -21,7 +21,13 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode, latent_space
 from latent_lpips import weights
 from latent_lpips.distance import LatentLPIPS
-from latent_lpips.training.bapps import JudgmentSplit, find_splits, image_batches, upsample_pixels
+from latent_lpips.training.bapps import (
+    JudgmentSplit,
+    find_splits,
+    image_batches,
+    picture_numbers,
+    upsample_pixels,
+)
 from latent_lpips.training.config import HeadsConfig, PatchConfig, require_set
 from latent_lpips.training.labeled_images import file_fingerprints
 from latent_lpips.training.latent_cache import CachedRows, cached_rows
@@ -79,13 +85,18 @@ def _calibrate(config: HeadsConfig, out: Path, device: torch.device, progress: P
     features = [_split_features(config, inputs, out, split, vae, metric, progress) for split in splits]
     means0, means1 = (torch.cat([pair[side] for pair in features]).to(device) for side in (0, 1))
     judge = torch.cat([split.answers for split in splits]).to(device)
-    # Hold out the validation splits, or a random part where the data has none.
+    # Hold out the validation splits, or where the data has none, all judgments of some pictures.
     split_ids = torch.repeat_interleave(torch.tensor([len(split) for split in splits]))
     if val:
         train_rows = (split_ids < len(train)).nonzero()[:, 0]
         held_out = (split_ids >= len(train)).nonzero()[:, 0]
     else:
-        train_rows, held_out = split_rows(len(judge), config.heads.held_out, config.seed)
+        pictures = torch.cat(list(picture_numbers(splits).values()))
+        num_pictures = int(pictures.max()) + 1
+        train_rows, held_out = (
+            torch.isin(pictures, part).nonzero()[:, 0]
+            for part in split_rows(num_pictures, config.heads.held_out, config.seed, "distinct pictures")
+        )
 
     def two_afc() -> dict[str, float]:
         """2AFC score of the present heads on each split that has held-out judgments."""

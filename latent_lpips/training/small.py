@@ -67,14 +67,12 @@ def train_latent_lpips(
     return metric, scores
 
 
-def split_rows(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split `count` rows into disjoint row numbers (train, held out). Raises UserError for fewer than 2
-    rows.
+def split_rows(count: int, held_out: float, seed: int, what: str = "samples") -> tuple[Tensor, Tensor]:
+    """Split `count` rows, which are `what`, into disjoint row numbers (train, held out). Raises UserError for
+    fewer than 2 rows.
     """
     if count < 2:
-        raise UserError(
-            f"got {count} samples, expected at least 2, some of which are held out; give more data"
-        )
+        raise UserError(f"{what}: {count}, expected at least 2, some of which are held out; give more data")
     order = torch.randperm(count, generator=generator(seed, Stream.HELD_OUT_SPLIT))
     num_held_out = min(max(1, round(count * held_out)), count - 1)
     return order[num_held_out:], order[:num_held_out]

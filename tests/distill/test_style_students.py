@@ -23,6 +23,7 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import open_pipeline
+from d2g.diffusion.teacher_sampler import SolverSettings
 from distill.config.export import ExportConfig
 from distill.config.presets import STYLE_RECIPES
 from distill.config.run import DistillConfig
@@ -47,6 +48,7 @@ from distill.planning.flops import flop_per_image
 from distill.planning.memory import predict
 from distill.planning.parameters import student_parameters
 from distill.sampling import OneStepSampler, load_student, with_prior, with_psi
+from distill.saved_samples import save_both_samples
 from distill.training.train import train
 from eval.runner.samplers import SamplingRequest, student_source
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
@@ -526,6 +528,14 @@ def test_an_upsampler_enlarges_what_another_student_draws(
     one = with_prior(load_student(str(tmp_path / "up")), "up", str(tmp_path / "base"))
     small = load_student(str(tmp_path / "base"))
     assert one.prior is not None and one(["a cat"], seed=1).shape == small(["a cat"], seed=1).shape
+    # Beside its teacher, which has no prior.
+    solver = SolverSettings(steps=2, prior=str(tmp_path / "base"))
+    drawn = save_both_samples(
+        str(tmp_path / "up"), config.teacher, ["a cat"], tmp_path / "both", 1, 2, solver
+    )
+    assert drawn["images"] == 2
+    png = np.array(Image.open(next((tmp_path / "both" / "student").glob("*.png"))))
+    assert torch.equal(torch.from_numpy(png).permute(2, 0, 1), one(["a cat"], seed=1)[0])
     with pytest.raises(SettingError, match="prior is not set, but student up enlarges latents of"):
         with_prior(load_student(str(tmp_path / "up")), "up", None)
     with pytest.raises(UserError, match="give a student of the same latent space"):

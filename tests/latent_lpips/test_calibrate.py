@@ -102,6 +102,22 @@ def test_a_folder_without_parts_is_split_upsampled_and_sets_the_scale(
     assert other.accuracy == result.accuracy and not torch.allclose(flat, plain)
 
 
+def test_no_picture_is_on_both_sides_of_the_split(data: Path, teacher: Path, tmp_path: Path) -> None:
+    """Twelve judgments of four pictures: BAPPS names its files PICTURE.PATCH.png or the like."""
+    split = tmp_path / "split"
+    for folder in sorted((data / "train" / "cnn").iterdir()):
+        (split / folder.name).mkdir(parents=True)
+        for number, file in enumerate(sorted(folder.iterdir())):
+            shutil.copy(file, split / folder.name / f"{number % 4}.{number}{file.suffix}")
+    result = calibrate_folder(config(split, teacher), tmp_path / "out")
+    assert (result.train, result.held_out) == (9, 3)
+    # Twelve judgments of one picture leave nothing to hold out.
+    for file in split.rglob("*.*.*"):
+        file.rename(file.with_name(f"0{file.name[1:]}"))
+    with pytest.raises(UserError, match="distinct pictures: 1, expected at least 2"):
+        calibrate_folder(config(split, teacher), tmp_path / "one")
+
+
 def test_bad_input_is_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(SettingError, match="weights is not set; give --weights"):
