@@ -19,9 +19,10 @@ def read_yaml(name: str) -> Any:
 
 
 def checks() -> list[str]:
-    """The commands of .ci/run that start with `uv`, in order, without what they set in the environment."""
+    """The commands of .ci/run that start with `uv`, in order, without what they set in the environment, and
+    without the & of those in the background."""
     commands = (
-        re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line) for line in (ROOT / ".ci/run").read_text().splitlines()
+        re.sub(r"^(?:[A-Z_]+=\S+ )+| &$", "", line) for line in (ROOT / ".ci/run").read_text().splitlines()
     )
     return [command for command in commands if command.startswith("uv ")]
 

@@ -45,6 +45,8 @@ OPTIONS = (
     "gan.mix_c=0",
     "gan.d_steps_per_g_step=2",
 )
+OFTEN = ("gan.loss=rpgan", "gan.penalty=r1r2", "gan.penalty=approx", "regression.losses=[]", *OPTIONS[-2:])
+"""Options that are tested with every change; the others belong to the long tests."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,9 @@ def reports(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.long) for name in OPTIONS]
+)
 def test_option_changes_training_and_resumes_exactly(
     option: str, teacher: Path, pairs: Path, ode: Path, plain: Path, tmp_path: Path
 ) -> None:

@@ -49,7 +49,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     ("name", "stage", "gpus"),
     [
         ("sd15-cfg3", "ode", 8),  # as in the README's commands
-        ("sd15-cfg3", "gan", 8),
+        pytest.param("sd15-cfg3", "gan", 8, marks=(pytest.mark.slow, pytest.mark.long)),
         pytest.param("sd15-cfg3", "gan", 16, marks=(pytest.mark.slow, pytest.mark.long)),
         pytest.param("sd15-cfg8", "ode", 64, marks=pytest.mark.slow),
         pytest.param("sd15-cfg8", "gan", 64, marks=[pytest.mark.slow, pytest.mark.long]),

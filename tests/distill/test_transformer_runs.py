@@ -151,7 +151,11 @@ def plain_gan(
 
 @LONG_RUNS
 @pytest.mark.parametrize(
-    "engine", [{"activation_checkpointing": True}, pytest.param({"compile": "eager"}, marks=pytest.mark.slow)]
+    "engine",
+    [
+        {"activation_checkpointing": True},
+        pytest.param({"compile": "eager"}, marks=(pytest.mark.slow, pytest.mark.long)),
+    ],
 )
 def test_recomputation_and_compilation_learn_the_same(
     engine: dict[str, Any],

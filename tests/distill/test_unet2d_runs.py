@@ -52,7 +52,11 @@ CLASSES = (0, 5, 2, 2, 4, 1, 3)
 
 @pytest.fixture(
     scope="module",
-    params=["unet2d", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("edm", "ldm"))],
+    params=[
+        "unet2d",
+        pytest.param("edm", marks=pytest.mark.slow),
+        pytest.param("ldm", marks=(pytest.mark.slow, pytest.mark.long)),
+    ],
 )
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -171,7 +175,12 @@ def captioned(images: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["unet2d", *(pytest.param(name, marks=pytest.mark.slow) for name in ("edm", "ldm", "sd"))]
+    "name",
+    [
+        "unet2d",
+        pytest.param("edm", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=(pytest.mark.slow, pytest.mark.long)) for name in ("ldm", "sd")),
+    ],
 )
 def test_runs_without_pairs_resume_bit_for_bit(
     name: str, teachers: dict[str, Path], images: Path, tmp_path: Path
