@@ -53,14 +53,9 @@ def serve(
     from d2g.diffusion.teacher_sampler import TEACHER_STEPS, SolverSettings
     from distill import browser_page
     from distill.sampling import load_student, with_prior
-    from distill.student_files import student_folder
 
     sampler = with_prior(load_student(student, device=process_group.own_device()), student, prior)
-    settings = SolverSettings(
-        steps=steps or TEACHER_STEPS,
-        guidance=guidance,
-        prior=student_folder(prior)[1] if prior and teacher else None,
-    )
+    settings = SolverSettings(steps=steps or TEACHER_STEPS, guidance=guidance, prior=prior)
     browser_page.serve_page(
         browser_page.open_page(sampler, student, teacher, settings, prompt), host, port, share
     )

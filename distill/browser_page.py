@@ -14,9 +14,10 @@ from d2g.core.logs import logger
 from d2g.core.seeds import noise
 from d2g.data.prompt_files import prompt_text
 from d2g.diffusion.latents import decode, to_uint8
-from d2g.diffusion.teacher_sampler import SolverSettings, TeacherSampler, load_sampler
+from d2g.diffusion.teacher_sampler import SolverSettings, TeacherSampler, load_sampler, prior_seed
 from distill.exploration import interpolate_noise
 from distill.sampling import OneStepSampler
+from distill.student_files import teacher_prior
 
 MOST_IMAGES = 16
 """Images that one click can draw."""
@@ -58,13 +59,24 @@ class BrowserPage:
     teacher: TeacherSampler | None = None
     prompt: str = ""
 
-    def noise_of(self, request: DrawRequest, shape: tuple[int, ...]) -> Tensor:
-        """Noise [N, *shape] of a request's N images: of its seed, or interpolated towards the second seed."""
+    @property
+    def same_noise(self) -> bool:
+        """Whether student and teacher draw from the same noise."""
+        return not self.student_sampler.student.own_noise
+
+    def noise_of(self, request: DrawRequest, shape: tuple[int, ...], prior: bool = False) -> Tensor:
+        """Noise [N, *shape] of a request's N images: of its seed, or interpolated towards the second seed.
+
+        prior: for the stage before, in a cascade, or for the student whose latents an upsampler enlarges.
+        """
         rows = range(request.count)
-        start = noise(request.seed, rows, shape)
+        seed, second_seed = (
+            prior_seed(number) if prior else number for number in (request.seed, request.second_seed)
+        )
+        start = noise(seed, rows, shape)
         if request.position == 0:
             return start
-        end = noise(request.second_seed, rows, shape)
+        end = noise(second_seed, rows, shape)
         return interpolate_noise(start, end, torch.full((request.count,), request.position))
 
     def draw(self, request: DrawRequest) -> Drawing:
@@ -72,26 +84,31 @@ class BrowserPage:
         sampler = replace(self.student_sampler, guidance=request.guidance)
         prompts = [prompt_text("the prompt", request.prompt)] * request.count
         started = time.monotonic()
-        prior = sampler.prior_latents(request.seed, range(request.count), prompts)
+        # In a cascade, the noise of the stage before moves to the second seed, too.
+        prior, before = None, sampler.prior
+        if before is not None:
+            prior = before.latents(self.noise_of(request, before.student.noise_shape, prior=True), prompts)
         images = sampler.images(self.noise_of(request, sampler.student.noise_shape), prompts, prior)
         return Drawing(images, 1000 * (time.monotonic() - started) / request.count)
 
     @torch.no_grad()
     def draw_teacher(self, request: DrawRequest) -> Drawing:
-        """Draw with the teacher's solver from the same noise."""
+        """Draw with the teacher's solver from the same noise, in a cascade after the stage before."""
         assert self.teacher is not None
         prompts = [prompt_text("the prompt", request.prompt)] * request.count
         started = time.monotonic()
-        sampler = self.teacher
-        cond = sampler.conditioning(request.seed, range(request.count), prompts)
-        latents = sampler.teacher.sample(
-            self.noise_of(request, sampler.teacher.latent_shape),
-            prompts,
-            sampler.steps,
-            sampler.guidance,
-            sampler.solver,
-            cond=cond,
-        )
+        latents = None
+        for sampler in filter(None, (self.teacher.prior, self.teacher)):
+            cond = replace(sampler, prior=None).conditioning(request.seed, range(request.count), prompts)
+            latents = sampler.teacher.sample(
+                self.noise_of(request, sampler.teacher.latent_shape, prior=sampler is not self.teacher),
+                prompts,
+                sampler.steps,
+                sampler.guidance,
+                sampler.solver,
+                cond=cond if latents is None else cond.with_prior(latents),
+            )
+        assert latents is not None
         images = to_uint8(decode(self.student_sampler.vae, latents)).cpu()
         return Drawing(images, 1000 * (time.monotonic() - started) / request.count)
 
@@ -105,11 +122,15 @@ def open_page(
 ) -> BrowserPage:
     """Build the page of a loaded student, with a teacher beside it if `teacher` is given.
 
+    The prior of the settings is the student of the stage before, in a cascade; the teacher draws after that
+    student's teacher. For an upsampler it is the student whose latents it enlarges; the teacher draws alone.
+
     Raises SettingError and UserError as `load_sampler` does, and UserError for a teacher with latents of
     another shape.
     """
     if teacher is None:
         return BrowserPage(student_sampler, name, None, prompt)
+    settings = replace(settings, prior=teacher_prior(teacher, settings.prior))
     teacher_sampler = load_sampler(teacher, settings, student_sampler.device)
     if teacher_sampler.teacher.latent_shape != student_sampler.student.latent_shape:
         raise UserError(
@@ -149,7 +170,8 @@ def build_page(page: BrowserPage) -> Any:
         status = gradio.Markdown("")
         galleries = [_gallery(gradio, "Student, one step")]
         if page.teacher is not None:
-            galleries.append(_gallery(gradio, f"Teacher, {page.teacher.steps} steps, the same noise"))
+            shared = "the same noise" if page.same_noise else "noise of its own"
+            galleries.append(_gallery(gradio, f"Teacher, {page.teacher.steps} steps, {shared}"))
 
         # The button draws; so does moving the slider.
         def draw(*values: Any) -> list[Any]:

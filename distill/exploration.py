@@ -97,15 +97,17 @@ class Walk:
             progress("walk", len(images), len(positions))
         return torch.stack(images)
 
-    def perceptual_length(self, metric: LatentLPIPS, positions: Tensor) -> float:
+    def perceptual_length(self, metric: LatentLPIPS, positions: Tensor, batch_size: int = 32) -> float:
         """Compute the perceptual path length: the mean of d(G(t), G(t + e)) / e^2 over positions t [N].
 
         Here e is LENGTH_STEP, and d is `metric` on latents. Source: StyleGAN (Karras et al. 2019, section
         4.1), on images.
         """
         starts = positions.clamp(max=len(self.prompts) - 1 - LENGTH_STEP)
-        distances = metric(self.latents(starts), self.latents(starts + LENGTH_STEP))
-        return float(distances.mean()) / LENGTH_STEP**2
+        distances = [
+            metric(self.latents(part), self.latents(part + LENGTH_STEP)) for part in starts.split(batch_size)
+        ]
+        return float(torch.cat(distances).mean()) / LENGTH_STEP**2
 
 
 def open_student(name: str, psi: float | None = None) -> OneStepSampler:

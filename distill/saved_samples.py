@@ -24,7 +24,7 @@ from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
 from distill.sampling import load_student, with_prior, with_psi
-from distill.student_files import kind_settings, student_folder, student_guidance
+from distill.student_files import kind_settings, student_guidance, teacher_prior
 
 GRID_IMAGES = 64
 """Largest number of images in a grid."""
@@ -98,10 +98,7 @@ def save_both_samples(
         student, prompts, seed, batch_size, teacher, settings.guidance, must_take_guidance=False, prior=prior
     )
     images, seconds = _write_images(student_batches, prompts, seed, out / "student", "sample", progress)
-    # The teacher of an upsampler reads no other stage: it draws alone.
-    reads_prior = family_of(teacher).prior_family is not None
-    teacher_prior = student_folder(prior)[1] if prior is not None and reads_prior else None
-    settings = replace(settings, prior=teacher_prior)
+    settings = replace(settings, prior=teacher_prior(teacher, prior))
     teacher_batches = _teacher_batches(teacher, prompts, seed, batch_size, settings)
     teacher_images, teacher_seconds = _write_images(
         teacher_batches, prompts, seed, out / "teacher", "sample teacher", progress
@@ -109,7 +106,7 @@ def save_both_samples(
     # Rows of student and teacher, side by side.
     rows = [image for pair in zip(images, teacher_images, strict=True) for image in pair]
     if len({image.shape for image in rows}) == 1:
-        steps = f"{settings.prior_steps} + {settings.steps}" if teacher_prior else f"{settings.steps}"
+        steps = f"{settings.prior_steps} + {settings.steps}" if settings.prior else f"{settings.steps}"
         names = ("one step" if prior is None else "two steps", f"teacher, {steps} steps")
         titles = [f"{name}: {text}" for text in prompts for name in names]
         same_noise = kind_settings(student).is_diffusion

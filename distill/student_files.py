@@ -119,6 +119,16 @@ def condition_teacher(name: str) -> str:
     return str(stores[0].get("condition_teacher", "") if stores else facts.get("condition_teacher", ""))
 
 
+def teacher_prior(teacher: str, prior: str | None) -> str | None:
+    """The teacher of the stage before, for a `teacher` that draws beside a student after the student `prior`.
+
+    It is the teacher of `prior` in a cascade. None where `teacher` reads no other stage, as that of an
+    upsampler, which draws alone.
+    """
+    reads_prior = prior is not None and family_of(teacher).prior_family is not None
+    return student_folder(prior)[1] if prior is not None and reads_prior else None
+
+
 def stored_tensors(name: str, folder: Path | None = None) -> dict[str, Tensor]:
     """Load the EMA weights of a run, or the weights of an exported student, as they are stored.
 

@@ -53,7 +53,8 @@ def real_floor(
         held_out, compared = dict(reference.stats), dict(training.stats)
         compared_with = "training pictures"
     else:
-        rows = len(next(iter(reference.stats.values())).rows)
+        # A file keeps all rows of some networks, and a random subset of those of others.
+        rows = min(len(stats.rows) for stats in reference.stats.values())
         count = min(images, rows // 2)
         if count <= max(protocol.neighbours):
             return Floor(note=f"no floor: {rows} reference images are too few to split them")

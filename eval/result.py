@@ -1,5 +1,6 @@
 """The result of an evaluation: numbers, what they were measured with, and which results are comparable."""
 
+import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -110,12 +111,12 @@ def compare(results: Mapping[str, EvalResult]) -> list[dict[str, Any]]:
     """
     if not results:
         raise UserError("no results to compare; give at least one")
-    # Numbers compare only under one protocol with the same networks and counts.
+    # Numbers compare only under one protocol with the same networks and counts. The first result may lack a
+    # network that two others share, so every two are compared.
     names = sorted(results)
-    first = results[names[0]]
-    for name in names[1:]:
-        if differ := _differing(first, results[name]):
-            raise UserError(f"{names[0]} and {name} do not compare: {'; '.join(differ)}; evaluate them alike")
+    for first, second in itertools.combinations(names, 2):
+        if differ := _differing(results[first], results[second]):
+            raise UserError(f"{first} and {second} do not compare: {'; '.join(differ)}; evaluate them alike")
     # Headline numbers come first; a result without a number has None there.
     return [
         {

@@ -17,9 +17,8 @@ from d2g.core.shuffle import permuted
 from d2g.core.tracking.run_directory import sole_owner
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
-from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher_sampler import PRIOR_STEPS, SolverSettings, load_sampler
-from distill.student_files import guiding_clip, student_folder
+from distill.student_files import guiding_clip, student_folder, teacher_prior
 from eval.evaluation import Evaluation, evaluate, image_count
 from eval.floor import Floor, real_floor
 from eval.images.folders import open_images
@@ -318,10 +317,7 @@ class EvalSession:
     def _solver_settings(self, name: str, config: EvalRun) -> SolverSettings:
         """Solver settings of the teacher `name`. Beside students of a cascade, its prior is their prior's
         teacher."""
-        prior = config.prior
-        if prior is not None and config.student is not None:
-            reads_prior = family_of(name).prior_family is not None
-            prior = student_folder(prior)[1] if reads_prior else None
+        prior = config.prior if config.student is None else teacher_prior(name, config.prior)
         return SolverSettings(
             steps=config.steps,
             guidance=_without_zero(config.guidance),

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+import tiny_teachers
 from browser import Browser, chromium
 from d2g.core.errors import SettingError, UserError
-from d2g.diffusion.teacher_sampler import SolverSettings
+from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
 from distill.browser_page import BrowserPage, DrawRequest, build_page, open_page
+from distill.config.student import GeneratorConfig, StudentConfig
+from distill.models.students import build_student
 from distill.sampling import OneStepSampler, untrained_one_step
 
 SETTINGS = SolverSettings(steps=2, guidance=1.0)
@@ -56,6 +60,33 @@ def test_the_teacher_has_the_noise_of_the_student(page: BrowserPage, one: OneSte
     assert page.teacher is not None
     latents = page.teacher.latents(3, range(2), ["a red cube"] * 2)
     assert torch.equal(page.draw_teacher(request()).images, one.decode(latents))
+
+
+def test_an_upsampler_and_its_prior_move_to_the_second_seed(one: OneStepSampler, teacher: Path) -> None:
+    """Its teacher reads no other stage, and draws alone from noise of its own."""
+    sizes = GeneratorConfig(channel_base=64, channel_max=16, residual_blocks=1, z_dim=8, w_dim=8, factor=2)
+    config = StudentConfig(kind="gigagan-upsampler", generator=sizes)
+    upsampler = replace(one, student=build_student(str(teacher), -1, config), prior=one)
+    page = open_page(upsampler, "up", str(teacher), replace(SETTINGS, prior="base"))
+    assert page.teacher is not None and page.teacher.prior is None and not page.same_noise
+    prompts = ["a red cube"] * 2
+    assert torch.equal(page.draw(request()).images, upsampler(prompts, seed=3))
+    assert (page.draw(request(position=1.0)).images.int() - upsampler(prompts, seed=4)).abs().max() <= 1
+    assert page.draw_teacher(request()).images.shape == (2, 3, 16, 16)
+
+
+def test_the_stages_of_a_cascade_move_together(tmp_path: Path) -> None:
+    before = tiny_teachers.save_wuerstchen_prior(tmp_path / "c")
+    last = tiny_teachers.save_wuerstchen_decoder(tmp_path / "b")
+    sampler = replace(untrained_one_step(last), prior=untrained_one_step(before))
+    page = BrowserPage(sampler, "b", load_sampler(last, replace(SETTINGS, prior=before, prior_steps=2)))
+    assert page.teacher is not None
+    prompts = ["a red cube"] * 2
+    assert torch.equal(page.draw(request()).images, sampler(prompts, seed=3))
+    assert (page.draw(request(position=1.0)).images.int() - sampler(prompts, seed=4)).abs().max() <= 1
+    for position, seed in ((0.0, 3), (1.0, 4)):
+        expected = sampler.decode(page.teacher.latents(seed, range(2), prompts)).int()
+        assert (page.draw_teacher(request(position=position)).images.int() - expected).abs().max() <= 1
 
 
 def test_a_teacher_of_other_latents_is_refused(one: OneStepSampler) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -66,6 +66,25 @@ def test_the_path_length_of_a_known_distance(one: OneStepSampler) -> None:
     assert walk.perceptual_length(metric, at) == pytest.approx(float(expected), rel=1e-5)
     # A walk that stays in one place has length 0.
     assert Walk(one, noises[[0, 0]], ["a", "a"]).perceptual_length(metric, at) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_path_length_is_drawn_in_batches(one: OneStepSampler) -> None:
+    """A long walk has more frames than fit in one forward pass."""
+
+    def squared(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().flatten(1).mean(1)
+
+    walk = Walk(one, noise(0, range(2), one.student.latent_shape), ["a", "a"])
+    at, rows, metric = torch.linspace(0, 0.9, 40), list[int](), cast(Any, squared)
+    hook = one.student.network.register_forward_pre_hook(
+        lambda _, args, options: rows.append(len((*args, *options.values())[0])), with_kwargs=True
+    )
+    length = walk.perceptual_length(metric, at)
+    hook.remove()
+    assert max(rows) == 32
+    assert length == pytest.approx(
+        float(squared(walk.latents(at), walk.latents(at + LENGTH_STEP)).mean()) / LENGTH_STEP**2, rel=1e-4
+    )
 
 
 def test_the_commands_draw(d2g: Any, tmp_path: Path) -> None:

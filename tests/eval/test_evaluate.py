@@ -357,6 +357,20 @@ def test_compare_refuses_results_of_different_protocols() -> None:
         compare({})
 
 
+def test_every_two_results_of_a_table_must_compare() -> None:
+    """The first one lacks the reference of which the others have different ones."""
+    a, b = measure(source(30, 2)), measure(source(30, 3))
+    clip_only = measure(
+        source(30, 3), networks=Networks(clip=color_clip()), metrics=("clip",), reference=None
+    )
+    other = dataclasses.replace(
+        b, models={**b.models, "reference": {**b.models["reference"], "files_sha256": "0a"}}
+    )
+    with pytest.raises(UserError, match=r"b and c do not compare: models.reference.files_sha256"):
+        compare({"a": clip_only, "b": a, "c": other})
+    assert len(compare({"a": clip_only, "b": a, "c": b})) == 3
+
+
 def test_results_are_read_back_from_file_and_folder(tmp_path: Path) -> None:
     a = measure(source(30, 2))
     (tmp_path / "result.json").write_text(json.dumps(a.to_json()))

@@ -1,6 +1,7 @@
 """eval.floor: real pictures against real pictures."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -12,11 +13,16 @@ from eval.protocols.protocol import PROTOCOLS
 FOLDER = replace(PROTOCOLS["folder"], neighbours=(2,))
 
 
-def reference(rows: int, dim: int = 4) -> Reference:
+def statistics(rows: int, dim: int = 4) -> FeatureStats:
     """Statistics of `rows` random features."""
     stats = FeatureStats(dim, Origin(features="tiny", features_sha256="", resize="none", source="random"))
     stats.update(torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)))
-    return Reference(stats={"features": stats})
+    return stats
+
+
+def reference(rows: int) -> Reference:
+    """A reference of one network."""
+    return Reference(stats={"features": statistics(rows)})
 
 
 def test_a_metric_that_takes_more_pictures_than_are_held_out_is_left_out() -> None:
@@ -33,3 +39,12 @@ def test_a_metric_that_takes_more_pictures_than_are_held_out_is_left_out() -> No
     for held_out, training in ((12, 120), (120, 12)):
         trained = real_floor(reference(held_out), reference(training), FOLDER, metrics, 64)
         assert set(trained.numbers) == {"fid", "precision", "recall"}
+
+
+def test_networks_may_have_kept_different_numbers_of_rows(tmp_path: Path) -> None:
+    """A file keeps all rows for cmmd, and a random subset for the other metrics."""
+    file = tmp_path / "reference.safetensors"
+    Reference(stats={"features": statistics(120), "cmmd": statistics(120)}).save(file, keep=40)
+    floor = real_floor(Reference.load(file), None, FOLDER, ("fid", "cmmd"), 64)
+    assert set(floor.numbers) == {"fid", "cmmd"}
+    assert floor.note == "floor: 20 held-out real pictures against 20 others of the reference"
