@@ -211,6 +211,9 @@ def eval_compare(
         [label, *(format_cell(column, key) for column in columns)]
         for key, label in comparison["labels"].items()
     ]
+    # Students may be compared with teachers of their own, or of other settings.
+    if len(set(comparison["against"].values())) > 1:
+        lines.append(["image by image with", *(comparison["against"][column["name"]] for column in columns)])
     title = f"{comparison['protocol']} {comparison['protocol_sha256'][:12]}"
     emit_table(["", *(column["name"] for column in columns)], lines, title)
     if wins:

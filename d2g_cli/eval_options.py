@@ -79,7 +79,10 @@ class SamplerOptions(ProtocolOptions):
     steps: Annotated[int | None, typer.Option(help="Steps of a teacher or pipeline (50).")] = None
     guidance: Annotated[
         float | None,
-        typer.Option(help="Guidance of a teacher (3), a pipeline (its own), or a student that takes it."),
+        typer.Option(
+            help="Guidance of a teacher (3, or its student's pairs'), a pipeline (its own), or a student "
+            "that takes it."
+        ),
     ] = None
     prior_steps: Annotated[int | None, typer.Option(help="Steps of stage C's teacher in a cascade (60).")] = (
         None

@@ -19,7 +19,10 @@ def readable_result(result: dict[str, Any]) -> dict[str, Any]:
     evaluation = EvalResult(**known)
     lines: dict[str, Any] = dict(evaluation.rows())
     counts = ", ".join(f"{number:,} {name}" for name, number in evaluation.counts.items())
-    lines |= {"source": str(evaluation.source.get("name", "")), "counts": counts}
+    lines["source"] = str(evaluation.source.get("name", ""))
+    if evaluation.against:
+        lines["image by image with"] = str(evaluation.against.get("name", ""))
+    lines["counts"] = counts
     lines |= {"protocol": f"{evaluation.protocol} {evaluation.protocol_sha256[:12]}"}
     lines |= {f"note {number}": note for number, note in enumerate(evaluation.notes, 1)}
     # Latency of each model, and the numbers of each checkpoint.

@@ -20,7 +20,9 @@ def serve(
         str | None, typer.Option(help="Teacher that draws beside the student, from the same noise.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps of the teacher (50).")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance of the teacher (3).")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance of the teacher (its student's pairs', else 3).")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="Prompt that the page starts with.")] = "",
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")
@@ -53,8 +55,11 @@ def serve(
     from d2g.diffusion.teacher_sampler import TEACHER_STEPS, SolverSettings
     from distill import browser_page
     from distill.sampling import load_student, with_prior
+    from distill.student_files import pairs_guidance
 
     sampler = with_prior(load_student(student, device=process_group.own_device()), student, prior)
+    if teacher is not None and guidance is None:
+        guidance = pairs_guidance(student, teacher)
     settings = SolverSettings(steps=steps or TEACHER_STEPS, guidance=guidance, prior=prior)
     browser_page.serve_page(
         browser_page.open_page(sampler, student, teacher, settings, prompt), host, port, share

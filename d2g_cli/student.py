@@ -76,7 +76,8 @@ class SampleOptions(WorkOptions):
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="Guidance of a teacher (3); or to imitate, for a student that takes it (8, or its pairs')."
+            help="Guidance of a teacher (3, or its student's pairs'); or to imitate, for a student that "
+            "takes it (8, or its pairs')."
         ),
     ] = None
     psi: Annotated[

@@ -21,10 +21,9 @@ from d2g.core.png import image_grid, save_png
 from d2g.core.progress import Progress, quiet
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, to_uint8
-from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
 from distill.sampling import load_student, with_prior, with_psi
-from distill.student_files import kind_settings, student_guidance, teacher_prior
+from distill.student_files import kind_settings, pairs_guidance, teacher_prior
 
 GRID_IMAGES = 64
 """Largest number of images in a grid."""
@@ -87,13 +86,13 @@ def save_both_samples(
     and the prompts below.
 
     The guidance of the settings is for a student that takes it, too, else for the teacher alone. By default
-    both have the scale of the student's pairs where the teacher takes it as an input. In a cascade, the prior
+    it is the scale of the student's pairs. In a cascade, the prior
     of the settings is the student of the stage before; the teacher draws after that student's teacher. An
     upsampler enlarges what the student of the settings' prior draws, and its teacher draws alone.
     """
     prior = settings.prior
-    if settings.guidance is None and family_of(teacher).embedded_guidance is not None:
-        settings = replace(settings, guidance=student_guidance(student, teacher))
+    if settings.guidance is None:
+        settings = replace(settings, guidance=pairs_guidance(student, teacher))
     student_batches = _student_batches(
         student, prompts, seed, batch_size, teacher, settings.guidance, must_take_guidance=False, prior=prior
     )

@@ -36,7 +36,7 @@ class CommonFacts(TypedDict):
     teacher: NotRequired[str]
     student_timestep: NotRequired[int]
     guidance: NotRequired[float]
-    """Of an export that takes the guidance scale as an input: `student_guidance` of its run."""
+    """Of an export: `student_guidance` of its run if it takes the scale, else `pairs_guidance`."""
     condition_teacher: NotRequired[str]
     """Of an export of a cascade's later stage: the denoiser's sha256 of the stage before."""
     clip_guidance_sha256: NotRequired[str]
@@ -99,17 +99,25 @@ def sampled_guidance(scales: Sequence[float]) -> float:
 
 
 def student_guidance(name: str, teacher: str) -> float:
-    """The guidance scale at which a student is drawn unless the user gives another.
-
-    `sampled_guidance` of its pairs, as recorded; where the teacher takes the scale as an input, that of the
-    run's first pair store.
-    """
+    """The guidance scale at which a student is drawn unless the user gives another: `pairs_guidance`, or the
+    usual one where no scale is recorded."""
+    if (scale := pairs_guidance(name, teacher)) is not None:
+        return scale
     embedded = family_of(teacher).embedded_guidance
+    return DEFAULT_GUIDANCE if embedded is None else embedded
+
+
+def pairs_guidance(name: str, teacher: str) -> float | None:
+    """The guidance scale of a student's pairs, at which its teacher is drawn beside it; None if not recorded.
+
+    `sampled_guidance` of the scales of its pair stores; where the teacher takes the scale as an input, that
+    of the first store.
+    """
     _, _, facts = _student_facts(name)
     stores = facts.get("inputs", {}).get("pairs", [])
-    if not (scales := [float(store["guidance"]) for store in stores if "guidance" in store]):
-        return float(facts.get("guidance", DEFAULT_GUIDANCE if embedded is None else embedded))
-    return sampled_guidance(scales) if embedded is None else scales[0]
+    if scales := [float(store["guidance"]) for store in stores if "guidance" in store]:
+        return sampled_guidance(scales) if family_of(teacher).embedded_guidance is None else scales[0]
+    return float(facts["guidance"]) if "guidance" in facts else None
 
 
 def condition_teacher(name: str) -> str:

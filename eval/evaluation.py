@@ -92,6 +92,7 @@ def evaluate(
         reference=real,
         more=more,
         source={"name": source.name, **source.facts},
+        against={"name": other.name, **other.facts} if other is not None and paired_metrics(metrics) else {},
         resamples=resamples,
         progress=progress,
     )

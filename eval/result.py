@@ -19,8 +19,9 @@ from eval.protocols.metric import number_labels
 class EvalResult:
     """Numbers and what they were measured with. None: not measured. Precision and recall are at the first k.
 
-    `settings` holds all settings of the protocol, `protocol_sha256` their digest. `extra`: every further
-    number by its key. `floor`: numbers of real pictures by key (`eval.floor`). `ci`: 95 % intervals.
+    `settings` holds all settings of the protocol, `protocol_sha256` their digest. `against`: the other side
+    of metrics that compare images pair by pair, as `source` is the one side. `extra`: every further number by
+    its key. `floor`: numbers of real pictures by key (`eval.floor`). `ci`: 95 % intervals.
     `latency`: as returned by `eval.measure.latency.measure_latency`.
     """
 
@@ -28,6 +29,7 @@ class EvalResult:
     protocol_sha256: str
     settings: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    against: dict[str, Any] = field(default_factory=dict)
     fid: float | None = None
     kid: float | None = None
     clip_score: float | None = None

@@ -26,6 +26,7 @@ def summarize(
     reference: Reference | None = None,
     more: MeasuredRows | None = None,
     source: Mapping[str, Any] | None = None,
+    against: Mapping[str, Any] | None = None,
     resamples: int = 200,
     progress: Progress = quiet,
 ) -> EvalResult:
@@ -61,6 +62,7 @@ def summarize(
         protocol_sha256=protocol.sha256(),
         settings=protocol.settings(),
         source=dict(source or {}),
+        against=dict(against or {}),
         counts=counts,
         models=networks.models() | _reference_facts(reference),
         ci=intervals,

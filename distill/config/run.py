@@ -427,8 +427,8 @@ class SampleConfig:
     )
     guidance: float | None = setting(
         None,
-        "Guidance scale of the teacher (null: 3), or to imitate, for a student with guidance conditioning "
-        "(null: 8, or the nearest scale in the range of its pairs)",
+        "Guidance scale of the teacher (null: beside a student that of its pairs, else 3), or to imitate, "
+        "for a student with guidance conditioning (null: 8, or the nearest scale in the range of its pairs)",
     )
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ from distill.student_files import (
     condition_teacher,
     guiding_clip,
     kind_settings,
+    pairs_guidance,
     student_folder,
     student_guidance,
     student_tensors,
@@ -85,8 +86,11 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
     facts: dict[str, Any] = {"teacher": source, "student_timestep": timestep}
     if (kind := kind_settings(run)).kind != "diffusion":
         facts["student"] = to_json(kind)
-    if GUIDANCE_WEIGHT in tensors or family_of(teacher or source).embedded_guidance is not None:
-        facts["guidance"] = student_guidance(run, teacher or source)
+    base = teacher or source
+    guided = GUIDANCE_WEIGHT in tensors or family_of(base).embedded_guidance is not None
+    scale = student_guidance(run, base) if guided else pairs_guidance(run, base)
+    if scale is not None:
+        facts["guidance"] = scale
     if clip := guiding_clip(run):
         facts["clip_guidance_sha256"] = clip
     if before_sha256 := condition_teacher(run):

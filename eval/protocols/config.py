@@ -71,8 +71,9 @@ class EvalRun:
     )
     guidance: float | None = setting(
         None,
-        "Guidance scale of a teacher (null: 3) or pipeline (null: its own default), and to imitate, for a "
-        "student that takes it (null: as in `d2g sample`)",
+        "Guidance scale of a teacher (null: beside its student that of the student's pairs, else 3) or "
+        "pipeline (null: its own default), and to imitate, for a student that takes it (null: as in `d2g "
+        "sample`)",
     )
     prior_steps: int | None = setting(None, "Solver steps of the teacher of stage C in a cascade; null: 60")
     prior_guidance: float | None = setting(

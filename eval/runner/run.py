@@ -172,6 +172,8 @@ def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress
 def compare_results(paths: Sequence[Path]) -> dict[str, Any]:
     """Put several results in one table: a row per result, labels of its numbers, and PickScore win rates.
 
+    `against`: what each was compared with image by image, which need not be the same.
+
     Win rates need the per-image scores that an `out` folder keeps. Raises UserError for results that do not
     compare.
     """
@@ -188,6 +190,7 @@ def compare_results(paths: Sequence[Path]) -> dict[str, Any]:
         "protocol_sha256": first.protocol_sha256,
         "labels": {key: labels.get(key, key) for key in keys},
         "results": rows,
+        "against": {name: str(result.against.get("name", "")) for name, result in results.items()},
         "pickscore_wins": _win_rates(results),
     }
 

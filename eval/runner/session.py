@@ -1,6 +1,6 @@
 """An evaluation session: protocol, prompts, networks and reference, loaded once for all points of a curve."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +18,7 @@ from d2g.core.tracking.run_directory import sole_owner
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher_sampler import PRIOR_STEPS, SolverSettings, load_sampler
-from distill.student_files import guiding_clip, student_folder, teacher_prior
+from distill.student_files import guiding_clip, pairs_guidance, student_folder, teacher_prior
 from eval.evaluation import Evaluation, evaluate, image_count
 from eval.floor import Floor, real_floor
 from eval.images.folders import open_images
@@ -55,6 +55,11 @@ class EvalSession:
         self.metrics = config.metrics or self.protocol.metrics
         check_metrics(self.metrics)
         config.check_source()
+        if 0 < protocol.images < config.num:
+            raise SettingError(
+                f"num is {config.num}, but protocol {protocol.name} measures {protocol.images} images; leave "
+                f"it out, or change the protocol with --set protocol.images={config.num}"
+            )
         self.subset_note = ""
         """Which prompts are sampled, where there are more than images."""
         self.left_out: list[str] = [] if config.metrics else self._leave_out()
@@ -135,7 +140,7 @@ class EvalSession:
     @property
     def needed_networks(self) -> set[str]:
         """The networks that the metrics need, as `--weights NAME=PATH` names them."""
-        return {network for name in self.metrics for network in all_metrics()[name].networks}
+        return _networks_of(self.metrics)
 
     @property
     def needs_features(self) -> bool:
@@ -143,15 +148,19 @@ class EvalSession:
         return "features" in self.needed_networks
 
     def _refuse_unused_networks(self) -> None:
-        """Raise SettingError for a network or its weights, given by hand, that no chosen metric needs."""
-        config, needed = self.config, self.needed_networks
+        """Raise SettingError for a network or its weights, given by hand, that no chosen metric needs.
+
+        The protocol's metrics that lack something else count, too: a line says that they are left out.
+        """
+        config, metrics = self.config, self.config.metrics or self.protocol.metrics
+        needed = _networks_of(metrics)
         options = {"features": config.features and "--features", "clip": config.clip and "--clip"}
         given = {name: option for name, option in options.items() if option}
         given |= {name: f"--weights {name}=PATH" for name in config.weight_table() if name in LOADERS}
         for network, option in given.items():
             if network not in needed:
                 raise SettingError(
-                    f"{option} has no effect: none of the metrics {', '.join(self.metrics)} needs that "
+                    f"{option} has no effect: none of the metrics {', '.join(metrics)} needs that "
                     "network; leave it out, or add a metric that does to --metrics"
                 )
 
@@ -317,10 +326,15 @@ class EvalSession:
     def _solver_settings(self, name: str, config: EvalRun) -> SolverSettings:
         """Solver settings of the teacher `name`. Beside students of a cascade, its prior is their prior's
         teacher."""
-        prior = config.prior if config.student is None else teacher_prior(name, config.prior)
+        prior, guidance = config.prior, config.guidance
+        if config.student is not None:
+            prior = teacher_prior(name, prior)
+            # The student learned the teacher's images at the scale of its pairs.
+            if guidance is None and name == self.teacher:
+                guidance = pairs_guidance(config.student, name)
         return SolverSettings(
             steps=config.steps,
-            guidance=_without_zero(config.guidance),
+            guidance=_without_zero(guidance),
             solver=config.solver,
             prior=prior,
             prior_steps=config.prior_steps or PRIOR_STEPS,
@@ -453,6 +467,11 @@ def _first_note(source: ImageSource, measured: int) -> str:
         return ""
     log_once(note := f"measured the first {measured} of {source.count} images of {source.name}")
     return note
+
+
+def _networks_of(metrics: Sequence[str]) -> set[str]:
+    """The networks of metrics, as `--weights NAME=PATH` names them."""
+    return {network for name in metrics for network in all_metrics()[name].networks}
 
 
 def _without_zero(guidance: float | None) -> float | None:

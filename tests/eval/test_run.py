@@ -240,6 +240,36 @@ def test_a_student_imitates_the_guidance_scale_that_is_given(
         run_evaluation(config(job, student=str(job / "run"), metrics=("fid",), guidance=2.0))
 
 
+def test_a_student_is_compared_with_its_teacher_at_the_scale_of_its_pairs(job: Path, tmp_path: Path) -> None:
+    """Another scale is another image: the result says which, and so does a table of several results."""
+    run = shutil.copytree(job / "run", tmp_path / "run")
+    facts = json.loads((run / "config.json").read_text())
+    facts["inputs"]["pairs"][0]["guidance"] = 6.0
+    (run / "config.json").write_text(json.dumps(facts))
+    exported = tmp_path / "exported"
+    export_student(str(run), exported, "fp32")
+    settings: dict[str, Any] = {"metrics": ("psnr",), "reference": None}
+    by_default, at_6, at_3, of_export = (
+        run_evaluation(
+            config(job, student=str(student), guidance=scale, out=str(tmp_path / name), **settings)
+        )
+        for name, student, scale in (
+            ("default", run, None),
+            ("six", run, 6.0),
+            ("three", run, 3.0),
+            ("export", exported, None),
+        )
+    )
+    values = [result["extra"]["psnr"] for result in (by_default, at_6, at_3, of_export)]
+    assert values[0] == values[1] == values[3] != values[2]
+    assert [result["against"]["guidance"] for result in (by_default, at_3)] == [6.0, 3.0]
+    beside = compare_results([tmp_path / "default", tmp_path / "three"])["against"]
+    assert [name.partition(", ")[2] for name in beside.values()] == [
+        "2 steps, guidance 6",
+        "2 steps, guidance 3",
+    ]
+
+
 def test_a_curve_of_truncation(job: Path, tmp_path: Path) -> None:
     run = config(job, student=str(job / "run"), metrics=("fid", "clip"), out=str(tmp_path / "curve"))
     curve = run_curve(CurveRun(run=run, setting="noise_scale", values=(0.5, 1.0)))
@@ -308,6 +338,10 @@ def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
         ({"teacher": "x", "noise_scale": 0.5}, "noise_scale is a student's setting"),
         ({"student": "miniature", "every": True}, "--every goes over a run's checkpoints"),
         ({"images": "x", "keep": "y"}, "--keep saves what a sampler draws"),
+        (
+            {"images": "x", "protocol": PROTOCOLS["localized-narratives-5k"], "num": 6000},
+            "num is 6000, but protocol localized-narratives-5k measures 5000 images",
+        ),
         ({"images": "x", "metrics": ("fad",)}, "unknown metric 'fad'; did you mean 'fid'"),
         ({"images": "x", "metrics": ("caption_accuracy",)}, "take protocol scenes-5k or miniature"),
         ({"images": "x", "metrics": ("fid",)}, "metric 'fid' (Frechet distance of the protocol's features)"),
@@ -350,8 +384,8 @@ def test_the_error_for_missing_weights_names_the_file(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for metrics, features, message in (
         (("fid",), "inception", "pt_inception-2015-12-05-6726825d.pth"),
-        (("dreamsim_diversity",), "clip", "dreamsim_ensemble_checkpoint.zip"),
-        (("lpips",), "clip", "alexnet-owt-7be5be79.pth"),
+        (("dreamsim_diversity",), None, "dreamsim_ensemble_checkpoint.zip"),
+        (("lpips",), None, "alexnet-owt-7be5be79.pth"),
     ):
         run = config(job, student=str(job / "run"), metrics=metrics, features=features, weights=())
         with pytest.raises(UserError, match=message):
@@ -362,7 +396,7 @@ def test_saved_statistics_replace_the_reference_folder(job: Path, teacher: Path,
     """A statistics file gives the numbers of its folder; another protocol refuses it."""
     run = config(job, metrics=("fid", "pr", "clip"), reference=None, prompts=None, num=0)
     file = tmp_path / "real.safetensors"
-    summary = save_statistics(run, job / "photographs", file)
+    summary = save_statistics(replace(run, clip=None), job / "photographs", file)
     assert (
         summary["images"] == 12
         and summary["networks"]["features"]["name"].startswith("clip:")
@@ -374,7 +408,7 @@ def test_saved_statistics_replace_the_reference_folder(job: Path, teacher: Path,
     with pytest.raises(UserError, match=r"another way: preprocessing \('native' -> 'crop8-box'\)"):
         run_evaluation(config(job, teacher=str(teacher), reference=str(file), protocol=other))
     with pytest.raises(SettingError, match="metrics clip need no reference; name some that do, say fid"):
-        save_statistics(replace(run, metrics=("clip",)), job / "photographs", file)
+        save_statistics(replace(run, clip=None, metrics=("clip",)), job / "photographs", file)
 
 
 def coco(folder: Path) -> Path:
@@ -398,7 +432,7 @@ def test_coco_statistics_hold_the_prompts(job: Path, teacher: Path, tmp_path: Pa
     protocol = PROTOCOLS["coco2014-30k-d2gan"]
     small = replace(protocol, images=8, reference_images=10, size=16, features="any", clip="any")
     run = config(job, protocol=small, prompts=None, num=0, reference=None)
-    summary = save_statistics(run, coco(tmp_path / "coco"), tmp_path / "coco.safetensors")
+    summary = save_statistics(replace(run, clip=None), coco(tmp_path / "coco"), tmp_path / "coco.safetensors")
     assert (summary["images"], summary["prompts"], summary["preprocessing"]) == (10, 8, "crop16-bicubic")
     shared = run_evaluation(replace(run, teacher=str(teacher), reference=str(tmp_path / "coco.safetensors")))
     direct = run_evaluation(replace(run, teacher=str(teacher), reference=str(tmp_path / "coco")))
