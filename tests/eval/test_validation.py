@@ -53,7 +53,7 @@ def test_a_run_reports_validation_and_keeps_the_best_checkpoint(
     train(
         distillation,
         tmp_path / "run",
-        validate=validation_hook(replace(config(job), metrics=("fid",)), str(teacher)),
+        validate=validation_hook(config(job, metrics=("fid",)), str(teacher)),
     )
     lines = [line for line in read_stats(tmp_path / "run") if "val/fid" in line]
     assert [line["nimg"] for line in lines] == [8, 16] and all("val/psnr" in line for line in lines)
@@ -88,7 +88,7 @@ def test_only_validations_that_measure_the_same_select_the_best_checkpoint(
     job: Path, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A run that validates with other numbers of images, then without `--validate`."""
-    pairs, out, run = make_pairs(teacher, tmp_path), tmp_path / "run", replace(config(job), metrics=("fid",))
+    pairs, out, run = make_pairs(teacher, tmp_path), tmp_path / "run", config(job, metrics=("fid",))
 
     def best_checkpoints(images: int, num: int | None) -> list[int]:
         """Train to `images`, with a validation at the end, and return the checkpoints other than the last."""
