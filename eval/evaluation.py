@@ -187,5 +187,7 @@ def image_count(source: ImageSource, protocol: Protocol, count: int, allow_fewer
             "or give --allow-fewer, and the result says so"
         )
     if number < 2:
-        raise UserError(f"{source.name}: got {number} image(s) to evaluate; expected at least 2")
+        remedy = ", --num" if source.count is None else ""
+        images = "1 image" if number == 1 else f"{number} images"
+        raise UserError(f"{source.name}: got {images} to evaluate; expected at least 2{remedy}")
     return number

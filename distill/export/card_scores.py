@@ -45,14 +45,15 @@ def is_own_result(student: str, file: str) -> bool:
 
 
 def score_table(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Contents of one result on the card: protocol, digest, counts, subject, numbers, and whether they were
-    measured on the exported weights."""
+    """Contents of one result on the card: protocol, digest, counts, subject, how it was drawn, numbers, and
+    whether they were measured on the exported weights."""
     numbers = {name: result.get(name) for name in METRICS} | result.get("extra", {})
     return {
         "protocol": result["protocol"],
         "digest": result["protocol_sha256"][:16],
         "counts": ", ".join(f"{count:,} {name}" for name, count in result.get("counts", {}).items()),
         "subject": _subject(_source(result)),
+        "drawn_how": _drawn_how(_source(result)),
         "measured_on_weights": _source(result)["kind"] == "student",
         "numbers": {name: value for name, value in numbers.items() if isinstance(value, int | float)},
     }
@@ -71,7 +72,7 @@ def eval_results(table: Mapping[str, Any], task: str) -> list[Any]:
         EvalResult(
             task_type=task,
             dataset_type=table["protocol"],
-            dataset_name=f"{table['protocol']} ({table['digest']})",
+            dataset_name=f"{table['protocol']} ({table['digest']}{table['drawn_how']})",
             metric_type=name,
             metric_value=value,
             verified=False,
@@ -86,8 +87,15 @@ def _subject(source: Mapping[str, Any]) -> str:
     if source["kind"] == "images":
         name = Path(str(source.get("name", ""))).name
         return f"the images in `{name}`, which nobody has checked to be this student's"
+    return f"these weights{_drawn_how(source)}"
+
+
+def _drawn_how(source: Mapping[str, Any]) -> str:
+    """The settings other than the usual ones with which a student drew its images, each after a comma."""
     precision, scale = source.get("precision", "fp32"), source.get("noise_scale", 1.0)
-    text = "these weights" + (f", in {precision}" if precision != "fp32" else "")
+    text = f", in {precision}" if precision != "fp32" else ""
+    guidance = source.get("guidance")
+    text += f", at guidance {guidance:g}" if isinstance(guidance, int | float) else ""
     return text + (f", noise scaled by {scale:g}" if scale != 1 else "")
 
 

@@ -60,8 +60,8 @@ class EvalSession:
                 f"num is {config.num}, but protocol {protocol.name} measures {protocol.images} images; leave "
                 f"it out, or change the protocol with --set protocol.images={config.num}"
             )
-        self.subset_note = ""
-        """Which prompts are sampled, where there are more than images."""
+        self.prompts_note = ""
+        """Which prompts are sampled, where there are not as many as images."""
         self.left_out: list[str] = [] if config.metrics else self._leave_out()
 
     def _leave_out(self) -> list[str]:
@@ -264,15 +264,21 @@ class EvalSession:
         The protocol's seed chooses them, because files are often sorted by class. COCO's prompts are in
         random order: their first ones are taken.
         """
+        if self.count > len(prompts) and self.prompts:  # the classes of a teacher are meant to repeat
+            self.prompts_note = (
+                f"{len(prompts)} prompts for {self.count} images: they are drawn in turn, each time with new "
+                "noise"
+            )
+            log_once(self.prompts_note)
         if not 0 < self.count < len(prompts):
             return prompts
         if self.config.prompts is None and self.protocol.prompts.startswith("coco"):
             return prompts[: self.count]
         rows = permuted(self.protocol.seed, 0, len(prompts), np.arange(self.count))
-        self.subset_note = (
+        self.prompts_note = (
             f"{self.count} of {len(prompts)} prompts, chosen at random (seed {self.protocol.seed})"
         )
-        log_once(self.subset_note)
+        log_once(self.prompts_note)
         return [prompts[row] for row in np.sort(rows)]
 
     def source(self, config: EvalRun, checkpoint: Path | None = None) -> ImageSource:
@@ -415,7 +421,7 @@ class EvalSession:
             else Floor()
         )
         first = _first_note(source, len(evaluation.rows))
-        more = (self.subset_note, first, floor.note, self._guidance_note())
+        more = (self.prompts_note, first, floor.note, self._guidance_note())
         notes = [*result.notes, *self.left_out, *filter(None, more)]
         result = replace(result, notes=notes, floor=dict(floor.numbers))
         return source, replace(evaluation, result=result)

@@ -42,6 +42,16 @@ def test_scores_of_the_exported_student(tmp_path: Path) -> None:
     assert "of these weights, in bf16, noise scaled by 0.8:" in text
 
 
+def test_scores_say_how_the_images_were_drawn(tmp_path: Path) -> None:
+    """The same weights draw other images at another guidance scale, or with truncated noise."""
+    source: dict[str, Any] = {"kind": "student", "weights_sha256": SHA256, "guidance": 3.0}
+    text = score_lines(save_result(tmp_path / "a.json", **source))
+    assert "of these weights, at guidance 3:" in text
+    assert "coco (abcabcabcabcabca, at guidance 3)" in text, "in the metadata, too"
+    text = score_lines(save_result(tmp_path / "b.json", **source, noise_scale=0.8))
+    assert "coco (abcabcabcabcabca, at guidance 3, noise scaled by 0.8)" in text
+
+
 def test_results_of_images_are_labeled(tmp_path: Path) -> None:
     text = score_lines(
         save_result(tmp_path / "a.json", kind="images", name="/somewhere/of/mine/samples", images=30000)

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny
+import tiny_teachers
 from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
 from d2g.vision.transformers_vision import clip_sha256
@@ -600,6 +601,23 @@ def test_fewer_images_than_prompts_take_a_random_subset_of_them(
     coco = PROTOCOLS["coco2014-30k-gigagan"]
     session = EvalSession(config(job, teacher=str(teacher), protocol=coco, num=2, prompts=None))
     assert list(session.sampling_request(["x", "y", "z"]).prompts) == ["x", "y"]
+
+
+def test_prompts_that_are_drawn_several_times_are_noted(job: Path, teacher: Path, tmp_path: Path) -> None:
+    """The reference of a smaller protocol has fewer prompts than this one measures images."""
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("a\nb\nc\n")
+    run = config(job, teacher=str(teacher), steps=1, prompts=str(listed), num=7, metrics=("clip",))
+    result = run_evaluation(replace(run, reference=None))
+    assert "3 prompts for 7 images: they are drawn in turn, each time with new noise" in result["notes"]
+    result = run_evaluation(replace(run, reference=None, num=3))
+    assert not any("drawn in turn" in note for note in result["notes"])
+
+
+def test_a_sampler_without_a_number_of_images_says_what_to_give(tmp_path: Path) -> None:
+    classes = tiny_teachers.save_kind("dit", tmp_path / "dit")
+    with pytest.raises(UserError, match=r"got 0 images to evaluate; expected at least 2, --num"):
+        run_evaluation(EvalRun(teacher=classes, metrics=("psnr",), against=classes, steps=1))
 
 
 def test_a_clip_score_by_the_clip_that_guided_the_student_is_noted(
