@@ -32,7 +32,7 @@ def real_floor(
     """Compute those of `metrics` that compare with a reference between two sets of real pictures.
 
     With `training` (statistics of the training pictures), the sets are the reference and the training
-    pictures. Otherwise the reference is split at random: as many pictures as were measured (`images`), at
+    pictures. Otherwise, and if both are the same files, the reference is split at random: as many pictures as were measured (`images`), at
     most half, and the others. There is no floor for protocols that make their own reference, nor for a
     reference that is too small to split.
     """
@@ -49,7 +49,8 @@ def real_floor(
     if reference is None or not reference_metrics or protocol.reference != "given":
         return Floor()
     # The two sets: the reference and the training pictures, or two parts of the reference.
-    if training is not None:
+    same_files = training is not None and _same_files(reference, training)
+    if training is not None and not same_files:
         held_out, compared = dict(reference.stats), dict(training.stats)
         compared_with = "training pictures"
     else:
@@ -79,7 +80,15 @@ def real_floor(
     note = f"floor: {counts[0]:,} held-out real pictures against {counts[1]:,} {compared_with}"
     if too_few:
         note += f" (too few for {', '.join(too_few)})"
+    if same_files:
+        note += " (--train has the same pictures)"
     return Floor(numbers=numbers, note=note)
+
+
+def _same_files(first: Reference, second: Reference) -> bool:
+    """Whether both are statistics of the same files: such pictures are not held out."""
+    sha256 = first.facts.get("files_sha256")
+    return bool(sha256) and sha256 == second.facts.get("files_sha256")
 
 
 def _too_few(metric: Metric, stats: Mapping[str, FeatureStats], protocol: Protocol) -> bool:

@@ -68,6 +68,14 @@ def stage(text: str, name: str) -> str:
     return " ".join(part.split())
 
 
+def test_a_part_of_the_pairs_is_named(tmp_path: Path) -> None:
+    """The card lists the whole store; a run may have trained on a part of it, or on its noise in disorder."""
+    text = stage(card_text(run_of(tmp_path / "part", ("data.max_pairs=5000", "train.batch_size=100"))), "ode")
+    assert text.startswith("600 images of the first 5,000 pairs in batches of 100")
+    text = stage(card_text(run_of(tmp_path / "rewired", ("data.rewire=true", "train.batch_size=100"))), "ode")
+    assert text.startswith("600 images of pairs with the noise of other rows (data.rewire) in batches of 100")
+
+
 def test_images_and_hours_are_those_of_the_exported_checkpoint(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", ("train.images=5000", "train.batch_size=100"))
     text = card_text(run, watts=300, kg_per_kwh=0.1)

@@ -513,15 +513,23 @@ def test_real_pictures_beside_real_pictures(
     assert split["extra"]["fd_relative"] == pytest.approx(split["fid"] / variance)
     low, high = split["ci"]["fid"]
     assert split["ci"]["fd_relative"] == pytest.approx([low / variance, high / variance])
-    # The reference against itself as training pictures.
-    run = config(job, teacher=str(teacher), train=str(job / "photographs"), out=str(tmp_path / "out"))
-    same = run_evaluation(run)
-    assert same["floor"]["fid"] == pytest.approx(0, abs=1e-6) and same["floor"]["recall"] == 1
-    assert "floor: 12 held-out real pictures against 12 training pictures" in same["notes"]
+    # The reference against training pictures, which are all of its own and another one.
+    shutil.copytree(job / "photographs", tmp_path / "training")
+    Image.new("RGB", (16, 16)).save(tmp_path / "training" / "black.png")
+    run = config(job, teacher=str(teacher), train=str(tmp_path / "training"), out=str(tmp_path / "out"))
+    trained = run_evaluation(run)
+    assert trained["floor"]["fid"] > 0 and trained["floor"]["precision"] == 1
+    assert "floor: 12 held-out real pictures against 13 training pictures" in trained["notes"]
     assert "held-out real pictures" in (tmp_path / "out" / "report.html").read_text()
     # The protocol's number of reference images is not that of training pictures.
     fixed = EvalSession(replace(run, protocol=replace(run.protocol, reference_images=6)))
-    assert fixed.training is not None and fixed.training.count == 12
+    assert fixed.training is not None and fixed.training.count == 13
+    # Pictures that are training pictures and reference at once are not held out: the reference is split.
+    both = replace(run, train=str(job / "photographs"), out=None)
+    same = run_evaluation(both)
+    assert same["floor"] == pytest.approx(split["floor"])
+    note = "floor: 6 held-out real pictures against 6 others of the reference (--train has the same pictures)"
+    assert note in same["notes"]
     # A protocol with a reference of its own has no floor.
     assert EvalSession(replace(run, protocol=PROTOCOLS["coco2014-30k-gigagan"])).training is None
 
