@@ -32,9 +32,9 @@ def real_floor(
     """Compute those of `metrics` that compare with a reference between two sets of real pictures.
 
     With `training` (statistics of the training pictures), the sets are the reference and the training
-    pictures. Otherwise, and if both are the same files, the reference is split at random: as many pictures as were measured (`images`), at
-    most half, and the others. There is no floor for protocols that make their own reference, nor for a
-    reference that is too small to split.
+    pictures. Otherwise, and if both are the same files, the reference is split at random: as many pictures as
+    were measured (`images`), at most half, and the others. There is no floor for protocols that make their
+    own reference, nor for a reference that is too small to split.
     """
     # The metrics whose features the reference has.
     reference_metrics = [

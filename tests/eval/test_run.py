@@ -527,7 +527,7 @@ def test_real_pictures_beside_real_pictures(
     # Pictures that are training pictures and reference at once are not held out: the reference is split.
     both = replace(run, train=str(job / "photographs"), out=None)
     same = run_evaluation(both)
-    assert same["floor"] == pytest.approx(split["floor"])
+    assert same["floor"] == pytest.approx({name: split["floor"][name] for name in same["floor"]})
     note = "floor: 6 held-out real pictures against 6 others of the reference (--train has the same pictures)"
     assert note in same["notes"]
     # A protocol with a reference of its own has no floor.
