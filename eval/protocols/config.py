@@ -140,6 +140,8 @@ class EvalRun:
                 raise SettingError(f"{name} is a student's setting; leave it out")
         if self.every and (self.student is None or not (Path(self.student) / "checkpoints").is_dir()):
             raise SettingError("--every goes over a run's checkpoints; give --student the folder of a run")
+        if self.latency and self.images:
+            raise SettingError("--latency times a sampler; images are already drawn, leave it out")
         if self.keep and self.images:
             raise SettingError(
                 "--keep saves what a sampler draws, and --images are files already; leave it out"

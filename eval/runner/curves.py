@@ -56,6 +56,7 @@ def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
         facts = _facts(points, config.setting)
         if config.run.out is not None and process_group.rank() == 0:
             out = Path(config.run.out)
+            write_atomically(out / "curve.json", json.dumps(facts, indent=1))
             rows = [{**row, "label": _label(row[config.setting])} for row in facts["points"]]
             lines = {config.setting: rows}
             if earlier:
@@ -66,7 +67,6 @@ def run_curve(config: CurveRun, progress: Progress = quiet) -> dict[str, Any]:
                         {**row, "label": _label(row[config.setting])} for row in before["points"]
                     ]
             curve = fid_clip_curve(lines, label=facts["labels"]["fid"])
-            write_atomically(out / "curve.json", json.dumps(facts, indent=1))
             plot_curve(curve, out / "curve.png")
             _write_report(out, points, config.setting, [curve])
         process_group.barrier()

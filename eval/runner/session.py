@@ -55,6 +55,8 @@ class EvalSession:
         self.metrics = config.metrics or self.protocol.metrics
         check_metrics(self.metrics)
         config.check_source()
+        if config.train is not None:
+            open_images(config.train)  # an error at once, not after all images are measured
         if 0 < protocol.images < config.num:
             raise SettingError(
                 f"num is {config.num}, but protocol {protocol.name} measures {protocol.images} images; leave "

@@ -296,6 +296,8 @@ def test_two_curves_in_one_picture(job: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             run_curve(changed)
+    # The protocol is known at the end alone: what was measured until then is there.
+    assert len(json.loads((tmp_path / "seed" / "curve.json").read_text())["points"]) == 1
     with pytest.raises(SettingError, match=r"psi is 0\.5, but student .* has no styles to truncate"):
         run_curve(CurveRun(run=replace(run, out=str(tmp_path / "psi")), setting="psi", values=(0.5,)))
     with pytest.raises(SettingError, match="psi is 2; expected 0"):
@@ -339,6 +341,7 @@ def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
         ({"teacher": "x", "noise_scale": 0.5}, "noise_scale is a student's setting"),
         ({"student": "miniature", "every": True}, "--every goes over a run's checkpoints"),
         ({"images": "x", "keep": "y"}, "--keep saves what a sampler draws"),
+        ({"images": "x", "latency": True}, "--latency times a sampler"),
         (
             {"images": "x", "protocol": PROTOCOLS["localized-narratives-5k"], "num": 6000},
             "num is 6000, but protocol localized-narratives-5k measures 5000 images",
@@ -552,6 +555,13 @@ def test_a_network_of_the_user(job: Path, teacher: Path, tmp_path: Path, monkeyp
     protocol = replace(run.protocol, features="brightness:of")
     with pytest.raises(SettingError, match="unknown feature network 'brightness:of'"):
         run_evaluation(replace(run, features=None, protocol=protocol))
+
+
+def test_missing_training_pictures_are_an_error_before_the_first_image(job: Path, tmp_path: Path) -> None:
+    run = config(job, student=str(job / "run"), train=str(tmp_path / "absent"), out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="absent: no such file or folder"):
+        run_evaluation(run)
+    assert not (tmp_path / "out" / "work" / "parts").exists()
 
 
 def test_repeated_prompts_are_kept(tmp_path: Path) -> None:
