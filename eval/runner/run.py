@@ -55,11 +55,13 @@ def run_evaluation(config: EvalRun, progress: Progress = quiet) -> dict[str, Any
         source, evaluation = session.measure(config)
         # Every process measures its share of the training pictures.
         training_rows = _training_features(session) if report and config.train is not None else None
-        if config.latency:
-            timed = replace(evaluation.result, latency=latency(session, source))
-            evaluation = replace(evaluation, result=timed)
-        if process_group.rank() == 0:
-            _write(session, source, evaluation, training_rows)
+        try:
+            if config.latency:
+                timed = replace(evaluation.result, latency=latency(session, source))
+                evaluation = replace(evaluation, result=timed)
+        finally:  # the numbers are written even where the latency cannot be measured
+            if process_group.rank() == 0:
+                _write(session, source, evaluation, training_rows)
         process_group.barrier()
     return evaluation.result.to_json()
 

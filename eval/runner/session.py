@@ -399,6 +399,11 @@ class EvalSession:
             progress=self.progress,
         )
 
+    def _open_references(self) -> Reference | None:
+        """The reference, after the training pictures: a damaged one is an error before an image is drawn."""
+        _ = self.training  # a cached property
+        return self.reference
+
     def measure(self, config: EvalRun, checkpoint: Path | None = None) -> tuple[ImageSource, Evaluation]:
         """Evaluate one point: sample, measure, compute the numbers."""
         source, networks = self.source(config, checkpoint), self.networks
@@ -407,7 +412,7 @@ class EvalSession:
             self.protocol,
             networks,
             metrics=self.metrics,
-            reference=(lambda: self.reference) if self.has_reference else None,
+            reference=self._open_references if self.has_reference else None,
             other=self.other,
             count=self._count(source),
             allow_fewer=config.allow_fewer,

@@ -564,6 +564,22 @@ def test_missing_training_pictures_are_an_error_before_the_first_image(job: Path
     assert not (tmp_path / "out" / "work" / "parts").exists()
 
 
+def test_numbers_are_written_before_what_fails_after_them(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher is loaded for --latency when all is measured; training pictures are read before that."""
+    monkeypatch.setenv("D2G_CACHE", str(tmp_path / "cache"))
+    run = config(job, student=str(job / "run"), metrics=("fid",), out=str(tmp_path / "result.json"))
+    with pytest.raises(SettingError, match="solver is 'none'"):
+        run_evaluation(replace(run, latency=True, solver="none"))
+    assert json.loads((tmp_path / "result.json").read_text())["fid"] > 0
+    shutil.copytree(job / "photographs", tmp_path / "training")
+    (tmp_path / "training" / "00.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"00\.png"):
+        run_evaluation(replace(run, train=str(tmp_path / "training"), work=str(tmp_path / "work")))
+    assert not (tmp_path / "work" / "parts").exists()
+
+
 def test_repeated_prompts_are_kept(tmp_path: Path) -> None:
     """505 of COCO's 30,000 captions occur twice, and an image is sampled for each."""
     (tmp_path / "a.txt").write_text("one\n two \none\n\nthree\n")
