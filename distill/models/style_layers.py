@@ -326,7 +326,8 @@ class FourierInput(nn.Module):
 
     def forward(self, rows: int) -> Tensor:
         """Return the input of the first block for `rows` rows, [B, C, h, w]."""
-        mixed = torch.einsum("oc,chw->ohw", self.weight * len(self.phases) ** -0.5, self.features())
+        features = self.features().to(self.weight.dtype)
+        mixed = torch.einsum("oc,chw->ohw", self.weight * len(self.phases) ** -0.5, features)
         return mixed.expand(rows, *mixed.shape)
 
 

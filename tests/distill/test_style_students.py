@@ -222,6 +222,23 @@ def test_every_kind_draws_for_every_condition(kind: str, teacher: str, teachers:
     assert [n for n, p in student.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_draws_with_weights_in_bf16(kind: str, teachers: Mapping[str, str]) -> None:
+    """FSDP2 gathers them so, and evaluations with precision=bf16 do; buffers may stay in fp32."""
+    student = build(teachers["sd"], kind)
+    inputs = torch.randn(2, *student.noise_shape), conditioning(teachers["sd"], student)
+    with torch.no_grad():
+        exact = student(*inputs)
+        for parameter in student.network.parameters():
+            parameter.data = parameter.data.bfloat16()
+        half = student(*inputs)
+        student.network.to(torch.bfloat16)
+        buffers_too = student(*inputs)
+    for latents in (half, buffers_too):
+        assert latents.dtype == torch.float32
+        assert (latents - exact).square().mean().sqrt() < 0.05 * exact.std()
+
+
 def test_text_bypasses_the_mapping_and_spatial_noise_is_local(teachers: Mapping[str, str]) -> None:
     student = build(teachers["sd"], "stylegan-t")
     generator: Any = student.network
