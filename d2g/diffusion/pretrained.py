@@ -91,10 +91,13 @@ def load_model(name: str, component: str, dtype: torch.dtype = torch.float32) ->
 
 
 def _corrected(pipeline: Pipeline, component: str, module: Any) -> Any:
-    """The module, with the settings that the constructor of its pipeline overwrites."""
+    """The module, with the settings that the constructor of its pipeline overwrites, and as its family adapts
+    it.
+    """
     file = pipeline.component_dir(component) / "config.json"
     if changes := pipeline.family.corrected_config(component, read_json_object(file, COPY_AGAIN)):
         module.register_to_config(**changes)
+    pipeline.family.adapt(component, module)
     return module
 
 

@@ -182,3 +182,26 @@ def test_another_normalization_of_stage_c_is_refused(tmp_path: Path) -> None:
     tiny_teachers.edit(folder, "model_index.json", latent_mean=40.0)
     with pytest.raises(UserError, match=r"has latent_mean=40\.0; expected 42"):
         load_teacher(str(folder))
+
+
+@pytest.mark.parametrize("t", [987, 1000])
+def test_a_stage_in_bf16_reads_the_same_time(stages: tuple[Path, Path], t: int) -> None:
+    """diffusers multiplies the time by 10,000 in the type of the latents: in bf16 it would be another one."""
+    for folder in stages:
+        exact, half = (load_teacher(str(folder), "cpu", precision) for precision in ("fp32", "bf16"))
+        cond, x = exact.encode(["a", "b"]), noise(0, range(2), exact.latent_shape)
+        if exact.family.prior_family is not None:
+            channels = exact.family.prior_channels(exact.config)
+            cond = cond.with_prior(noise(1, range(2), (channels, 4, 4)))
+        expected, rounded = (
+            loaded.family.forward(
+                loaded.network, loaded.config, x.to(next(loaded.network.parameters()).dtype), t, cond, 1
+            )
+            for loaded in (exact, half)
+        )
+        assert (rounded.float() - expected).square().mean().sqrt() < 0.03 * expected.std()
+        # FSDP2 passes the time in bf16; the last one, 1, is exact there.
+        name = exact.family.time_embedding  # type: ignore[attr-defined]
+        embed = getattr(exact.network, name)
+        end = torch.ones(2)
+        torch.testing.assert_close(embed(end.bfloat16()), embed(end).bfloat16(), rtol=0, atol=0)

@@ -127,6 +127,9 @@ class Family(ABC):
         """
         return {}
 
+    def adapt(self, component: str, module: Any) -> None:  # noqa: B027
+        """Change a loaded component in place, where this project computes something else than diffusers."""
+
     @abstractmethod
     def conditioner(
         self,

@@ -1,7 +1,7 @@
 """Base of all stages of cascades: schedule, supported training stages, time input."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,15 @@ class CascadeFamily(Family):
     output_layers: tuple[str, ...]
     """Modules after the last block; a discriminator does not use them."""
 
+    time_embedding: str
+    """The method of its network that embeds r."""
+
+    def adapt(self, component: str, module: Any) -> None:
+        """Compute the embedding of r in fp32."""
+        if component == self.network:
+            embed = getattr(module, self.time_embedding)
+            setattr(module, self.time_embedding, ExactTimeEmbedding(module, embed))
+
     @abstractmethod
     def features(
         self, network: Any, x: Tensor, t: Tensor | float, cond: Conditioning, extra: Tensor | None = None
@@ -56,10 +65,26 @@ class CascadeFamily(Family):
 
 
 def time_ratio(x: Tensor, t: Tensor | float) -> Tensor:
-    """The continuous time r of timesteps of `CosineSchedule`, a tensor [B] in the dtype of x, as diffusers'
-    pipelines feed it."""
+    """The continuous time r of timesteps of `CosineSchedule`, a tensor [B] in fp32 on the device of x."""
     times = t.to(x.device) if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
-    return (times.double() / COSINE_STEPS).to(x.dtype)
+    return (times.double() / COSINE_STEPS).float()
+
+
+class ExactTimeEmbedding:
+    """The sinusoidal embedding of r by a stage's network, computed in fp32.
+
+    In bf16 the embedding would be that of another time: it multiplies r by 10,000, which rounds to 9,984. A
+    student trained by FSDP2 would then draw other images in fp32.
+    """
+
+    def __init__(self, network: nn.Module, embed: Callable[..., Tensor]) -> None:
+        self.network, self.embed = network, embed
+
+    def __call__(self, ratio: Tensor) -> Tensor:
+        """r [B] -> its embedding [B, D] in the dtype of r, or of the network's weights where r is fp32."""
+        exact = ratio.dtype in (torch.float32, torch.float64)
+        dtype = next(self.network.parameters()).dtype if exact else ratio.dtype
+        return self.embed(ratio if exact else ratio.float()).to(dtype)
 
 
 def run_cascade_block(block: Any, x: Tensor, skip: Tensor | None, time: Tensor, text: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class StableCascadeFamily(CascadeFamily):
 
     block_types = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
     output_layers = ("clf",)
+    time_embedding = "get_timestep_ratio_embedding"
 
     @abstractmethod
     def text(self, config: Any, x: Tensor, cond: Conditioning) -> dict[str, Tensor]:

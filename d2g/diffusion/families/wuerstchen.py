@@ -48,6 +48,7 @@ class WuerstchenFamily(CascadeFamily):
 
     text_width: str
     """The setting of the network with the width of its text."""
+    time_embedding = "gen_r_embedding"
 
     def check(self, pipeline: Pipeline, config: Any, space: LatentSpace) -> tuple[int, int, int]:
         """The latent shape. Refuses networks whose latents are not those of the autoencoder."""
