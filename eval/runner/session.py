@@ -311,7 +311,9 @@ class EvalSession:
             prior=config.prior,
             guidance=_without_zero(config.guidance),
         )
-        alone = self.other is None and not config.latency
+        # What is drawn beside it is the same at every point of a curve.
+        of_point = config.guidance != self.config.guidance
+        alone = of_point or (self.other is None and not config.latency)
         if config.guidance is not None and "guidance" not in source.facts and alone:
             raise SettingError(
                 f"guidance is {config.guidance:g}, but student {name} has its guidance in its weights; leave "

@@ -236,7 +236,10 @@ def test_a_student_imitates_the_guidance_scale_that_is_given(
     assert [result["source"]["guidance"] for result in (at_8, at_2)] == [8.0, 2.0]
     parts = student_source(guided, SamplingRequest(prompts=["a"])).parts
     assert parts is not None and parts(2)["network"]() is not None, "for --latency"
-    # A student without such an input draws the same at any scale.
+    # A student without such an input draws the same at any scale, also in a curve beside its teacher.
+    beside = config(job, student=str(job / "run"), metrics=("fid", "clip", "psnr"), out=str(tmp_path / "c"))
+    with pytest.raises(SettingError, match=r"guidance is 1, but student .* has its guidance in its weights"):
+        run_curve(CurveRun(run=beside, setting="guidance", values=(1.0, 2.0)))
     with pytest.raises(SettingError, match=r"guidance is 2, but student .* has its guidance in its weights"):
         run_evaluation(config(job, student=str(job / "run"), metrics=("fid",), guidance=2.0))
 
