@@ -43,6 +43,7 @@ def ledger_row(
     - pairs: number of pairs; pair_evaluations: the teacher's network evaluations for them.
     - device_hours: of the runs. pair_hours: of generating the pairs, from the caller: no store records them.
     - kg_co2: emissions of both; pairs_share: the share of the pairs.
+    - protocols: of the scores, with their digests; numbers under different ones do not compare.
     - gap: why earlier runs are missing; "" if all are present.
     - scores: results of this student (`own_results`).
 
@@ -62,7 +63,8 @@ def ledger_row(
         "student": student,
         "parameters": sum(t.numel() for t in weights.values() if t.is_floating_point()),
         "steps": 1,
-        **{key: _number(results, key) for key in SCORES},
+        **{key: _number(results, key, student) for key in SCORES},
+        "protocols": _protocols(results),
         "samples": sum(stage.config.train.images for stage in history.stages) or None,
         "pairs": sum(spec.num_pairs for spec in specs) if not missing else None,
         "pair_evaluations": teacher_evaluations(specs) if not missing else None,
@@ -75,7 +77,20 @@ def ledger_row(
     }
 
 
-def _number(results: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """The number of the first result that has it."""
-    values = (result.get(key, result.get("extra", {}).get(key)) for result in results)
-    return next((float(value) for value in values if isinstance(value, int | float)), None)
+def _protocols(results: Sequence[Mapping[str, Any]]) -> str | None:
+    """Names and digests of the protocols of results; None without results."""
+    names = dict.fromkeys(f"{result['protocol']} {result['protocol_sha256'][:12]}" for result in results)
+    return ", ".join(names) or None
+
+
+def _number(results: Sequence[Mapping[str, Any]], key: str, student: str) -> float | None:
+    """The number of the results that have it; None if none has.
+
+    Raises UserError for different values: of other protocols, guidance scales or truncations.
+    """
+    found = (result.get(key, result.get("extra", {}).get(key)) for result in results)
+    values = list(dict.fromkeys(float(value) for value in found if isinstance(value, int | float)))
+    if len(values) > 1:
+        listed = ", ".join(f"{value:g}" for value in values)
+        raise UserError(f"--scores has several {key} of student {student}: {listed}; give one of them")
+    return values[0] if values else None

@@ -58,6 +58,18 @@ def test_what_nobody_recorded_is_not_counted(run: Path, tmp_path: Path) -> None:
     assert "not recorded" in rows[1]["gap"] and rows[1]["parameters"] == rows[0]["parameters"]
 
 
+def test_two_results_with_one_number_are_refused(run: Path, tmp_path: Path) -> None:
+    """They may be of other protocols, guidance scales or truncations; equal ones, and other numbers, fit."""
+    files = [save_result(run, tmp_path / f"{number}.json", fid=number) for number in (3.5, 9.0)]
+    with pytest.raises(UserError, match=r"--scores has several fid of student .*: 3\.5, 9; give one of them"):
+        ledger_rows([str(run)], files, CardOptions())
+    other = save_result(run, tmp_path / "clip.json", clip_score=0.3)
+    (row,) = ledger_rows([str(run)], [files[0], files[0], other], CardOptions())
+    assert (row["fid"], row["clip_score"]) == (3.5, 0.3)
+    assert row["protocols"] == "p 0", "numbers of students under different protocols do not compare"
+    assert ledger_rows([str(run)], [], CardOptions())[0]["protocols"] is None
+
+
 def test_foreign_results_and_overheads_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(
         json.dumps({"protocol": "p", "protocol_sha256": "0", "source": {"kind": "images"}})
