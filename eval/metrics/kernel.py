@@ -15,8 +15,8 @@ class KernelDistance:
     """Mean over random subsets of the unbiased squared MMD, its standard error, and the number of subsets.
 
     Random subsets overlap, so the error divides their deviation by the root of the number of disjoint subsets
-    that fit into the rows. Where one subset holds all rows, the error comes from the delta method: other
-    samples of the first set, with the second set fixed.
+    that fit into the rows. Where one subset holds all rows of a set, the error comes from the delta method:
+    other samples of the first set, with the second set fixed.
     """
 
     mean: float
@@ -47,10 +47,12 @@ def kernel_distance(
     # Subsets overlap, so only as many as fit side by side count as independent.
     disjoint = max(1, min(subsets, min(len(a), len(b)) // size))
     all_rows = size == min(len(a), len(b))
+    # The mean over subsets is of more rows of `a` than one subset, if `a` is the larger set.
+    averaged = max(1.0, min(subsets, len(a) / size))
     return KernelDistance(
         mean=values.mean().item(),
         deviation=deviation,
-        standard_error=_delta_error(x, y) if all_rows else deviation / disjoint**0.5,
+        standard_error=_delta_error(x, y) / averaged**0.5 if all_rows else deviation / disjoint**0.5,
         subsets=subsets,
         size=size,
     )

@@ -46,6 +46,24 @@ def test_if_a_subset_is_all_rows_the_error_equals_the_deviation_over_draws() -> 
     assert float(np.mean([draw.standard_error for draw in draws])) == pytest.approx(deviation, rel=0.3)
 
 
+@pytest.mark.parametrize("generated", [800, 150])
+def test_the_error_counts_all_generated_rows_where_a_subset_is_the_whole_reference(generated: int) -> None:
+    """Many images against a small reference: each subset holds a part of the images."""
+
+    def rows(count: int, seed: int) -> torch.Tensor:
+        return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+
+    real = rows(100, 1_000_000)
+    draws = [
+        kernel_distance(
+            rows(generated, seed) + 0.2, real, torch.Generator().manual_seed(seed), subsets=30, size=100
+        )
+        for seed in range(100)
+    ]
+    deviation = float(np.std([draw.mean for draw in draws], ddof=1))
+    assert float(np.mean([draw.standard_error for draw in draws])) == pytest.approx(deviation, rel=0.2)
+
+
 def test_polynomial_mmd_equals_the_double_sum_torch_fidelity_and_torchmetrics() -> None:
     a, b = rows(5, 3, 1), rows(5, 3, 2)
 
