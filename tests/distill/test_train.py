@@ -126,11 +126,17 @@ def losses_of(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in curve(run)[:6]]
 
 
+BF16_TOLERANCE = 5e-3
+"""E-LatentLPIPS in bf16 differs between CPUs: by 1.6e-3 between an AMD EPYC and an Intel Xeon with AMX."""
+
+
 def assert_golden(stage: str, run: Path, tolerance: float) -> None:
     losses, expected = losses_of(run), json.loads((GOLDEN / f"distill_{stage}.json").read_text())
     assert [line.keys() for line in losses] == [line.keys() for line in expected]
+    tolerances = {"loss/e_latent_lpips": max(tolerance, BF16_TOLERANCE)}
     for line, expected_line in zip(losses, expected, strict=True):
-        assert line == pytest.approx(expected_line, rel=tolerance)
+        for name, value in expected_line.items():
+            assert line[name] == pytest.approx(value, rel=tolerances.get(name, tolerance)), name
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])

@@ -233,7 +233,7 @@ def test_too_few_images_are_refused_or_noted() -> None:
         measure(source(90, 2), protocol, count=20)
     fewer = measure(source(30, 2), protocol, allow_fewer=True)
     assert "30 images, the protocol has 40: not comparable with published numbers" in fewer.notes
-    with pytest.raises(UserError, match=r"got 1 image\(s\) to evaluate; expected at least 2"):
+    with pytest.raises(UserError, match=r"got 1 image to evaluate; expected at least 2"):
         measure(source(1, 2))
     with pytest.raises(UserError, match="got no images at all"):
         batch_source("none", [])
