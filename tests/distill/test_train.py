@@ -39,6 +39,8 @@ from jobs import BATCH, d2g, d2g_ranks, distill_arguments, distill_config, make_
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMON = (
+    # With seed 0, E-LatentLPIPS of the fifth step differs by 1e-3 between CPUs, and by 1e-6 in the others.
+    "seed=1",
     "optim.warmup_images=24",
     "optim.decay_images=200",
     "optim.clip_norm=5",
@@ -126,17 +128,11 @@ def losses_of(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k.startswith("loss/")} for line in curve(run)[:6]]
 
 
-BF16_TOLERANCE = 5e-3
-"""E-LatentLPIPS in bf16 differs between CPUs: by 1.6e-3 between an AMD EPYC and an Intel Xeon with AMX."""
-
-
 def assert_golden(stage: str, run: Path, tolerance: float) -> None:
     losses, expected = losses_of(run), json.loads((GOLDEN / f"distill_{stage}.json").read_text())
     assert [line.keys() for line in losses] == [line.keys() for line in expected]
-    tolerances = {"loss/e_latent_lpips": max(tolerance, BF16_TOLERANCE)}
     for line, expected_line in zip(losses, expected, strict=True):
-        for name, value in expected_line.items():
-            assert line[name] == pytest.approx(value, rel=tolerances.get(name, tolerance)), name
+        assert line == pytest.approx(expected_line, rel=tolerance)
 
 
 @pytest.mark.parametrize("stage", ["ode", "gan"])
