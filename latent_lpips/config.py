@@ -169,7 +169,7 @@ class CalibrateConfig:
     dropout: float = setting(0.5, "Dropout probability before the heads", source="Zhang et al. 2018")
     held_out: float = setting(
         0.1,
-        "Share of the pictures whose judgments are kept for scoring; unused where the data has val/",
+        "Share of the pictures held out for scoring, with all their judgments; unused if the data has val/",
     )
 
     def __post_init__(self) -> None:

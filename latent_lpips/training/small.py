@@ -72,7 +72,10 @@ def split_rows(count: int, held_out: float, seed: int, what: str = "samples") ->
     fewer than 2 rows.
     """
     if count < 2:
-        raise UserError(f"{what}: {count}, expected at least 2, some of which are held out; give more data")
+        raise UserError(
+            f"the number of {what} is {count}; expected at least 2, because some are held out for scoring: "
+            "give more data"
+        )
     order = torch.randperm(count, generator=generator(seed, Stream.HELD_OUT_SPLIT))
     num_held_out = min(max(1, round(count * held_out)), count - 1)
     return order[num_held_out:], order[:num_held_out]

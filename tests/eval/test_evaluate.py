@@ -358,7 +358,7 @@ def test_compare_refuses_results_of_different_protocols() -> None:
 
 
 def test_every_two_results_of_a_table_must_compare() -> None:
-    """The first one lacks the reference of which the others have different ones."""
+    """The first result has no reference; the other two have different ones."""
     a, b = measure(source(30, 2)), measure(source(30, 3))
     clip_only = measure(
         source(30, 3), networks=Networks(clip=color_clip()), metrics=("clip",), reference=None

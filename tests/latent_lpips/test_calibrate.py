@@ -114,7 +114,7 @@ def test_no_picture_is_on_both_sides_of_the_split(data: Path, teacher: Path, tmp
     # Twelve judgments of one picture leave nothing to hold out.
     for file in split.rglob("*.*.*"):
         file.rename(file.with_name(f"0{file.name[1:]}"))
-    with pytest.raises(UserError, match="distinct pictures: 1, expected at least 2"):
+    with pytest.raises(UserError, match="the number of distinct pictures is 1; expected at least 2"):
         calibrate_folder(config(split, teacher), tmp_path / "one")
 
 

@@ -111,7 +111,7 @@ def test_split_is_disjoint_complete_and_repeatable() -> None:
     train, held = split_rows(40, 0.1, 3)
     assert sorted(train.tolist() + held.tolist()) == list(range(40)) and len(held) == 4
     assert torch.equal(split_rows(40, 0.1, 3)[1], held)
-    with pytest.raises(UserError, match="samples: 1, expected at least 2"):
+    with pytest.raises(UserError, match="the number of samples is 1; expected at least 2"):
         split_rows(1, 0.1, 0)
 
 
