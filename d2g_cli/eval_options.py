@@ -159,23 +159,22 @@ def refuse_unused_options(options: SamplerOptions, config: Any) -> None:
     if not any((config.student, config.images, config.pipeline, config.teacher)):
         return  # the evaluation says what is missing
     teacher, pipeline = _draws_teacher(config), config.pipeline is not None
-    # Of students, only some take a guidance scale: the evaluation refuses it for the others.
-    effective = {
-        "steps": teacher or pipeline,
-        "guidance": teacher or pipeline or config.student is not None,
-        **dict.fromkeys(("solver", "prior_steps", "prior_guidance"), teacher),
-        "precision": teacher or not config.images,
+    without_solver = (
+        "has an effect only on a teacher that is drawn; leave it out, or give --teacher alone, --latency, "
+        "or a metric that compares with the teacher, such as psnr"
+    )
+    # Name -> whether it has an effect, and what it lacks. Of students, only some take a guidance scale: the
+    # evaluation refuses it for the others.
+    settings = {
+        "steps": (teacher or pipeline, without_solver),
+        "guidance": (teacher or pipeline or config.student is not None, without_solver),
+        **dict.fromkeys(("solver", "prior_steps", "prior_guidance"), (teacher, without_solver)),
+        "precision": (teacher or not config.images, "has no effect on --images; leave it out"),
     }
     by_set = {assignment.partition("=")[0].strip() for assignment in options.sets or []}
-    for name, has_effect in effective.items():
-        if has_effect or (name not in by_set and getattr(options, name, None) is None):
-            continue
-        if name == "precision":
-            raise SettingError("precision is set, but --images are measured as they are; leave it out")
-        raise SettingError(
-            f"{name} is set, but has an effect only on a teacher that is drawn; leave it out, or give "
-            "--teacher alone, --latency, or a metric that compares with the teacher, such as psnr"
-        )
+    for name, (has_effect, reason) in settings.items():
+        if not has_effect and (name in by_set or getattr(options, name, None) is not None):
+            raise SettingError(f"{name} is set, but {reason}")
 
 
 def _draws_teacher(config: Any) -> bool:

@@ -53,7 +53,7 @@ def score_table(result: Mapping[str, Any]) -> dict[str, Any]:
         "digest": result["protocol_sha256"][:16],
         "counts": ", ".join(f"{count:,} {name}" for name, count in result.get("counts", {}).items()),
         "subject": _subject(_source(result)),
-        "drawn_how": _drawn_how(_source(result)),
+        "sampling": _sampling_settings(_source(result)),
         "measured_on_weights": _source(result)["kind"] == "student",
         "numbers": {name: value for name, value in numbers.items() if isinstance(value, int | float)},
     }
@@ -72,7 +72,7 @@ def eval_results(table: Mapping[str, Any], task: str) -> list[Any]:
         EvalResult(
             task_type=task,
             dataset_type=table["protocol"],
-            dataset_name=f"{table['protocol']} ({table['digest']}{table['drawn_how']})",
+            dataset_name=f"{table['protocol']} ({table['digest']}{table['sampling']})",
             metric_type=name,
             metric_value=value,
             verified=False,
@@ -87,11 +87,11 @@ def _subject(source: Mapping[str, Any]) -> str:
     if source["kind"] == "images":
         name = Path(str(source.get("name", ""))).name
         return f"the images in `{name}`, which nobody has checked to be this student's"
-    return f"these weights{_drawn_how(source)}"
+    return f"these weights{_sampling_settings(source)}"
 
 
-def _drawn_how(source: Mapping[str, Any]) -> str:
-    """The settings other than the usual ones with which a student drew its images, each after a comma."""
+def _sampling_settings(source: Mapping[str, Any]) -> str:
+    """How a student drew its images where that is not usual: precision, guidance, truncation; "" if it is."""
     precision, scale = source.get("precision", "fp32"), source.get("noise_scale", 1.0)
     text = f", in {precision}" if precision != "fp32" else ""
     guidance = source.get("guidance")

@@ -167,7 +167,7 @@ def test_version_in_a_new_process() -> None:
         ("eval run --student x --against . --metrics psnr --steps 5", "steps is set, but has an effect only"),
         ("eval run --student x --prior y --prior-steps 5", "prior_steps is set, but has an effect only on a"),
         ("eval run --images x --guidance 2", "guidance is set, but has an effect only on a teacher"),
-        ("eval run --images x --set precision=bf16", "precision is set, but --images are measured as they"),
+        ("eval run --images x --set precision=bf16", "precision is set, but has no effect on --images"),
         ("eval run --pipeline x --set solver=heun", "solver is set, but has an effect only on a teacher"),
         ("eval curve --student x --out x --over psi=1 --steps 5", "steps is set, but has an effect only"),
         ("eval stats --images x --out x.npz", "expected a name ending in .safetensors"),
