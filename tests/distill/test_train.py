@@ -364,8 +364,8 @@ def test_another_config_is_refused_with_the_changed_settings(
     unbroken: dict[str, Path], teacher: Path, pairs: Path
 ) -> None:
     config = config_of("ode", teacher, pairs, unbroken["ode"].parent)
-    other = replace(config, seed=1, optim=replace(config.optim, lr=3e-4))
-    with pytest.raises(UserError, match=r"another config: optim\.lr \(0\.0001 -> 0\.0003\), seed \(0 -> 1\)"):
+    other = replace(config, seed=2, optim=replace(config.optim, lr=3e-4))
+    with pytest.raises(UserError, match=r"another config: optim\.lr \(0\.0001 -> 0\.0003\), seed \(1 -> 2\)"):
         train(other, unbroken["ode"])
 
 
