@@ -56,6 +56,12 @@ class DiscriminatorConfig:
         source="Table A1",
         recipe=True,
     )
+    adaptive_weight: bool = setting(
+        False,
+        "Scale the GAN loss in each step so that the norm of its gradient is weight times that of the other "
+        "losses, with respect to the student's latents; the paper's weight is constant",
+        source="Esser et al. 2021, eq. 7",
+    )
     loss: GanLoss = setting(
         "ns",
         "GAN loss: ns non-saturating, hinge (Lim and Ye 2017), rpgan relativistic pairs (R3GAN)",

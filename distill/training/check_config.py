@@ -29,8 +29,19 @@ def validate_config(config: DistillConfig) -> None:
         )
     if config.adversarial and config.gan.real_fraction and not config.gan.real:
         raise SettingError("gan.real is not set; give the folder of real images, --set gan.real=FOLDER")
+    if config.adversarial and config.gan.adaptive_weight:
+        _check_adaptive_weight(config)
     microbatch_size(config, process_group.world_size())
     check_loggers(config.train.loggers)
+
+
+def _check_adaptive_weight(config: DistillConfig) -> None:
+    """Raise SettingError where the GAN loss is the only loss of the student."""
+    if not config.regression.losses and not config.clip_guidance.weight:
+        raise SettingError(
+            "gan.adaptive_weight is true, but regression.losses is [] and clip_guidance.weight 0, so there is "
+            "no loss to which the GAN loss could be scaled; set one of them, or gan.adaptive_weight=false"
+        )
 
 
 def _check_without_pairs(config: DistillConfig) -> None:

@@ -51,7 +51,7 @@ from distill.training.optim import optimizer
 
 N = TypeVar("N", bound=nn.Module)
 
-ADDED_LATER = ("channel_base", "channel_max", "feature_heads")
+ADDED_LATER = ("adaptive_weight", "channel_base", "channel_max", "feature_heads")
 """Settings of `gan` that the first checkpoints of version 0.2.0 lack. Their defaults build the same networks
 as before, so digests leave them out at their defaults. Add each new setting of `gan` here.
 """

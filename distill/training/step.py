@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from d2g.core.distributed import process_group
 from d2g.core.precision import exact_fp32
 from distill.config.discriminator import DiscriminatorConfig
 from distill.config.optim import OptimConfig
@@ -236,34 +237,88 @@ def generator_step(
     The losses: regression to the teacher's latents, in the GAN stage the adversarial loss of the frozen D
     (method.md "GAN losses"), and CLIP guidance if it has a weight.
     """
-    state, gan, discriminator = context.state, context.gan, context.state.discriminator
+    state, gan = context.state, context.gan
+    gradients: Sequence[Tensor] = ()
+    if gan.adaptive_weight and state.discriminator is not None:
+        gradients = balanced_gradients(context, microbatches, terms)
     for number, microbatch in enumerate(microbatches):
         with state.student.no_sync(number < len(microbatches) - 1):
             if not reuse_student_pass:
                 microbatch.generated = generate(context, microbatch)
 
-            # Losses of the latents. Detached latents end their graphs here, before the student.
-            latents = microbatch.generated.detach().requires_grad_()
-            loss, values = context.regression(latents, microbatch.target, microbatch.transforms)
-            if discriminator is not None:
-                values["loss/g_gan"] = adversarial_loss(context, number, microbatch, latents)
-                loss = loss + gan.weight * values["loss/g_gan"]
-            if context.clip_guidance is not None:
-                with context.autocast():
-                    values["loss/clip"] = context.clip_guidance(
-                        latents, microbatch.clip_text, microbatch.clip_crops, microbatch.clip_texts
-                    )
-                loss = loss + context.clip_weight * values["loss/clip"]
-            terms.add({**values, "loss/g": loss})
-
             # Backward in two parts: D's graph is freed before the student's backward pass begins.
-            (grad_latents,) = torch.autograd.grad(loss, latents, one_or_nan(loss))
-            microbatch.generated.backward(grad_latents / len(microbatches))
+            gradient = (
+                gradients[number] if gradients else weighted_gradient(context, number, microbatch, terms)
+            )
+            microbatch.generated.backward(gradient / len(microbatches))
 
     # Optimizer step, then the moving average.
     update_network(context, "grad/g", terms)
     state.student.module.after_update(state.steps)  # type: ignore[operator]
     state.ema.update(state.student.module, state.nimg + context.batch_size)
+
+
+def student_losses(
+    context: StepContext, number: int, microbatch: MicroBatch, latents: Tensor
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Compute the student's losses of its latents [b, C, h, w].
+
+    Returns (the weighted sum of regression and CLIP guidance, the GAN loss without its weight or None in the
+    regression stage, all unweighted losses by name). `number`: position of the micro-batch in the step.
+    """
+    loss, values = context.regression(latents, microbatch.target, microbatch.transforms)
+    gan_loss = None
+    if context.state.discriminator is not None:
+        gan_loss = values["loss/g_gan"] = adversarial_loss(context, number, microbatch, latents)
+    if context.clip_guidance is not None:
+        with context.autocast():
+            values["loss/clip"] = context.clip_guidance(
+                latents, microbatch.clip_text, microbatch.clip_crops, microbatch.clip_texts
+            )
+        loss = loss + context.clip_weight * values["loss/clip"]
+    return loss, gan_loss, values
+
+
+def weighted_gradient(context: StepContext, number: int, microbatch: MicroBatch, terms: LossTerms) -> Tensor:
+    """Compute the gradient [b, C, h, w] of the weighted sum of losses with respect to the student's latents.
+
+    Detached latents end the graphs of the losses before the student.
+    """
+    latents = microbatch.generated.detach().requires_grad_()
+    loss, gan_loss, values = student_losses(context, number, microbatch, latents)
+    if gan_loss is not None:
+        loss = loss + context.gan.weight * gan_loss
+    terms.add({**values, "loss/g": loss})
+    (gradient,) = torch.autograd.grad(loss, latents, one_or_nan(loss))
+    return gradient
+
+
+def balanced_gradients(
+    context: StepContext, microbatches: Sequence[MicroBatch], terms: LossTerms
+) -> list[Tensor]:
+    """Compute the gradients of each micro-batch's losses, with an adaptive weight of the GAN loss.
+
+    The weight is `gan.weight` |grad L| / (|grad L_GAN| + 1e-6), where L are the other losses (Esser et al.
+    2021, eq. 7, which takes the gradients of the last layer; here they are those of the student's latents).
+    The norms are over all rows of the step, so the losses come before the student's passes with gradients.
+    `terms` receives the weight as `gan/weight`.
+    """
+    losses, gradients = [], []
+    for number, microbatch in enumerate(microbatches):
+        latents = microbatch.generated.detach().requires_grad_()
+        loss, gan_loss, values = student_losses(context, number, microbatch, latents)
+        assert gan_loss is not None
+        terms.add(values)
+        losses.append((loss.detach(), gan_loss.detach()))
+        gradients.append([torch.autograd.grad(x, latents, one_or_nan(x))[0] for x in (loss, gan_loss)])
+
+    # The norms are over all rows of the step, of all processes.
+    squares = [torch.stack([grad.float().square().sum() for grad in both]) for both in gradients]
+    norm, gan_norm = process_group.sum_in_order(torch.stack(squares).sum(0)).sqrt()
+    weight = context.gan.weight * norm / (gan_norm + 1e-6)
+    terms.set("gan/weight", weight)
+    terms.add({"loss/g": torch.stack([loss + weight * gan_loss for loss, gan_loss in losses]).mean()}, 1.0)
+    return [gradient + weight * gan_gradient for gradient, gan_gradient in gradients]
 
 
 def adversarial_loss(context: StepContext, number: int, microbatch: MicroBatch, latents: Tensor) -> Tensor:

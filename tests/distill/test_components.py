@@ -39,6 +39,7 @@ OPTIONS = (
     "gan.multi_scale_input=false",
     "gan.multi_scale_output=false",
     "gan.output_head=true",
+    "gan.adaptive_weight=true",
     "regression.losses=[]",
     "init=teacher",
     "gan.freeze_backbone=true",

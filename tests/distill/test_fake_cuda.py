@@ -61,7 +61,8 @@ LATE = [{"d2g/core/transfer.py read: waits for an event": 1}]
                 "ode",
                 "ode optim.name=radam",
                 "ode optim.name=adamw_8bit engine.offload_optimizer=true student.lora_rank=2",
-                "gan gan.penalty=approx engine.gradient_accumulation=2 data.text_cache=4",
+                "gan gan.penalty=approx gan.adaptive_weight=true engine.gradient_accumulation=2 "
+                "data.text_cache=4",
             )
         ),
     ],
