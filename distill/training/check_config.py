@@ -39,8 +39,8 @@ def _check_adaptive_weight(config: DistillConfig) -> None:
     """Raise SettingError where the GAN loss is the only loss of the student."""
     if not config.regression.losses and not config.clip_guidance.weight:
         raise SettingError(
-            "gan.adaptive_weight is true, but regression.losses is [] and clip_guidance.weight 0, so there is "
-            "no loss to which the GAN loss could be scaled; set one of them, or gan.adaptive_weight=false"
+            "gan.adaptive_weight is true, but regression.losses is [] and clip_guidance.weight 0; expected "
+            "another loss, to which the GAN loss is scaled; set one, or gan.adaptive_weight=false"
         )
 
 
