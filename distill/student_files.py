@@ -120,6 +120,18 @@ def pairs_guidance(name: str, teacher: str) -> float | None:
     return float(facts["guidance"]) if "guidance" in facts else None
 
 
+def student_prediction(name: str) -> str:
+    """What the network of a student predicts, such as "epsilon": as its pairs record it, or as the scheduler
+    of its teacher says if that is on this disk; "" if it is not known."""
+    _, _, facts = _student_facts(name)
+    stores = facts.get("inputs", {}).get("pairs", [])
+    if stores and "prediction_type" in (recorded := stores[0].get("teacher_facts", {})):
+        return str(recorded["prediction_type"])
+    teacher = str(facts.get("teacher", ""))
+    here = teacher in pretrained.SHIPPED or (Path(teacher) / "model_index.json").is_file()
+    return pretrained.load_any_schedule(teacher).prediction if here else ""
+
+
 def condition_teacher(name: str) -> str:
     """The denoiser's sha256 of the teacher whose latents conditioned the pairs of a student; "" for none."""
     _, _, facts = _student_facts(name)

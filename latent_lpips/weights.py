@@ -18,6 +18,7 @@ from d2g.core.config import from_json, to_json
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.machine_errors import raise_machine_error
+from d2g.diffusion.latents import latent_space
 from latent_lpips.config import LPIPSConfig, Precision
 from latent_lpips.distance import LatentLPIPS, require_nonnegative_heads
 from latent_lpips.official_checkpoints import CHECKPOINT_SUFFIXES, check_state_dict, read_official_checkpoint
@@ -121,6 +122,30 @@ def read_lpips_meta(path: str | Path) -> dict[str, Any]:
         return read_official_checkpoint(path)[1]
     meta: dict[str, Any] = _read_config(_complete_folder(path)).get("meta", {})
     return meta
+
+
+def latent_scale(vae: Any) -> dict[str, float]:
+    """Scale and shift of an autoencoder's latents, for the metadata of a metric that is trained on them; {}
+    for a tiny autoencoder, whose raw latents are already scaled."""
+    if "Tiny" in type(vae).__name__:
+        return {}
+    space = latent_space(vae)
+    return {"scaling_factor": space.scale, "shift_factor": space.shift}
+
+
+def require_latent_scale(path: str | Path, meta: Mapping[str, Any], vae: Any, name: str) -> None:
+    """Raise UserError if the metadata of weights records another scale than that of the latents of `vae`,
+    which is called `name`."""
+    scale = latent_scale(vae)
+    if "scaling_factor" not in meta or not scale:
+        return
+    expected = {key: float(meta.get(key) or 0.0) for key in scale}
+    if any(abs(expected[key] - scale[key]) > 1e-6 for key in scale):
+        raise UserError(
+            f"{path}: these weights take latents of scale {expected['scaling_factor']:g} and "
+            f"shift {expected['shift_factor']:g}, {name} has {scale['scaling_factor']:g} and "
+            f"{scale['shift_factor']:g}; give that latent space's autoencoder, or weights of this one"
+        )
 
 
 def _complete_folder(path: str | Path) -> Path:

@@ -45,6 +45,7 @@ from distill.student_files import (
     load_student_weights,
     stored_tensors,
     student_folder,
+    student_prediction,
 )
 from distill.training.inputs import weights_sha256_of
 from distill.training.optim import optimizer
@@ -306,8 +307,15 @@ def _expect_kind(init: str, kind: str) -> None:
         )
 
 
-def _expect_timestep(init: str, student: DiffusionStudent) -> None:
-    """Raise SettingError if the student `init` is evaluated at another timestep than this run's."""
+def _expect_formula(init: str, student: DiffusionStudent) -> None:
+    """Raise SettingError if the student `init` is evaluated at another timestep than this run's, or if its
+    network predicts something else."""
+    prediction, expected = student_prediction(init), student.schedule.prediction
+    if prediction not in ("", expected):
+        raise SettingError(
+            f"init is {init}, a student whose network makes a prediction of type {prediction}, but this "
+            f"run's teacher has {expected}; give a student of this teacher, or the teacher of that student"
+        )
     timestep = student_folder(init)[2]
     if student.schedule.one_step(timestep) != student.point:
         raise SettingError(
@@ -326,7 +334,7 @@ def _build_student(config: DistillConfig, fresh: bool) -> Student:
     if config.init not in ("", FROM_TEACHER) and fresh:
         _expect_kind(config.init, config.student.kind)
         if isinstance(student, DiffusionStudent):
-            _expect_timestep(config.init, student)
+            _expect_formula(config.init, student)
         load_student_weights(student, config.init, conditioner)
     if student.guided and not takes_guidance(config.teacher, config.student):
         raise SettingError(

@@ -18,7 +18,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator
 from d2g.core.tracking.run_directory import RunLog, sole_owner
 from d2g.diffusion import pretrained
-from d2g.diffusion.latents import encode, latent_space
+from d2g.diffusion.latents import encode
 from latent_lpips import weights
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.training.bapps import (
@@ -175,17 +175,7 @@ def open_metric(path: str, latents: str, vae: Any, device: torch.device) -> Late
             f"(sha256 {expected[:12]}), "
             f"got {latents} ({sha256[:12]}); give that autoencoder, or weights of this one"
         )
-    if (
-        "scaling_factor" in meta and "Tiny" not in type(vae).__name__
-    ):  # a tiny autoencoder's latents are already scaled
-        space = latent_space(vae)
-        expected_scale, scale = (meta["scaling_factor"], meta["shift_factor"]), (space.scale, space.shift)
-        if any(abs(a - b) > 1e-6 for a, b in zip(expected_scale, scale, strict=True)):
-            raise UserError(
-                f"{path}: these weights take latents of scale {expected_scale[0]:g} and "
-                f"shift {expected_scale[1]:g}, "
-                f"{latents} has {scale[0]:g} and {scale[1]:g}; give that latent space's autoencoder"
-            )
+    weights.require_latent_scale(path, meta, vae, latents)
     return metric
 
 

@@ -70,6 +70,7 @@ class _Job:
     train_latents: LatentStream
     val_latents: LatentStream
     vae_sha256: str
+    latent_scale: dict[str, float]
     network: LPIPSConfig
     model: VGG16
     optimizer: torch.optim.Optimizer
@@ -209,6 +210,7 @@ def _set_up(
         train_latents=train_latents,
         val_latents=val_latents,
         vae_sha256=sha256,
+        latent_scale=weights.latent_scale(vae),
         network=network,
         model=model,
         optimizer=build_optimizer(model, config),
@@ -287,6 +289,7 @@ def _save_metric(job: _Job, out: Path, scores: dict[str, Any]) -> None:
         "trained_on": job.train.name,
         "autoencoder": job.config.latents,
         "autoencoder_sha256": job.vae_sha256,
+        **job.latent_scale,
     }
     trunk = job.model.eval().cpu().to(memory_format=torch.contiguous_format)
     weights.save_lpips(LatentLPIPS(job.network, trunk), out, {**meta, **scores, "calibrated": False})

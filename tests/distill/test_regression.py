@@ -20,7 +20,7 @@ from distill.losses.regression.mse import squared_error
 from distill.losses.regression.pseudo_huber import pseudo_huber
 from distill.losses.regression.registry import REGRESSION_LOSSES
 from distill.losses.regression.regression import Regression, build_regression
-from latent_lpips.weights import load_lpips
+from latent_lpips.weights import load_lpips, save_lpips
 
 
 def build(teacher: Path, losses: str = "e_latent_lpips", **settings: Any) -> Regression:
@@ -28,6 +28,26 @@ def build(teacher: Path, losses: str = "e_latent_lpips", **settings: Any) -> Reg
         teacher=str(teacher), regression=RegressionConfig(**settings), train=TrainConfig(precision="fp32")
     )
     return build_regression(override(config, [f"regression.losses={losses}"]), 4)
+
+
+def test_weights_of_another_latent_space_are_noticed(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SD's and SDXL's latents have four channels each: a metric of one has no meaning on the other."""
+    trunk = load_lpips(teacher / "latent_lpips", fold=False)
+    config = DistillConfig(teacher=str(teacher), lpips=str(tmp_path), train=TrainConfig(precision="fp32"))
+    save_lpips(trunk, tmp_path, {"scaling_factor": 0.13025, "shift_factor": 0.0})
+    with pytest.raises(UserError, match=r"take latents of scale 0.13025 and shift 0, .* has 0.7 and 0; give"):
+        build_regression(config, 4)
+    # Other files may hold the same autoencoder.
+    save_lpips(trunk, tmp_path, {"autoencoder": "mine", "autoencoder_sha256": "abc" * 20})
+    build_regression(config, 4)
+    assert "trained in the latents of mine (sha256 abcabcabcabc), but" in caplog.text
+    caplog.clear()
+    own = {"autoencoder_sha256": pretrained.autoencoder_sha256(str(teacher))}
+    save_lpips(trunk, tmp_path, {**own, "scaling_factor": 0.7, "shift_factor": 0.0})
+    build_regression(config, 4)
+    assert not caplog.text
 
 
 def latents(seed: int = 0) -> Tensor:

@@ -205,6 +205,22 @@ def test_a_stage_continues_at_the_timestep_of_its_student(teacher: Path, pairs: 
     new_state(replace(config, init=last), torch.device("cpu"))
 
 
+def test_a_stage_starts_from_a_student_of_the_same_prediction(
+    teacher: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Weights that predict epsilon give noise where they are read as v."""
+    other = tiny.save_teacher(tmp_path / "v", prediction_type="v_prediction")
+    message = (
+        "init is .*, a student whose network makes a prediction of type epsilon, but .* has v_prediction;"
+    )
+    train(distill_config(teacher, pairs, "train.images=4"), tmp_path / "ode")
+    exported = save_run(tmp_path / "run", str(teacher), student_timestep=999)  # one that records no pairs
+    for init in (tmp_path / "ode", exported):
+        config = distill_config(Path(other), tmp_path, stage="gan", init=init)
+        with pytest.raises(SettingError, match=message):
+            new_state(config, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("written", [3, {"precision": ["bf16"]}])
 def test_auto_of_a_damaged_run_is_one_line(
     written: object, teacher: Path, pairs: Path, tmp_path: Path

@@ -67,6 +67,7 @@ def test_training_learns_and_its_folder_can_be_loaded(
     assert metric.config.channels == 4 and all(torch.equal(h, torch.ones_like(h)) for h in metric.heads)
     meta = read_lpips_meta(tmp_path / "out")
     assert meta["top1"] == result.top1 and meta["calibrated"] is False
+    assert (meta["scaling_factor"], meta["shift_factor"]) == (0.7, 0.0)
     repeated = train_classifier(config(data, teacher, epochs=60, **settings), tmp_path / "out")
     assert (repeated.top1, repeated.images) == (result.top1, result.images)
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
+from d2g.core.logs import logger
 from d2g.diffusion import pretrained
 from d2g.diffusion.pipelines import family_of
 from distill.config.regression import RegressionConfig
@@ -15,7 +17,7 @@ from distill.losses.regression.e_latent_lpips import EnsembleDistance
 from distill.losses.regression.registry import REGRESSION_LOSSES, regression_networks
 from latent_lpips.config import Precision
 from latent_lpips.distance import ELatentLPIPS
-from latent_lpips.weights import load_lpips
+from latent_lpips.weights import load_lpips, read_lpips_meta, require_latent_scale
 
 NEEDS_LATENTS: frozenset[Network] = frozenset({"latent_lpips", "decoder"})
 """Networks that exist only for teachers in a latent space."""
@@ -69,8 +71,29 @@ def build_regression(config: DistillConfig, channels: int, device: torch.device 
         folder = config.lpips or str(pretrained.resolve(config.teacher) / "latent_lpips")
         precision: Precision = "auto" if config.train.bf16 else "fp32"
         latent_lpips = load_lpips(folder, channels, precision=precision, device=device)
+        _check_metric(folder, config.teacher)
     vae = pretrained.load_vae(config.teacher).to(device) if needs & {"vae", "decoder"} else None
     return Regression(config.regression, FrozenNetworks(latent_lpips, vae)).to(device)
+
+
+def _check_metric(lpips: str, teacher: str) -> None:
+    """Raise UserError if a LatentLPIPS was trained on latents of another scale than the teacher's, and warn
+    if it was trained with another autoencoder. Weights that record neither are not checked."""
+    if family_of(teacher).autoencoder is None:
+        return
+    meta = read_lpips_meta(lpips)
+    require_latent_scale(lpips, meta, pretrained.autoencoder_on_meta(teacher), teacher)
+    expected = meta.get("autoencoder_sha256")
+    if expected is None or process_group.rank() != 0:
+        return
+    # The same autoencoder may have other files, or another decoder.
+    if expected != (sha256 := pretrained.autoencoder_sha256(teacher)):
+        logger.warning(
+            "lpips is %s, which was trained in the latents of %s (sha256 %s), but %s has another autoencoder "
+            "(sha256 %s): if its latents are others, too, their distance means nothing; give weights of this "
+            "latent space",
+            *(lpips, meta.get("autoencoder"), str(expected)[:12], teacher, sha256[:12]),
+        )
 
 
 def _check_space(teacher: str, config: RegressionConfig) -> None:
