@@ -36,7 +36,7 @@ def eval_prefer(
     summary: Annotated[
         bool, typer.Option("--summary", help="Print a summary of the answers and open no page.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the orders; each user has another order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the orders and sides; each user has another order.")] = 0,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")
     ] = "127.0.0.1",
@@ -68,8 +68,8 @@ def eval_prefer(
         return
     assert first is not None and second is not None
     contestants = Contestants.open(first, second)
-    answer_file = AnswerFile(out, contestants.study())
-    server = open_server(PreferenceStudy(contestants, answer_file, seed), host, port)
+    answer_file = AnswerFile(out, contestants.study(seed))
+    server = open_server(PreferenceStudy(contestants, answer_file), host, port)
     address = f"http://{host}:{server.server_address[1]}"
     emit({"address": address, "out": str(out)}, as_json, f"open {address}; Ctrl-C ends it")
     with server:

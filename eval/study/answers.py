@@ -33,6 +33,8 @@ class Study:
     prompts_sha256: str
     first_sha256: str
     second_sha256: str
+    seed: int = 0
+    """Of the orders and sides. A page that is open when the server restarts keeps its sides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -71,8 +71,8 @@ class Contestants:
                 )
         return cls(sets[0], sets[1], texts[0])
 
-    def study(self) -> Study:
-        """Return the facts that identify the study."""
+    def study(self, seed: int = 0) -> Study:
+        """Return the facts that identify the study. `seed`: of the orders and sides."""
         sums = [digest([_sha256(file) for file in files.pictures]) for files in (self.first, self.second)]
         return Study(
             first=self.first.name,
@@ -81,6 +81,7 @@ class Contestants:
             prompts_sha256=digest(self.prompts),
             first_sha256=sums[0],
             second_sha256=sums[1],
+            seed=seed,
         )
 
 
@@ -103,10 +104,10 @@ def _sha256(file: Path) -> str:
 
 
 class PreferenceStudy:
-    """Chooses what a user sees. `seed`: of the orders; each user has another one."""
+    """Chooses what a user sees, by the seed of the study; each user has an order of his own."""
 
-    def __init__(self, contestants: Contestants, answers: AnswerFile, seed: int) -> None:
-        self.contestants, self.answers, self.seed = contestants, answers, seed
+    def __init__(self, contestants: Contestants, answers: AnswerFile) -> None:
+        self.contestants, self.answers, self.seed = contestants, answers, answers.study.seed
 
     def next(self, user: str) -> dict[str, Any]:
         """The next pair of a user as the page gets it, which names no model; without `pair` at the end."""

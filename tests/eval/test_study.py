@@ -43,7 +43,7 @@ def models(tmp_path: Path) -> Contestants:
 
 @contextmanager
 def served(models: Contestants, out: Path) -> Iterator[str]:
-    server = open_server(PreferenceStudy(models, AnswerFile(out, models.study()), 0), "127.0.0.1", 0)
+    server = open_server(PreferenceStudy(models, AnswerFile(out, models.study())), "127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
@@ -104,7 +104,7 @@ def test_a_person_in_a_browser(models: Contestants, tmp_path: Path) -> None:
 
 
 def test_every_user_has_an_order_of_his_own_and_no_pair_twice(models: Contestants, tmp_path: Path) -> None:
-    study = PreferenceStudy(models, AnswerFile(tmp_path / "a.jsonl", models.study()), 0)
+    study = PreferenceStudy(models, AnswerFile(tmp_path / "a.jsonl", models.study()))
     orders, lefts = set(), []
     for user in (f"user {number}" for number in range(12)):
         order = []
@@ -192,6 +192,15 @@ def test_images_that_do_not_compare_are_refused(models: Contestants, tmp_path: P
         AnswerFile(tmp_path / "a.jsonl", swapped.study())
 
 
+def test_a_study_keeps_its_seed(models: Contestants, tmp_path: Path) -> None:
+    """With another one, a page that is open while the server restarts would mean the other side."""
+    file = tmp_path / "a.jsonl"
+    AnswerFile(file, models.study(seed=3))
+    with pytest.raises(UserError, match=r"has answers of another study: seed .*3.*0"):
+        AnswerFile(file, models.study())
+    assert PreferenceStudy(models, AnswerFile(file, models.study(seed=3))).seed == 3
+
+
 def test_the_server_refuses_what_no_page_sends(models: Contestants, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     with served(models, out) as address:
@@ -236,4 +245,4 @@ def test_the_server_refuses_what_no_page_sends(models: Contestants, tmp_path: Pa
     assert [answer.user for answer in read_answers(out)[1]] == ["a", "a\u2028b"]
     with served(models, out) as address, pytest.raises(UserError, match="cannot listen on"):
         port = int(address.rpartition(":")[2])
-        open_server(PreferenceStudy(models, AnswerFile(out, models.study()), 0), "127.0.0.1", port)
+        open_server(PreferenceStudy(models, AnswerFile(out, models.study())), "127.0.0.1", port)
