@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2g.core.distributed import process_group
 from d2g.core.distributed.engine import local_shard
 from d2g.core.errors import SettingError
+from d2g.core.logs import EVERY_RANK, logger
 from d2g.core.seeds import Stream, generator, noise
 from latent_lpips.augment import AugmentParams
 from latent_lpips.distance import ELatentLPIPS
@@ -93,8 +94,16 @@ def measure(
     validation, for any batch size and number of ranks. The rows are split over the ranks. Every rank samples
     equally many batches, because FSDP2 gathers weights collectively, and every rank returns the same values.
     """
-    batches = _rank_batches(len(rows), batch_size)
-    local = [_measure_batch(draw, reader, rows, part, distance, device, seed) for part in batches]
+    batches, skipped = _rank_batches(len(rows), batch_size), dict[str, str]()
+    local = [_measure_batch(draw, reader, rows, part, distance, device, seed, skipped) for part in batches]
+    # A reader with `skip_bad` replaces damaged rows by those of another shard, which the run may train on.
+    for file, reason in skipped.items():
+        logger.warning(
+            "validation: %s: %s; its held-out pairs are replaced by others, which the run may train on; "
+            "`d2g pairs repair` makes them again",
+            *(file, reason),
+            extra=EVERY_RANK,
+        )
     values = torch.cat(process_group.gather(torch.cat(local)))
     # Sort by row, so that sums do not depend on the number of ranks.
     values = values[values[:, 0].argsort()]
@@ -111,15 +120,18 @@ def _measure_batch(
     distance: ELatentLPIPS | None,
     device: torch.device | str,
     seed: int,
+    skipped: dict[str, str],
 ) -> Tensor:
     """Measure the rows at the positions `part` of `rows`; positions beyond the end are padding.
 
     Returns float64 [N, 4 or 5] on the CPU, without padding: position, mean squared error, minimum and maximum
-    of the target, and the distance if there is one.
+    of the target, and the distance if there is one. Adds the damaged files whose rows are replaced to
+    `skipped`, with what is wrong with them.
     """
     # Draw the student's latents. Padding repeats the last row.
     numbers = [rows[min(position, len(rows) - 1)] for position in part]
     batch = reader.read(numbers)
+    skipped |= batch.skipped
     target = batch.latents.to(device)
     latents = draw(batch.noise.to(device), batch.prompts, *scales(batch), prior=batch.condition).float()
     # Values of each row.

@@ -73,6 +73,17 @@ def test_a_perfect_student_has_no_distance(reader: PairReader, distance: ELatent
     assert numbers == {"val/e_latent_lpips": pytest.approx(0, abs=1e-7), "val/psnr": pytest.approx(200)}
 
 
+def test_damaged_held_out_pairs_are_named_when_others_replace_them(
+    teacher: Path, tmp_path: Path, draw: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = make_pairs(teacher, tmp_path)
+    (pairs / "shards" / "pairs-00002.h5").write_bytes(b"damage")
+    reader = PairReader(pairs, skip_bad=True)
+    measure(draw, reader, held_out(12, 2), None, batch_size=1)
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "pairs-00002.h5: truncated" in message and "its held-out pairs are replaced" in message
+
+
 def test_psnr_matches_its_definition(reader: PairReader, distance: ELatentLPIPS) -> None:
     target = reader.read(ROWS).latents
     numbers = measure(lambda z, p, prior: z, reader, ROWS, None, batch_size=4)
