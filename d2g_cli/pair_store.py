@@ -1,6 +1,7 @@
 """`d2g pairs info`, `verify`, `repair`, `merge`, `export` and `stats`: maintain pair stores."""
 
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,8 +63,9 @@ def verify_pairs(
     if resimulate and report.checked and not report.bad_shards:
         from pairgen.generate import resimulate as resimulate_rows
 
-        result["max_abs_err"] = resimulate_rows(folder, resimulate, teacher)
-        result["ok"] &= result["max_abs_err"] <= tolerance
+        worst = resimulate_rows(folder, resimulate, teacher)
+        result["max_abs_err"] = worst if isfinite(worst) else None  # JSON has no infinity
+        result["ok"] &= worst <= tolerance
     _show(result, as_json, str(folder))
     if not result["ok"]:
         raise UserError(f"{folder} is not ok: {_faults(folder, result, tolerance)}")
@@ -81,6 +83,11 @@ def _faults(folder: Path, result: dict[str, Any], tolerance: float) -> str:
     if faults:
         return f"{', '.join(faults)}; run `d2g pairs repair {folder}`"
     worst = result["max_abs_err"]
+    if worst is None:
+        return (
+            "rows generated again are not finite, and the stored ones are; this processor computes them "
+            "differently, or the pairs come from another teacher"
+        )
     return (
         f"rows generated again differ by up to {worst:.3g}, tolerance {tolerance:g}; this processor rounds "
         "differently (raise --tolerance), or the pairs come from another teacher"

@@ -1,5 +1,6 @@
 """Generate pairs: the loop from a teacher to stored (noise, latents, prompt) rows."""
 
+import math
 import re
 import time
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 from d2g.core.claims import WorkClaims
 from d2g.core.distributed import process_group
 from d2g.core.errors import Interrupted, UserError
+from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
 from d2g.diffusion import pretrained
@@ -133,12 +135,15 @@ def generate_pairs(
     with StopFlag() as stop, place.claims(config.patience) as claims, BackgroundWriter() as background:
         while (shard := next_shard(claims, place, spec, retry_shards, stop)) is not None:
             _check_not_grown(place, spec)
-            writer = PairWriter(place.folder, spec, shard, retry=shard in retry_shards)
+            # The rows of a shard that is present already count; only its quarantined ones are made again.
+            retried = shard in retry_shards
+            writer = PairWriter(place.folder, spec, shard, retry=retried)
             retry_shards = [number for number in retry_shards if number != shard]
             present = place.pairs_present(spec, queued)
             try:
                 # Encode prompts in large chunks, sample in batches, and write in the background.
                 todo = writer.open()
+                present += 0 if retried else len(spec.rows(shard)) - len(todo)
                 for chunk in batched(todo, max(config.text_cache, batch_size)):
                     if stop or claims.lost(shard):  # encoding the rest takes longer than a grace period
                         break
@@ -149,7 +154,8 @@ def generate_pairs(
                         condition = job.condition(indices)
                         rows = job.rows(indices, encoded, condition)
                         background.submit(tally.append, writer, *rows, indices, condition)
-                        progress("pairs", present + indices[-1] - spec.rows(shard)[0] + 1, spec.num_pairs)
+                        present += len(indices)
+                        progress("pairs", present, spec.num_pairs)
             except BaseException:
                 background.submit(writer.flush)  # save finished rows, whatever the error is
                 raise
@@ -159,7 +165,8 @@ def generate_pairs(
                 background.submit(writer.flush)
                 background.submit(place.save_rows, shard)
                 background.finish()
-                saved = place.pairs_present(spec) + len(spec.rows(shard)) - len(writer.missing)
+                saved = place.pairs_present(spec)
+                saved += 0 if retried else len(spec.rows(shard)) - len(writer.missing)
                 raise Interrupted(
                     f"stopped; {saved} of {spec.num_pairs} pairs are safe in {out}; "
                     "run the same command again to generate the rest"
@@ -218,6 +225,8 @@ def open_store(config: PairConfig, place: StorePlace, device: torch.device) -> J
         job = open_job(config, device, place.folder)
         if exists:
             grow_store(place, job.spec, job.prompts, config.patience)
+        else:
+            _log_unused_prompts(job.spec)
         job = replace(job, spec=place.create(job.spec, job.prompts))
     process_group.barrier()
     if process_group.rank() == 0:
@@ -225,6 +234,16 @@ def open_store(config: PairConfig, place: StorePlace, device: torch.device) -> J
     place.open()
     spec = place.read_spec()
     return open_job(choose_speed(config, device, spec), device, place.folder, spec)
+
+
+def _log_unused_prompts(spec: StoreSpec) -> None:
+    """Log how many prompts get no pair: of a sorted file, the first ones are not a sample."""
+    used = -(-spec.num_pairs // spec.per_prompt)
+    if used < spec.num_prompts:
+        logger.info(
+            "%d pairs take the first %d of %d prompts; shuffle the prompts if they are sorted",
+            *(spec.num_pairs, used, spec.num_prompts),
+        )
 
 
 def next_shard(
@@ -302,7 +321,8 @@ def find_teacher(folder: Path, spec: StoreSpec, teacher: str | None) -> str:
 
 
 def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> float:
-    """Sample `count` evenly spaced rows again and return the largest absolute difference from stored latents.
+    """Sample `count` evenly spaced rows again and return the largest absolute difference from stored latents,
+    which are finite: infinity if a sample is not.
 
     Raises UserError if the teacher's weights are not those that the store was made with.
     """
@@ -318,5 +338,6 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
     for batch in batched(positions, job.spec.shard_size):
         rows = reader.read(batch)
         _, latents, _ = job.rows(rows.index.tolist())
-        worst = max(worst, float((latents.cpu() - rows.latents).abs().max()))
+        difference = (latents.cpu() - rows.latents).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+        worst = max(worst, float(difference.max()))
     return worst

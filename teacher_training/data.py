@@ -1,7 +1,7 @@
 """Images for teacher training, with captions or classes: a registered source, a folder, or image-parquet."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from d2g.core.regular_files import require_regular
 from d2g.data.captions import class_captions
 from d2g.data.columns import caption_column, find_caption_column
 from d2g.data.folders import list_folder
+from d2g.data.pictures import png_text
 from d2g.data.prompt_files import prompt_cells
 from d2g.data.tables import open_table
 from eval.images.folders import ImageFiles, Reading, load_all, open_images, read_images, spread_numbers
@@ -116,8 +117,32 @@ def read_captions(config: TeacherConfig) -> list[str]:
     captions = files.captions
     if not captions:
         captions = class_captions(Path(config.data), files.pictures, config.caption_template)
-    texts += [captions.get(picture, "") for picture in files.pictures]
+    texts += [_caption_of(picture, captions) for picture in files.pictures]
     return [texts[number] for number in spread_numbers(len(texts), config.images)]
+
+
+def _caption_of(picture: Path, captions: Mapping[Path, str]) -> str:
+    """The caption of a picture, else the one in a PNG itself, else an empty text."""
+    return captions[picture] if picture in captions else png_text(picture).get("prompt", "")
+
+
+def tell_changes(config: TeacherConfig, prompts: Sequence[str], kept: Path) -> None:
+    """Warn on rank 0 if the pictures of a training, which `kept` holds with these prompts, have changed in
+    number or captions since they were read. Pixels are not compared."""
+    if process_group.rank() != 0 or config.data in _SOURCES or not Path(config.data).exists():
+        return
+    if config.denoiser.classes or config.denoiser.in_pixels:
+        count = min(len(open_images(config.data, config.column)), config.images)
+        same = count == len(prompts)
+    else:
+        captions = read_captions(config)
+        count, same = len(captions), captions == list(prompts)
+    if not same:
+        logger.warning(
+            "%s has other pictures or captions than at the first start: %d, %s has %d and they are used; "
+            "give another --out to take the new ones",
+            *(config.data, count, kept, len(prompts)),
+        )
 
 
 def labeled_images(

@@ -169,7 +169,7 @@ def _resume(
     if discriminator is not None:
         process_group.broadcast(discriminator.module.state_dict().values())
 
-    # Load the newest checkpoint, and drop lines of the log beyond its image.
+    # Load the newest checkpoint if there is one, and drop lines of the log beyond its image.
     if (newest := checkpoint.latest(folder)) is not None:
         newest.load("model", trained)
         state.ema.load(newest.tensors("ema"))
@@ -178,10 +178,10 @@ def _resume(
             newest.load(discriminator.name, discriminator.module)
             discriminator.optimizer.load_state_dict(newest.state()[discriminator.name])
         state.nimg = newest.nimg
-        log.rewind(state.nimg)
         # A killed run may have left a checkpoint that it was about to delete.
         if process_group.rank() == 0:
             checkpoint.prune(folder)
+    log.rewind(state.nimg)
     return state
 
 

@@ -31,7 +31,7 @@ from teacher_training.autoencoder import train_autoencoder
 from teacher_training.autoencoder_losses import mean_feature_distance, open_perceptual
 from teacher_training.clip import train_clip
 from teacher_training.config import TeacherConfig
-from teacher_training.data import TrainingPictures, cached_pictures, load_pictures
+from teacher_training.data import TrainingPictures, cached_pictures, load_pictures, tell_changes
 from teacher_training.loop import fit_modules
 from teacher_training.networks.kind import NetworkKind
 from teacher_training.networks.precision import with_precision
@@ -184,7 +184,10 @@ def _open_job(config: TeacherConfig, out: Path, progress: Progress, command: str
     RunLog(out / TRAINING, facts, notes=notes, defaults={"network": "unet_text"})
     if command and process_group.rank() == 0:
         write_atomically(out / TRAINING / "command.txt", command + "\n")
+    started_before = (out / TRAINING / "captions.json").is_file()
     pictures = cached_pictures(out / TRAINING, lambda: load_pictures(config, progress))
+    if started_before:
+        tell_changes(config, pictures.prompts, out / TRAINING)
     return TeacherJob(config=config, out=out, pictures=pictures, progress=progress)
 
 

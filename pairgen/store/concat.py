@@ -28,19 +28,20 @@ class JoinedReader:
     """Reads several stores like one PairReader. Their rows are interleaved evenly, so that any range of
     positions contains every guidance scale in proportion.
 
-    with_guidance: return GuidedBatches. Raises UserError if teacher or latents differ between stores, and
-    SettingError if guidance scales differ without `with_guidance`.
+    with_guidance: return GuidedBatches. Raises UserError if teacher, solver or latents differ between
+    stores, and SettingError if guidance scales differ without `with_guidance`.
     """
 
     def __init__(self, readers: Sequence[PairReader], with_guidance: bool) -> None:
         self.readers, self.with_guidance = list(readers), with_guidance
         first = self.spec
-        # Stores may differ in guidance, but must have the same teacher and latents.
+        # Stores may differ in guidance, but must have the same teacher, solver and latents.
         for reader in self.readers[1:]:
             by_denoiser = reader.spec.denoiser_sha256 and first.denoiser_sha256
             teacher = "denoiser_sha256" if by_denoiser else "teacher_sha256"
             condition = ("condition_shape", "condition_teacher")
-            for name in (teacher, "conditioning", "latent_shape", "latent_space", *condition):
+            solver = ("solver", "steps", "spacing", "final_alpha_one", "guidance_rescale", "churn")
+            for name in (teacher, "conditioning", "latent_shape", "latent_space", *condition, *solver):
                 if (value := getattr(reader.spec, name)) != (expected := getattr(first, name)):
                     raise UserError(
                         f"{reader.folder} has {name} {value}, {self.readers[0].folder} {expected}; "

@@ -18,12 +18,15 @@ from d2g.core.errors import UserError
 from d2g.core.json_files import parse_json
 from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
+from d2g.core.shuffle import permuted_batch
 from d2g.data.tables import open_table
 from eval.images.folders import load_all, read_images
 from eval.images.resize import to_pil
 from eval.runner.session import read_list
+from pairgen.config import PairConfig
+from pairgen.prompts import read_prompts
 from teacher_training.config import TeacherConfig
-from teacher_training.data import captioned_images
+from teacher_training.data import captioned_images, tell_changes
 
 PICTURES_FILE = "pictures.parquet"
 PICTURES_KEY = "d2g_pictures"
@@ -42,6 +45,7 @@ def save_pictures(config: TeacherConfig, size: int, out: Path, progress: Progres
     }
     if file.is_file():
         _require_same(file, facts)
+        tell_changes(config, read_list(file), file)
     if process_group.rank() == 0 and not file.is_file():
         images, captions = captioned_images(
             config.data,
@@ -81,6 +85,23 @@ def spread_captions(source: str, column: str | None, count: int) -> list[str]:
     """`count` captions of pictures that are evenly spread over all, so that every class keeps its share."""
     texts = read_list(Path(source), column)
     return [texts[row * len(texts) // count] for row in range(count)]
+
+
+def pair_prompts(pictures: Path, pairs: PairConfig, out: Path) -> Path:
+    """The prompts of the pairs: the captions of `pictures`, or OUT/prompts.jsonl with them in random order.
+
+    Pairs take the first prompts, and pictures lie sorted, often by class. So the order is random where there
+    are fewer pairs than captions, unless an earlier version has begun the store in the order of the pictures.
+    """
+    file = out / "prompts.jsonl"
+    if process_group.rank() == 0 and not file.is_file() and not (out / "pairs" / "store.json").is_file():
+        captions = read_prompts(pictures)
+        if 0 < pairs.num_pairs < len(captions) * pairs.per_prompt:
+            order = permuted_batch(pairs.seed, len(captions), 0, len(captions))
+            lines = (json.dumps({"prompt": captions[number]}) + "\n" for number in order)
+            write_atomically(file, "".join(lines))
+    process_group.barrier()
+    return file if file.is_file() else pictures
 
 
 def reference_pictures(pictures: Path, count: int, file: Path) -> Path:

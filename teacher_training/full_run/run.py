@@ -23,7 +23,12 @@ from eval.result import EvalResult
 from eval.runner.run import run_evaluation
 from pairgen.statistics import store_statistics
 from teacher_training.full_run.config import REFERENCE_PICTURES, FullRunConfig
-from teacher_training.full_run.pictures import reference_pictures, save_pictures, spread_captions
+from teacher_training.full_run.pictures import (
+    pair_prompts,
+    reference_pictures,
+    save_pictures,
+    spread_captions,
+)
 from teacher_training.full_run.plan import PARTS, FullRunPlan, save_plan
 from teacher_training.full_run.report import SAMPLER_TITLES, write_run_report
 from teacher_training.full_run.stages import distill_teacher
@@ -83,7 +88,8 @@ def run_parts(
                 verdict = _train_teacher(config, plan, out, progress, command)
 
         # Pairs, and both stages of the student. The pairs' verdict comes before the student trains on them.
-        pairs = replace(config.pairs, teacher=name, prompts=str(pictures), column=None)
+        prompts = pair_prompts(pictures, config.pairs, out)
+        pairs = replace(config.pairs, teacher=name, prompts=str(prompts), column=None)
         ode, gan = replace(config.ode, teacher=name), replace(config.gan, teacher=name)
         distill_teacher(pairs, ode, gan, out, times, progress, {"pairs"} & set(parts))
         pairs_verdict = _judge_pairs(config, out / "pairs", progress)

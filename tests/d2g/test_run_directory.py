@@ -113,6 +113,12 @@ def test_an_incomplete_last_line_is_ignored_and_a_damaged_one_is_reported(tmp_pa
             read_stats(tmp_path)
 
 
+def test_bytes_that_are_no_text_are_a_damaged_line(tmp_path: Path) -> None:
+    (tmp_path / "stats.jsonl").write_bytes(b'{"nimg": 4}\n{"nimg": 8, "loss\xff": 1.0}\n')
+    with pytest.raises(UserError, match=r"stats\.jsonl: line 2 is damaged .*; delete that line"):
+        read_stats(tmp_path)
+
+
 def test_speed_since_the_last_report_and_total_hours() -> None:
     pace = Pace([{"nimg": 5, "time/device_hours": 2.0}, {"nimg": 9}], 100, devices=8)
     with pace.waiting():

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,17 @@ def test_incompatible_stores_are_refused(stores: list[Path], teacher: Path, tmp_
     readers[1].spec = replace(readers[1].spec, denoiser_sha256="other")
     with pytest.raises(UserError, match="has denoiser_sha256 other"):
         JoinedReader(readers, True)
+
+
+def test_stores_of_another_solver_are_refused(stores: list[Path], teacher: Path, tmp_path: Path) -> None:
+    """The same noise and prompt would have two targets."""
+    settings: tuple[dict[str, Any], ...] = ({"steps": 2}, {"solver": "heun"}, {"spacing": "trailing"})
+    for setting in settings:
+        name = next(iter(setting))
+        (tmp_path / name).mkdir()
+        other = make_pairs(teacher, tmp_path / name, guidance=2.0, seed=1, **setting)
+        with pytest.raises(UserError, match=rf"has {name} .*; expected stores that differ in guidance only"):
+            open_pairs(f"{stores[0]},{other}", pretrained.teacher_digests(str(teacher)))
 
 
 def test_stores_of_the_same_pairs_are_warned_of(

@@ -1,5 +1,7 @@
 """pairgen.generate: rows depend on (spec, index) only, for any batch size, order and interruption."""
 
+import math
+import shutil
 import signal
 import subprocess
 from dataclasses import replace
@@ -88,6 +90,17 @@ def test_rows_do_not_depend_on_their_order(config: PairConfig) -> None:
         torch.testing.assert_close(latent[row : row + 1], one_latent, rtol=0, atol=1e-4)
 
 
+def test_prompts_that_get_no_pair_are_counted(
+    config: PairConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for pairs, per_prompt in ((6, 1), (12, 2)):
+        generate_pairs(replace(config, num_pairs=pairs, per_prompt=per_prompt), tmp_path / str(pairs))
+    assert "first" not in caplog.text
+    for _ in range(2):
+        generate_pairs(replace(config, num_pairs=4, per_prompt=2), tmp_path / "few")
+    assert caplog.text.count("4 pairs take the first 2 of 6 prompts") == 1
+
+
 def test_several_noises_of_one_prompt(config: PairConfig, tmp_path: Path) -> None:
     generate_pairs(replace(config, num_pairs=0, per_prompt=2, steps=1), tmp_path / "pairs")
     noise, _, texts = rows(tmp_path / "pairs")
@@ -164,6 +177,29 @@ def test_ctrl_c_keeps_every_finished_row(config: PairConfig, pairs: Path, tmp_pa
     assert not list(out.glob("partial/*")) and verify_store(out).ok
     assert_equal_stores(out, pairs)
     assert generate_pairs(config, out).new_pairs == 0
+
+
+def test_ctrl_c_while_quarantined_rows_are_made_again_counts_each_row_once(
+    config: PairConfig, pairs: Path, tmp_path: Path
+) -> None:
+    out, seen = tmp_path / "pairs", []
+    shutil.copytree(pairs, out)
+    spec, (noise, latents, prompts) = read_spec(out), rows(out)
+    index = list(spec.rows(1))
+    (out / "shards" / "pairs-00001.h5").unlink()
+    latents[5:7] = torch.nan
+    with PairWriter(out, spec, 1) as writer:
+        writer.append(noise[index], latents[index], [prompts[i] for i in index], index)
+        writer.commit()
+
+    def interrupt(label: str, done: int, total: int) -> None:
+        seen.append(done)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=r"stopped; 10 of 12 pairs are safe"):
+        generate_pairs(replace(config, batch_size=1), out, interrupt, retry=True)
+    assert seen == [11]
+    assert generate_pairs(config, out, retry=True).pairs == 12 and verify_store(out).ok
 
 
 def test_ctrl_c_encodes_no_more_prompts(config: PairConfig, tmp_path: Path) -> None:
@@ -304,6 +340,23 @@ def test_resimulation_reproduces_the_stored_latents(pairs: Path, tmp_path: Path,
     tiny.save_teacher(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"has sha256 .* was made with .*--teacher"):
         resimulate(pairs, 3, str(tmp_path / "other"))
+
+
+def test_resimulated_rows_that_are_not_finite_differ(pairs: Path, tmp_path: Path) -> None:
+    """The stored rows are finite; at this guidance the teacher's are NaN."""
+    spec = replace(read_spec(pairs), guidance=1e38)
+    noise, latents, prompts = rows(pairs)
+    create_store(tmp_path, spec)
+    for shard in range(3):
+        index = list(spec.rows(shard))
+        with PairWriter(tmp_path, spec, shard) as writer:
+            writer.append(noise[index], latents[index], [prompts[i] for i in index], index)
+            writer.commit()
+    shutil.copy(pairs / "prompts.jsonl", tmp_path)
+    assert resimulate(tmp_path, 4) == math.inf
+    verify = ["pairs", "verify", str(tmp_path), "--resimulate", "4"]
+    ended = d2g(verify, tmp_path / "log")
+    assert ended.code == 1 and "rows generated again are not finite" in ended.error
 
 
 @pytest.mark.parametrize("final_alpha", ["one", "teacher"])

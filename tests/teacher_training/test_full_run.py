@@ -21,7 +21,7 @@ from eval.networks.efficientnet import load_efficientnet_lite0
 from eval.result import EvalResult
 from jobs import Ended, Running
 from jobs import d2g as fork_d2g
-from own_pictures import CONFIG, class_folders, image_folder, run_arguments
+from own_pictures import CONFIG, class_folders, image_folder, make_image, run_arguments
 from pairgen.store.reader import PairReader
 from teacher_training.full_run.config import FULL_RUN_PRESETS
 from teacher_training.full_run.pictures import (
@@ -31,6 +31,7 @@ from teacher_training.full_run.pictures import (
     spread_pictures,
 )
 from teacher_training.full_run.plan import PART_SHARES, FullRunPlan, plan_run
+from teacher_training.full_run.run import run_parts
 from teacher_training.plan import Request, plan_teacher
 from teacher_training.start import save_untrained_teacher
 from teacher_training.times import PartTimes
@@ -166,6 +167,34 @@ def test_pictures_are_kept_as_the_teacher_sees_them(data: Path, tmp_path: Path) 
         save_pictures(replace(CONFIG, data=str(data)), 16, tmp_path)
     with pytest.raises(UserError, match=r"has pictures of other settings: size .16 -> 32.; give"):
         save_pictures(config, 32, tmp_path)
+
+
+def test_few_pairs_have_captions_of_all_pictures(teacher: Path, tmp_path: Path) -> None:
+    """The pictures are sorted by class. The first captions alone would be of one class."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(40):
+        make_image(number)[0].save(tmp_path / "pictures" / f"{number:03d}.png")
+        (tmp_path / "pictures" / f"{number:03d}.txt").write_text(
+            f"{'red cube' if number < 20 else 'cone'} {number}"
+        )
+    out, config = tmp_path / "work", FULL_RUN_PRESETS["quick"]
+    pairs = replace(config.pairs, num_pairs=16, steps=2, guidance=1.0, shard_size=8)
+    config = replace(
+        config,
+        data=str(tmp_path / "pictures"),
+        teacher=replace(CONFIG, data=str(tmp_path / "pictures")),
+        pretrained_teacher=str(teacher),
+        pairs=pairs,
+        stop_untrained=False,
+    )
+    plan = FullRunPlan(request={}, lengths={}, seconds={}, measured_on="")
+    run_parts(config, plan, out, ("pairs",))
+    prompts = PairReader(out / "pairs").prompts()
+    assert len(prompts) == 16 and 4 <= sum("cone" in prompt for prompt in prompts) <= 12
+    # The same command goes on, also with more pairs.
+    more = replace(config, pairs=replace(pairs, num_pairs=48))
+    run_parts(more, plan, out, ("pairs",))
+    assert PairReader(out / "pairs").prompts()[:16] == prompts and len(PairReader(out / "pairs")) == 48
 
 
 def test_a_damaged_plan_is_one_line(data: Path, tmp_path: Path) -> None:

@@ -64,6 +64,20 @@ def test_a_resumed_training_equals_an_unbroken_one(
     assert reports(tmp_path) == reports(folder) and len(reports(folder)) == 12
 
 
+def test_reports_of_a_training_that_was_killed_before_its_first_checkpoint_are_dropped(
+    unbroken_run: tuple[nn.Module, Path], tmp_path: Path
+) -> None:
+    def fail(label: str, done: int, total: int) -> None:
+        if done == 40:
+            raise RuntimeError("the machine is on fire")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        train_autoencoder(random_images(), VAE, RunLog(tmp_path, {}), 5, fail)
+    assert len(reports(tmp_path)) == 4
+    run(tmp_path)
+    assert reports(tmp_path) == reports(unbroken_run[1])
+
+
 def test_the_vae_learns_and_its_latents_have_unit_variance(unbroken_run: tuple[nn.Module, Path]) -> None:
     vae, folder = unbroken_run
     lines = reports(folder)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.png import save_png
 from d2g.core.progress import Progress
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
@@ -20,7 +21,7 @@ from latent_lpips.weights import load_lpips
 from miniature.registration import register_training_scenes
 from own_pictures import CONFIG, SIZE, class_folders, image_folder, make_image, parquet
 from teacher_training.config import TEACHER_PRESETS
-from teacher_training.data import captioned_images, labeled_images, register_data
+from teacher_training.data import captioned_images, labeled_images, read_captions, register_data
 from teacher_training.train import train_teacher
 from teacher_training.verdict import current_verdict
 
@@ -106,6 +107,35 @@ def test_stages_can_be_run_one_at_a_time(tmp_path: Path) -> None:
     assert pretrained.load_autoencoder(str(out / "vae")).config.scaling_factor != 0.18215
     with pytest.raises(SettingError, match=r"unknown stage 'unett'; did you mean 'unet'\?"):
         train_teacher(config, out, ("unett",))
+
+
+def test_pictures_that_have_changed_since_the_first_start_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for source in ("image folder", "classes"):
+        data, out = tmp_path / source, tmp_path / f"teacher of {source}"
+        data.mkdir()
+        (image_folder if source == "image folder" else class_folders)(data)
+        config = replace(CONFIG, data=str(data))
+        for _ in range(2):
+            train_teacher(config, out, ("data",))
+        assert "other pictures or captions" not in caplog.text
+        next(data.rglob("*.png")).unlink()
+        assert train_teacher(config, out, ("data",)).images == 40
+        assert f"{data} has other pictures or captions than at the first start: 39, {out}" in caplog.text
+        caplog.clear()
+
+
+def test_pictures_that_hold_their_captions_are_planned_like_others(tmp_path: Path) -> None:
+    for number in range(3):
+        picture = torch.full((3, SIZE, SIZE), 40 * number, dtype=torch.uint8)
+        save_png(picture, tmp_path / f"{number}.png", {"prompt": f"a shade of {number}"})
+    _, captions = captioned_images(str(tmp_path), SIZE, 100, 0, "a photo of a {}")
+    assert (
+        read_captions(replace(CONFIG, data=str(tmp_path)))
+        == captions
+        == [f"a shade of {n}" for n in range(3)]
+    )
 
 
 def test_damaged_caches_are_named_and_an_autoencoder_gets_latents_of_its_own(tmp_path: Path) -> None:

@@ -184,9 +184,9 @@ def read_stats(folder: Path) -> list[dict[str, float]]:
     for any other line that is not a JSON object with `nimg`.
     """
     path = folder / "stats.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     # Ignore a last line that is not complete.
-    if lines and not lines[-1].endswith("}\n"):
+    if lines and not lines[-1].endswith(b"}\n"):
         lines.pop()
     reports: list[dict[str, float]] = []
     # Any other damaged line is an error, because dropping it would hide lost reports.
