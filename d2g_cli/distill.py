@@ -133,10 +133,13 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
     _warn_of_ended_rates(config)
     validate = _validation_hook(config, options)
     if options.dry_run:
+        from distill.training.check_config import check_plan
+
         inputs = config_inputs(config, ("teacher", "pairs", "lpips", "init"))
         weights = {"regression.lpips_weights": config.regression.lpips_weights}
         check_inputs(inputs | {"gan.real": config.gan.real} | weights)
         check_inputs(config_inputs(options, ("validate_reference", "validate_prompts", "validate_weights")))
+        check_plan(config)
         finish_dry_run(config, options.as_json, _plan(config, preset))
     from distill.training.train import train
 

@@ -1,14 +1,23 @@
 """Check the settings of a run before anything is loaded."""
 
+from pathlib import Path
+
+import torch
+
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.core.tracking.loggers import check_loggers
-from d2g.diffusion.pipelines import family_of
+from d2g.diffusion.pipelines import SHIPPED, family_of
 from distill.config.run import DistillConfig, microbatch_size
+from distill.losses.noise_augmentation import build_noise_augmentation
+from distill.losses.regression.regression import check_space
 from distill.models.discriminators import check_discriminator
 from distill.models.student import check_teacher
 from distill.models.students import check_student
 from distill.models.text_student import check_text_teacher
+from distill.training.data import require_enough_pairs, training_pairs
+from distill.training.validation import held_out
+from pairgen.store.spec import read_spec
 
 
 def validate_config(config: DistillConfig) -> None:
@@ -21,18 +30,44 @@ def validate_config(config: DistillConfig) -> None:
     check_student(config)
     if not config.pairs:
         _check_without_pairs(config)
-    family = family_of(config.teacher)
-    if config.adversarial and config.gan.real and not family.takes_real_images:
-        raise SettingError(
-            f"gan.real is {config.gan.real!r}, but photographs have no latents of a cascade's stages, as "
-            f"{config.teacher} ({family.title}) makes; leave gan.real out"
-        )
+    _check_real_images(config)
     if config.adversarial and config.gan.real_fraction and not config.gan.real:
         raise SettingError("gan.real is not set; give the folder of real images, --set gan.real=FOLDER")
     if config.adversarial and config.gan.adaptive_weight:
         _check_adaptive_weight(config)
     microbatch_size(config, process_group.world_size())
     check_loggers(config.train.loggers)
+
+
+def check_plan(config: DistillConfig) -> None:
+    """Raise SettingError or UserError for settings that the run would refuse, as far as the inputs that are
+    on this disk tell. A plan may be made before there are a teacher and pairs.
+    """
+    if config.adversarial and config.gan.adaptive_weight:
+        _check_adaptive_weight(config)
+    # What the teacher decides: its space, and the timesteps of its schedule.
+    if config.teacher in SHIPPED or Path(config.teacher or "-").is_dir():
+        _check_real_images(config)
+        check_space(config.teacher, config.regression)
+        gan = config.gan if config.adversarial else None
+        build_noise_augmentation(gan, config.teacher, config.seed, torch.device("cpu"))
+    # Batch, held-out pairs and `data.max_pairs` must fit the number of pairs.
+    stores = [Path(name) for name in config.pairs.split(",") if name]
+    if stores and all((store / "store.json").is_file() for store in stores):
+        pairs, held = sum(read_spec(store).num_pairs for store in stores), config.train.validate_pairs
+        held_out(pairs, held)
+        count = training_pairs(pairs, config.data.max_pairs, held)
+        require_enough_pairs(pairs, config.train.batch_size, pairs - count)
+
+
+def _check_real_images(config: DistillConfig) -> None:
+    """Raise SettingError for real images beside a teacher whose latents they do not have."""
+    family = family_of(config.teacher)
+    if config.adversarial and config.gan.real and not family.takes_real_images:
+        raise SettingError(
+            f"gan.real is {config.gan.real!r}, but photographs have no latents of a cascade's stages, as "
+            f"{config.teacher} ({family.title}) makes; leave gan.real out"
+        )
 
 
 def _check_adaptive_weight(config: DistillConfig) -> None:

@@ -77,10 +77,42 @@ def test_inputs_that_exist_pass(teacher: Path, tmp_path: Path, d2g: Any) -> None
     words = ("--teacher", teacher, "--dry-run", "--json")
     plan = d2g("pairs", "generate", "--prompts", tmp_path / "prompts.txt", *words).json
     assert plan["config"]["prompts"] == str(tmp_path / "prompts.txt")
-    assert d2g("distill", "ode", "--pairs", pairs, *words).json["config"]["pairs"] == str(pairs)
+    small = ("--set", "train.batch_size=4")
+    assert d2g("distill", "ode", "--pairs", pairs, *words, *small).json["config"]["pairs"] == str(pairs)
     assert d2g("sample", "--student", "miniature", "--prompt", "a", "--dry-run").code == 0
     check_inputs({"--prompts": "-", "--pairs": "s3://bucket/pairs", "--init": "teacher", "--teacher": None})
     assert set(CHECKS) >= {"--teacher", "--student", "--pairs"}
+
+
+REFUSED = {
+    "gan.adaptive_weight=true regression.losses=[]": "gan.adaptive_weight is true, but regression.losses",
+    "train.batch_size=16": "train.batch_size is 16, but there are 12 pairs to train on",
+    "train.batch_size=8 train.validate_images=8 train.validate_pairs=12": "train.validate_pairs is 12 of 12",
+    "train.batch_size=8 data.max_pairs=50": "data.max_pairs is 50, but there are 12 pairs",
+    "train.batch_size=8 gan.timestep=1000": "gan.timestep is 1000; expected 0 to 999",
+    "train.batch_size=8 gan.r1_rows=4": "",
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.mark.parametrize("sets", REFUSED)
+def test_a_dry_run_refuses_what_the_run_would_refuse(sets: str, teacher: Path, pairs: Path, d2g: Any) -> None:
+    words = ["distill", "gan", "--preset", "miniature", "--teacher", teacher, "--pairs", pairs]
+    words += [word for one in sets.split() for word in ("--set", one)]
+    ended = d2g(*words, "--dry-run")
+    assert ended.code == (1 if "there are 12 pairs to" in REFUSED[sets] else 2 if REFUSED[sets] else 0)
+    assert REFUSED[sets] in ended.stderr
+
+
+def test_a_dry_run_names_losses_that_the_teacher_does_not_have(tmp_path: Path, d2g: Any) -> None:
+    pixels = save_edm(tmp_path / "edm")
+    sets = ("--set", "regression.losses=e_latent_lpips")
+    ended = d2g("distill", "ode", "--teacher", pixels, *sets, "--dry-run")
+    assert ended.code == 2 and "generates pixels, for which there is no e_latent_lpips" in ended.error
 
 
 def test_a_hub_id_is_not_fetched(d2g: Any) -> None:

@@ -65,7 +65,7 @@ def build_regression(config: DistillConfig, channels: int, device: torch.device 
     Raises UserError for weights that are missing or belong to another latent space, and SettingError for a
     loss that does not exist in the teacher's space (latents or pixels).
     """
-    _check_space(config.teacher, config.regression)
+    check_space(config.teacher, config.regression)
     needs, latent_lpips = regression_networks(config.regression), None
     if "latent_lpips" in needs:
         folder = config.lpips or str(pretrained.resolve(config.teacher) / "latent_lpips")
@@ -96,7 +96,7 @@ def _check_metric(lpips: str, teacher: str) -> None:
         )
 
 
-def _check_space(teacher: str, config: RegressionConfig) -> None:
+def check_space(teacher: str, config: RegressionConfig) -> None:
     """Raise SettingError for losses that need networks which the teacher's space does not have."""
     family = family_of(teacher)
     if family.autoencoder is not None:
