@@ -19,7 +19,15 @@ from d2g.core.errors import SettingError
 from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
 from pairgen.store.hdf5 import PairBatch, load_rows, quarantined_in
-from pairgen.store.spec import StoreSpec, read_spec, require_same_spec, shard_path, shards_present, writing
+from pairgen.store.spec import (
+    StoreSpec,
+    read_spec,
+    refuse_other_folder,
+    require_same_spec,
+    shard_path,
+    shards_present,
+    writing,
+)
 
 
 def export_store(folder: Path, out: Path, format: str, progress: Progress = quiet) -> dict[str, Any]:
@@ -32,7 +40,7 @@ def export_store(folder: Path, out: Path, format: str, progress: Progress = quie
     this call wrote.
 
     Raises SettingError for another format, DamagedShard, and UserError if `out` holds the copy of another
-    store or cannot be written.
+    store or something else, or cannot be written.
     """
     check_format(format)
     suffix, encode = FORMATS[format]
@@ -41,6 +49,7 @@ def export_store(folder: Path, out: Path, format: str, progress: Progress = quie
         raise SettingError(
             f"--out {out} lies in the store {folder}, which holds its own files there; choose another"
         )
+    refuse_other_folder(out)
     shards = shards_present(folder, spec)
     with FolderOwner(out, "exports to"), writing(out, "the store is untouched, and finished files stay"):
         # A folder holds the copy of one store.

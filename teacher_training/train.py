@@ -18,6 +18,7 @@ from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import read_json_object
 from d2g.core.machine_errors import raise_machine_error
 from d2g.core.progress import Progress, quiet
+from d2g.core.shuffle import permuted_batch
 from d2g.core.torch_files import load_tensors
 from d2g.core.tracking.run_directory import RunLog, same_places, sole_owner
 from d2g.diffusion.latents import PixelSpace, encode, from_uint8
@@ -31,7 +32,13 @@ from teacher_training.autoencoder import train_autoencoder
 from teacher_training.autoencoder_losses import mean_feature_distance, open_perceptual
 from teacher_training.clip import train_clip
 from teacher_training.config import TeacherConfig
-from teacher_training.data import TrainingPictures, cached_pictures, load_pictures, tell_changes
+from teacher_training.data import (
+    TrainingPictures,
+    cached_pictures,
+    is_registered,
+    load_pictures,
+    tell_changes,
+)
 from teacher_training.loop import fit_modules
 from teacher_training.networks.kind import NetworkKind
 from teacher_training.networks.precision import with_precision
@@ -396,16 +403,26 @@ def _train_lpips(job: TeacherJob, log: RunLog) -> dict[str, Any]:
     latents = _latents(job)  # on all ranks, which wait for each other
     if process_group.rank() != 0:
         return {}
+    # Folders lie sorted, often by class. LatentLPIPS is calibrated on the first pictures, and scaled until
+    # neighbors are far apart, so it gets them in random order, in which a registered source has them already.
+    settings, count = job.config.lpips, len(latents)
+    if is_registered(job.config.data):
+        order = list(range(count))
+    else:
+        order = permuted_batch(settings.seed, count, 0, count)
     vae = load_vae(job.pipeline)
 
     def encode_uint8(rows: Tensor) -> Tensor:
         with torch.no_grad():
             return encode(vae, from_uint8(rows))
 
-    network = replace(job.config.lpips.network, channels=latents.shape[1])
-    settings = replace(job.config.lpips, network=network)
     metric, scores = train_latent_lpips(
-        settings, latents, job.captions, job.images, encode_uint8, job.progress
+        replace(settings, network=replace(settings.network, channels=latents.shape[1])),
+        latents[order],
+        [job.captions[row] for row in order],
+        job.images[order[: settings.triplets]],
+        encode_uint8,
+        job.progress,
     )
     lpips_weights.save_lpips(metric, job.out / "latent_lpips", {"trained_on": job.config.data, **scores})
     return scores

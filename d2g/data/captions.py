@@ -5,6 +5,7 @@ A metadata file has a column `file_name`, relative to the file's own folder, and
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
@@ -68,6 +69,7 @@ class Captions(Mapping[Path, str]):
     ) -> None:
         """`column`, `setting`: as in `caption_column`; `numbers`: as in `read_metadata`. Raises UserError for
         a damaged metadata file."""
+        self.root = listing.root
         self.listed: list[tuple[Path, str]] = []
         self.missing: list[Path] = []
         # Match the names in the metadata files with the pictures.
@@ -91,6 +93,12 @@ class Captions(Mapping[Path, str]):
                 f"{listing.root}: left out {len(self.missing)} files that captions name and that are missing "
                 f"({names})"
             )
+
+    def log_several(self) -> None:
+        """Log how many pictures the metadata files list several times, where one caption of each is used."""
+        times = Counter(picture for picture, _ in self.listed)
+        if several := sum(count > 1 for count in times.values()):
+            log_once(f"{self.root}: {several} pictures have several captions; the last one of each is used")
 
     @property
     def files(self) -> list[Path]:

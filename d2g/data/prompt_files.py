@@ -57,6 +57,7 @@ def _folder(folder: Path, column: str | None) -> Iterator[Any]:
         return
     own = Captions(listing, column)
     listing.log_left_out(own.files)
+    own.log_several()
     captions: Mapping[Path, str] = own or class_captions(folder, listing.pictures)
     without = 0
     for picture in listing.pictures:

@@ -81,6 +81,7 @@ def open_images(source: str | Path, column: str | None = None) -> ImageFiles:
     if listing.pictures:
         captions = Captions(listing, column)
         listing.log_left_out(captions.files)
+        captions.log_several()
         return ImageFiles(name=str(source), pictures=listing.pictures, captions=captions)
     listing.log_left_out(listing.tables)
     if listing.tables:

@@ -287,9 +287,11 @@ def create_store(folder: Path, spec: StoreSpec) -> StoreSpec:
     """Write DIR/store.json, or check that the existing one has the facts of `spec`; remove files of killed
     writers. Returns the spec in the file.
 
-    Raises UserError if the folder has another spec (naming the keys that differ) or cannot be written.
+    Raises UserError if the folder has another spec (naming the keys that differ), holds something else, or
+    cannot be written.
     """
     folder = local_folder(folder)
+    refuse_other_folder(folder)
     with writing(folder, "nothing was written"):
         for name in ("shards", "partial", "claims"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -303,6 +305,23 @@ def create_store(folder: Path, spec: StoreSpec) -> StoreSpec:
         # Complete shards need no partial files any more.
         remove_leftovers(folder, stored)
     return stored
+
+
+_OTHER_FOLDERS = {
+    "model_index.json": "a teacher",
+    "student.json": "an exported student",
+    "config.json": "a run or a model",
+}
+
+
+def refuse_other_folder(folder: Path) -> None:
+    """Raise UserError for a folder without a pair store that holds something else, which would be taken for a
+    store from then on."""
+    if (folder / "store.json").exists():
+        return
+    for file, contents in _OTHER_FOLDERS.items():
+        if (folder / file).is_file():
+            raise UserError(f"{folder} holds {contents} ({file}), not a pair store; give another --out")
 
 
 def remove_leftovers(folder: Path, spec: StoreSpec) -> None:

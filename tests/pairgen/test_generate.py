@@ -22,6 +22,8 @@ from pairgen.config import PAIR_PRESETS, PairConfig
 from pairgen.cost import GPU_COUNTS, plan_pairs
 from pairgen.generate import Tally, generate_pairs, regenerate, resimulate
 from pairgen.job import config_from_spec, open_job
+from pairgen.merge import merge_stores
+from pairgen.other_formats import export_store
 from pairgen.speed import fastest_batch
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import create_store, read_spec, shards_present
@@ -260,6 +262,23 @@ def test_other_settings_are_refused_by_name(config: PairConfig, pairs: Path) -> 
         (pairs.parent / "one.txt").write_text("only one\n")
         generate_pairs(replace(config, prompts=str(pairs.parent / "one.txt")), pairs)
     assert {path: path.read_bytes() for path in pairs.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("file", ["config.json", "model_index.json", "student.json"])
+def test_a_folder_that_holds_something_else_gets_no_store(
+    config: PairConfig, pairs: Path, tmp_path: Path, file: str
+) -> None:
+    """Otherwise the run or the teacher there would be refused as a pair store."""
+    (tmp_path / file).write_text("{}")
+    message = rf"holds .* \({file}\), not a pair store; give another --out"
+    for write in (
+        lambda: generate_pairs(config, tmp_path),
+        lambda: merge_stores([pairs], tmp_path),
+        lambda: export_store(pairs, tmp_path, "parquet"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 @pytest.mark.parametrize("settings", [{"steps": 1001}, {"teacher": ""}, {"prompts": ""}])

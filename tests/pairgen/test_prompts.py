@@ -14,6 +14,7 @@ import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from d2g.core.errors import UserError
 from d2g.data import prompt_files
@@ -114,6 +115,16 @@ def test_bad_files_are_refused_in_one_line(
     with pytest.raises(UserError, match=says) as caught:
         read_prompts(_write(tmp_path / name, content))
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_several_captions_of_a_picture_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    lines = [{"file_name": name, "caption": f"{name} {n}"} for name in ("a.png", "b.png") for n in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with caplog.at_level("INFO", "d2g"):
+        assert list(read_prompts(tmp_path)) == ["a.png 2", "b.png 2"]
+    assert f"{tmp_path}: 2 pictures have several captions; the last one of each is used" in caplog.text
 
 
 def test_missing_file_folder_and_missing_parquet_column(tmp_path: Path) -> None:

@@ -126,6 +126,22 @@ def test_pictures_that_have_changed_since_the_first_start_are_told(
         caplog.clear()
 
 
+def test_latent_lpips_is_scaled_on_unrelated_pictures_of_a_sorted_folder(tmp_path: Path) -> None:
+    """Of a folder sorted by class, neighbors are alike: here half of the pictures are the same."""
+    data, out = tmp_path / "data", tmp_path / "teacher"
+    data.mkdir()
+    for number in range(40):
+        make_image(0 if number < 20 else number)[0].save(data / f"{number:03d}.png")
+        (data / f"{number:03d}.txt").write_text("a red disc" if number < 20 else "a shape")
+    lpips = replace(CONFIG.lpips, unrelated=1.0)
+    train_teacher(replace(CONFIG, data=str(data), lpips=lpips), out, ("data", "vae", "lpips"))
+    latents = torch.load(out / "training" / "latents.pt")
+    metric = load_lpips(out / "latent_lpips", 4)
+    with torch.no_grad():
+        distances = [metric(latents, latents.roll(step, 0)).mean() for step in range(1, 40)]
+    assert torch.stack(distances).mean().item() == pytest.approx(1.0, abs=0.25)
+
+
 def test_pictures_that_hold_their_captions_are_planned_like_others(tmp_path: Path) -> None:
     for number in range(3):
         picture = torch.full((3, SIZE, SIZE), 40 * number, dtype=torch.uint8)
