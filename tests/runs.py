@@ -16,7 +16,7 @@ def state_at(run: Path, images: int) -> dict[str, Tensor]:
 
 
 def losses(run: Path) -> list[dict[str, float]]:
-    kept = ("loss/", "grad/", "logit/", "latent/")
+    kept = ("loss/", "grad/", "logit/", "latent/", "gan/")
     return [{k: v for k, v in line.items() if k.startswith(kept)} for line in read_stats(run)]
 
 

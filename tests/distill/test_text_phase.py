@@ -9,6 +9,7 @@ import torch
 import tiny
 import tiny_teachers
 import vision_models
+from d2g.core.config import override
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from d2g.diffusion.pretrained import load_conditioner
@@ -77,6 +78,15 @@ def test_only_the_text_encoder_changes(first: DistillConfig, trained: Path) -> N
     report = losses(trained)[-1]
     expected = 0.25 * report["loss/g_gan"] + 50 * report["loss/clip"]
     assert report["loss/g"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_adaptive_weight_follows_the_guidance(first: DistillConfig, tmp_path: Path) -> None:
+    """The only other loss of this stage."""
+    train(override(first, ["gan.adaptive_weight=true"]), tmp_path / "text")
+    for report in losses(tmp_path / "text"):
+        expected = report["gan/weight"] * report["loss/g_gan"] + 50 * report["loss/clip"]
+        assert report["gan/weight"] > 0 and report["loss/g"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
