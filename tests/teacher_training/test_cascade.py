@@ -1,18 +1,22 @@
 """teacher_training.cascade: all parts of a tiny Wuerstchen, from captioned images to images from text."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 import tiny_teachers
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import generator
 from d2g.diffusion import cascade_files
-from d2g.diffusion.latents import from_uint8
+from d2g.diffusion.latents import encode, from_uint8
 from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
-from own_pictures import SIZE, image_folder
+from own_pictures import SIZE, image_folder, make_image
 from teacher_training.cascade.compressor import SemanticCompressor
 from teacher_training.cascade.config import (
     CascadeConfig,
@@ -24,6 +28,7 @@ from teacher_training.cascade.config import (
 from teacher_training.cascade.stages import SCHEDULE, CaptionTable, stage_c_loss
 from teacher_training.cascade.train import train_cascade
 from teacher_training.config import FitConfig
+from teacher_training.data import captioned_images
 
 FIT = FitConfig(images=32, batch_size=16, lr=1e-3)
 CONFIG = CascadeConfig(
@@ -59,6 +64,23 @@ def test_a_cascade_from_captioned_images(tmp_path: Path) -> None:
         changed = replace(config, **{part: replace(getattr(config, part), fit=replace(FIT, images=48))})
         with pytest.raises(UserError, match=f"{part} in .* is finished with 32 images, the settings ask"):
             train_cascade(changed, out)
+
+
+def test_latents_of_a_vqgan_of_a_sorted_folder_have_unit_variance(tmp_path: Path) -> None:
+    """The first 1,024 pictures are plain."""
+    rows = []
+    for number in range(2048):
+        image = make_image(number)[0] if number >= 1024 else Image.new("RGB", (SIZE, SIZE), "gray")
+        image.save(buffer := io.BytesIO(), "PNG")
+        rows.append({"image": {"bytes": buffer.getvalue()}, "caption": f"a picture {number % 7}"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    config = replace(CONFIG, data=str(tmp_path / "train.parquet"), images=2048)
+    train_cascade(config, tmp_path / "cascade", ("vqgan",))
+    vqgan = cascade_files.load_vqgan(tmp_path / "cascade" / "vqgan")
+    images, _ = captioned_images(config.data, SIZE, 2048, 0, "a {}")
+    with torch.no_grad():
+        latents = torch.cat([encode(vqgan, from_uint8(part)) for part in images.split(256)])
+    assert latents.std().item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_the_compressor_normalizes_its_latents() -> None:

@@ -89,6 +89,16 @@ def test_the_vae_learns_and_its_latents_have_unit_variance(unbroken_run: tuple[n
     assert not any(p.requires_grad for p in vae.parameters())
 
 
+def test_latents_of_a_sorted_folder_have_unit_variance(tmp_path: Path) -> None:
+    """The first 1,024 pictures are black, and their latents vary otherwise."""
+    images = random_images(2048)
+    images[:1024] = 0
+    vae = train_autoencoder(images, VAE, RunLog(tmp_path, {}), 5)
+    with torch.no_grad():
+        latents = torch.cat([encode(vae, from_uint8(part)) for part in images.split(256)])
+    assert latents.std().item() == pytest.approx(1.0, abs=0.02)
+
+
 def test_reconstruction_loss_has_l1_l2_and_edge_terms() -> None:
     pixels = torch.zeros(1, 1, 2, 2)
     decoded = torch.tensor([[[[2.0, 0.0], [0.0, 0.0]]]])
