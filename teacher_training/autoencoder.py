@@ -13,8 +13,8 @@ from d2g.diffusion.latents import from_uint8
 from d2g.diffusion.pretrained import new_vae
 from teacher_training.autoencoder_losses import FeatureDistance, PatchDiscriminator, open_discriminator
 from teacher_training.config import AutoencoderConfig
+from teacher_training.data import random_rows
 from teacher_training.loop import LossFn, Previews, fit_modules
-from teacher_training.verdict import spread_rows
 
 
 def build_autoencoder(config: AutoencoderConfig, size: int) -> Any:
@@ -95,7 +95,7 @@ def train_autoencoder(
     )
     # Scale latents to unit variance. The pictures may be sorted: take them from all.
     with torch.no_grad():
-        sample = from_uint8(images[spread_rows(len(images), 1024)])
+        sample = from_uint8(images[random_rows(len(images), 1024)])
         raw = torch.cat([vae.encode(rows).latent_dist.mode() for rows in sample.split(64)])
     vae.register_to_config(scaling_factor=round(1.0 / raw.std().item(), 5))
     return vae

@@ -17,6 +17,7 @@ from d2g.core.logs import logger
 from d2g.core.machine_errors import raise_machine_error
 from d2g.core.progress import Progress, quiet
 from d2g.core.regular_files import require_regular
+from d2g.core.shuffle import permuted_batch
 from d2g.data.captions import class_captions
 from d2g.data.columns import caption_column, find_caption_column
 from d2g.data.folders import list_folder
@@ -263,6 +264,12 @@ def _expect_no_gaps(source: str, numbers: Sequence[int]) -> None:
     if list(numbers) != list(range(len(numbers))):
         first = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
         raise UserError(f"{source}: class numbers are {first}; expected 0 to {len(numbers) - 1} without gaps")
+
+
+def random_rows(count: int, limit: int) -> list[int]:
+    """At most `limit` row numbers below `count`, at random and sorted: a sample of pictures that lie in any
+    order. The same ones each time."""
+    return sorted(permuted_batch(0, count, 0, min(count, limit)))
 
 
 def cached_pictures(folder: Path, load: Callable[[], TrainingPictures]) -> TrainingPictures:

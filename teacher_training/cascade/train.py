@@ -25,7 +25,7 @@ from teacher_training.cascade.compressor import SemanticCompressor
 from teacher_training.cascade.config import CASCADE_PARTS, CascadeConfig
 from teacher_training.cascade.stages import CaptionTable, stage_b_loss, stage_c_loss, vqgan_loss
 from teacher_training.config import FitConfig
-from teacher_training.data import TrainingPictures, cached_pictures, captioned_images
+from teacher_training.data import TrainingPictures, cached_pictures, captioned_images, random_rows
 from teacher_training.loop import fit_modules
 from teacher_training.verdict import reconstruction_psnr, spread_rows
 
@@ -163,7 +163,7 @@ def _train_vqgan(job: _Job, log: RunLog) -> dict[str, Any]:
     loss_of = vqgan_loss(vqgan, job.images, config)
     _fit("vqgan", job, log, {"vqgan": vqgan}, loss_of, config.fit)
     # Scaled latents get unit variance. The pictures may be sorted: take them from all.
-    sample = job.images[spread_rows(len(job.images), 1024)]
+    sample = job.images[random_rows(len(job.images), 1024)]
     with torch.no_grad():
         raw = torch.cat([vqgan.encode(pixels / 2 + 0.5).latents for pixels in _pixels(sample)])
     vqgan.register_to_config(scale_factor=round(raw.std().item(), 5))
@@ -193,7 +193,7 @@ def _train_stage_b(job: _Job, log: RunLog) -> dict[str, Any]:
     loss_of = stage_b_loss(network, compressor, job.images, latents, _caption_table(job), config)
     _fit("stage B", job, log, {"decoder": network, "compressor": compressor}, loss_of, config.fit)
     # The latents of stage C have unit variance under the averaged weights, too.
-    sample = job.images[spread_rows(len(job.images), 2048)]
+    sample = job.images[random_rows(len(job.images), 2048)]
     compressor.set_statistics(torch.cat(list(_pixels(sample))))
     cascade_files.save_stage_b(
         job.out / "stage_b", network, vqgan, job.conditioner, latents.shape[-1], job.config.downscale / 4
