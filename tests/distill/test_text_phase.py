@@ -24,7 +24,7 @@ from distill.planning.unused_settings import refuse_unused
 from distill.sampling import load_student
 from distill.training.state import new_state
 from distill.training.train import train
-from jobs import d2g_ranks, distill_arguments, distill_config, make_pairs
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 from runs import assert_resumes_exactly, losses, state_at
 
 GUIDED = ("clip_guidance.weight=50", "clip_guidance.crop=8", "regression.losses=[]", "gan.mix_fraction=0.5")
@@ -163,6 +163,21 @@ def test_sdxl_trains_what_reaches_the_conditioning(tmp_path: Path) -> None:
     assert trained == {name for name, p in student.named_parameters() if p.grad is not None}
     names = {name.split(".")[2] for name in trained}
     assert names == {"text_encoder", "text_encoder_2"}
+
+
+def test_sdxl_trains_its_text_encoders_sharded(tmp_path: Path) -> None:
+    """FSDP2 is the engine of the preset sdxl-text; SDXL reads hidden states before the last layer."""
+    teacher = Path(tiny_teachers.save_sdxl(tmp_path / "sdxl"))
+    pairs = make_pairs(teacher, tmp_path)
+    config = distill_config(teacher, pairs, stage="text", init="teacher")
+    reports = []
+    for parallel in ("ddp", "fsdp"):
+        settings = ("clip_guidance.weight=0", "train.images=8", f"engine.parallel={parallel}")
+        ended = d2g(distill_arguments(config, tmp_path / parallel, *settings), tmp_path / "log")
+        assert ended.code == 0, ended.stderr
+        reports.append(losses(tmp_path / parallel))
+    for expected, report in zip(*reports, strict=True):
+        assert report == pytest.approx(expected, rel=2e-3, abs=2e-4)
 
 
 def test_what_stage_text_cannot_do_is_refused(first: DistillConfig, tmp_path: Path) -> None:
