@@ -30,6 +30,7 @@ from pairgen.store.remote import is_url
 from pairgen.store.spec import (
     StoreSpec,
     is_teacher_of,
+    prompts_path,
     read_spec,
 )
 from pairgen.store.writer import BackgroundWriter, PairWriter
@@ -324,12 +325,18 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
     """Sample `count` evenly spaced rows again and return the largest absolute difference from stored latents,
     which are finite: infinity if a sample is not.
 
-    Raises UserError if the teacher's weights are not those that the store was made with.
+    Raises UserError if the teacher's weights are not those that the store was made with, and for a store
+    without its prompt list.
     """
     # Another teacher gives other latents: a difference would say nothing about the store.
     reader = PairReader(folder)
     spec = reader.spec
     name = find_teacher(folder, spec, teacher_name)
+    if spec.conditioning == "text" and not prompts_path(folder).exists():
+        raise UserError(
+            f"{folder} has no prompts.jsonl, from which the rows are generated again; copy the store "
+            "with all its files"
+        )
 
     # Sample the rows again from their numbers alone: noise, prompts and settings follow from the spec.
     job = open_job(config_from_spec(spec, teacher=name), process_group.init(), folder, spec)

@@ -4,6 +4,7 @@ A metadata file has a column `file_name`, relative to the file's own folder, and
 (`d2g.data.columns`).
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,10 +75,10 @@ class Captions(Mapping[Path, str]):
         self.missing: list[Path] = []
         # Match the names in the metadata files with the pictures.
         self.metadata = [file for file in _metadata_files(listing) if _is_metadata(listing, file, column)]
-        pictures = {normalized(picture): picture for picture in listing.pictures}
+        pictures = {normalized(os.path.abspath(picture)): picture for picture in listing.pictures}
         for file in self.metadata:
             for name, caption in read_metadata(file, column, setting, numbers):
-                path = pictures.get(normalized(file.parent / name.replace("\\", "/")))
+                path = pictures.get(normalized(os.path.abspath(file.parent / name.replace("\\", "/"))))
                 if path is None and (file.parent / name).is_file():
                     path = file.parent / name  # outside the folder, or of another ending
                 if path is None:

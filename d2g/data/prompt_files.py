@@ -130,7 +130,13 @@ def _unquoted(cell: str) -> str:
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[Any]:
-    name = caption_column(path, open_table(path).schema_arrow.names, column)
+    schema = open_table(path).schema_arrow
+    name = caption_column(path, schema.names, column)
+    if (kind := schema.field(name).type).num_fields:
+        raise UserError(
+            f"{path}: column {name} holds {kind}, expected text; write the table again with one caption in a "
+            "row, or give another column"
+        )
     table = open_table(path, dictionaries=[name])
     check_expansion(path, table, [name])
     try:

@@ -113,7 +113,7 @@ def csv_rows(path: Path, wanted: Iterable[str]) -> tuple[list[str], Iterator[tup
     head = next(lines, "")
     names = {name.casefold() for name in wanted}
     delimiter = next((d for d in _DELIMITERS if names & set(_cells(path, head.casefold(), d))), ",")
-    rows = _checked_rows(path, csv.reader(chain([head], lines), delimiter=delimiter))
+    rows = _checked_rows(path, chain([head], lines), delimiter)
     _, head_cells = next(rows, (1, []))
     return [cell.strip() for cell in head_cells], _not_longer(path, rows, len(head_cells))
 
@@ -132,13 +132,37 @@ def _not_longer(
 
 
 def _cells(path: Path, line: str, delimiter: str) -> list[str]:
-    _, cells = next(_checked_rows(path, csv.reader([line], delimiter=delimiter)), (1, []))
+    _, cells = next(_checked_rows(path, [line], delimiter), (1, []))
     return [cell.strip() for cell in cells]
 
 
-def _checked_rows(path: Path, rows: Any) -> Iterator[tuple[int, list[str]]]:
+def _checked_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of the last line, cells) of each row. Raises UserError for text that is no CSV."""
+    taken: list[str] = []  # the lines of a row
+
+    def take() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line
+
+    rows = csv.reader(take(), delimiter=delimiter)
     try:
         for row in rows:
+            if len(taken) > 1:
+                _require_closed_quotes(path, taken, delimiter, rows.line_num)
             yield rows.line_num, row
+            taken.clear()
     except csv.Error as error:
         raise UserError(f"{path} line {rows.line_num}: {error}; correct the file") from error
+
+
+def _require_closed_quotes(path: Path, lines: list[str], delimiter: str, last: int) -> None:
+    """Raise UserError unless a row of several lines is CSV by the letter: a quotation mark that is not closed
+    makes one cell of all lines up to the next one."""
+    try:
+        list(csv.reader(lines, delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise UserError(
+            f"{path} lines {last - len(lines) + 1} to {last}: a quotation mark is not closed where its cell "
+            'ends; close it, or write "" for one that is text'
+        ) from error

@@ -365,3 +365,19 @@ def test_caption_templates_that_take_no_class_name_are_refused(template: str) ->
 def test_caption_templates_that_take_a_class_name() -> None:
     for template in ("a photo of a {}", "{0}, {0}", "{:>20}", "{{}}", "no name"):
         check_template(template)
+
+
+def test_captions_name_pictures_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By absolute paths, in a folder that is given by a relative one, and by paths through other folders."""
+    for folder in ("pictures", "captions"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (4, 4)).save(tmp_path / "data" / "pictures" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    absolute, through = str(tmp_path / "data" / "pictures" / "0.png"), "../pictures/1.png"
+    lines = [{"file_name": name, "caption": name[-5:]} for name in (absolute, through)]
+    (tmp_path / "data" / "captions" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for root in (Path("data"), tmp_path / "data"):
+        assert read_list(root) == ["0.png", "1.png"]
+        assert load_all(read_images(open_images(root)))[1] == ["0.png", "1.png"]
+        assert len(RealImages(str(root), (4, 4))) == 2

@@ -361,6 +361,13 @@ def test_resimulation_reproduces_the_stored_latents(pairs: Path, tmp_path: Path,
         resimulate(pairs, 3, str(tmp_path / "other"))
 
 
+def test_resimulation_without_the_prompt_list_says_what_is_missing(pairs: Path, tmp_path: Path) -> None:
+    shutil.copytree(pairs, tmp_path / "pairs")
+    (tmp_path / "pairs" / "prompts.jsonl").unlink()
+    with pytest.raises(UserError, match=r"has no prompts\.jsonl, .*; copy the store with all its files"):
+        resimulate(tmp_path / "pairs", 3)
+
+
 def test_resimulated_rows_that_are_not_finite_differ(pairs: Path, tmp_path: Path) -> None:
     """The stored rows are finite; at this guidance the teacher's are NaN."""
     spec = replace(read_spec(pairs), guidance=1e38)

@@ -87,6 +87,8 @@ def test_tsv_keeps_bare_quotation_marks_and_unquotes_quoted_cells(tmp_path: Path
         ("utf16.txt", "a caté".encode("utf-16-le"), "line 1, byte offset 10"),
         ("utf16le.txt", "a cat".encode("utf-16-le"), "holds a NUL"),
         ("col.csv", "id,title\n1,a\n", "found id, title"),
+        ("open.csv", 'prompt\na\n"b\nc\nd\n', "lines 3 to 5: a quotation mark is not closed"),
+        ("open.csv", 'prompt\n"b, c\nd\n"e" and f\n', "lines 2 to 4: a quotation mark is not closed"),
         ("short.tsv", "id\tprompt\n1\ta\n2\n", "line 3 has 1 cells"),
         ("key.jsonl", '{"prompt": "a"}\n{"title": "b"}\n', "line 2: .*found title"),
         ("list.jsonl", "[1]\n", "line 1: .*found list"),
@@ -115,6 +117,17 @@ def test_bad_files_are_refused_in_one_line(
     with pytest.raises(UserError, match=says) as caught:
         read_prompts(_write(tmp_path / name, content))
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_lists_of_captions_in_a_parquet_file_are_refused(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"caption": [["a cat", "one cat"]]}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"p\.parquet: column caption holds list<.*>, expected text; write"):
+        read_prompts(tmp_path / "p.parquet")
+
+
+def test_quoted_cells_of_several_lines_are_read(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.csv", 'prompt,x\n"a cat\n""sits""",1\n"b\n\n",2\nc 5" wide,3\n')
+    assert list(read_prompts(path)) == ['a cat\n"sits"', "b", 'c 5" wide']
 
 
 def test_several_captions_of_a_picture_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
