@@ -5,7 +5,7 @@ models defines its conditioner in `d2g/diffusion/families/`; what several famili
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any, ClassVar, Literal, Self, cast
@@ -336,6 +336,25 @@ class CLIPConditioner(TextConditioner):
     def embed(self, prompts: Sequence[str]) -> Conditioning:
         embedding: Conditioning = self(self.tokens(prompts))
         return embedding
+
+    def shard_units(self) -> list[nn.Module]:
+        """The parts of the text models that FSDP2 gathers at once.
+
+        They are below the models of transformers: FSDP2 changes the class of a module, by which transformers
+        knows that it can return the hidden states of a model, as SDXL's conditioner needs.
+        """
+        return list(_below_models(self.models))
+
+
+def _below_models(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules with parameters that are no models of transformers."""
+    from transformers import PreTrainedModel
+
+    for child in module.children():
+        if isinstance(child, PreTrainedModel):
+            yield from _below_models(child)
+        elif any(True for _ in child.parameters()):
+            yield child
 
 
 def encoder_of(tokenizer: str) -> str:

@@ -4,7 +4,7 @@ Source: StyleGAN-T, section 3.3, "Guiding the text encoder". The discriminator k
 teacher.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,20 +138,5 @@ def set_stage_trainable(student: Student, teacher: str, stage: str, config: Stud
 
 
 def text_modules(student: nn.Module) -> list[nn.Module]:
-    """List the parts of a student's own text encoders for FSDP2 to shard; empty for other students.
-
-    They are the parts below transformers' models, not the models: FSDP2 changes the class of a module, by
-    which transformers knows that it can return the hidden states of a model, as SDXL's conditioner needs.
-    """
-    return list(_below_models(student.conditioner.models)) if isinstance(student, TextStudent) else []
-
-
-def _below_models(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost modules with parameters that are no models of transformers."""
-    from transformers import PreTrainedModel
-
-    for child in module.children():
-        if isinstance(child, PreTrainedModel):
-            yield from _below_models(child)
-        elif any(True for _ in child.parameters()):
-            yield child
+    """List the parts of a student's own text encoders for FSDP2 to shard; empty for other students."""
+    return student.conditioner.shard_units() if isinstance(student, TextStudent) else []
