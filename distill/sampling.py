@@ -16,7 +16,7 @@ from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher_sampler import prior_seed, stage_before
-from distill.models.student import Student, student_from_teacher
+from distill.models.student import DiffusionStudent, Student, student_from_teacher
 from distill.student_files import (
     DEFAULT_GUIDANCE,
     condition_teacher,
@@ -24,6 +24,7 @@ from distill.student_files import (
     load_student_weights,
     student_folder,
     student_guidance,
+    student_prediction,
 )
 
 
@@ -218,9 +219,20 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
     _, recorded_teacher, timestep = student_folder(name)
     source = teacher or recorded_teacher
     student, conditioner = empty_student(name, source, timestep), pretrained.load_conditioner(source)
+    _expect_prediction(name, student, source)
     own_text = load_student_weights(student, name, conditioner)
     sampler = _one_step(student, source, device, student_guidance(name, source), conditioner)
     return replace(sampler, own_text=own_text)
+
+
+def _expect_prediction(name: str, student: Student, teacher: str) -> None:
+    """Raise UserError if the weights of the student `name` predict something else than `teacher` does."""
+    prediction = student_prediction(name)
+    if isinstance(student, DiffusionStudent) and prediction not in ("", student.schedule.prediction):
+        raise UserError(
+            f"student {name} makes a prediction of type {prediction}, but teacher {teacher} has "
+            f"{student.schedule.prediction}; give the teacher that the student was made of"
+        )
 
 
 def load_checkpoint(
@@ -231,6 +243,7 @@ def load_checkpoint(
         empty_student(run, teacher, student_folder(run)[2]),
         pretrained.load_conditioner(teacher),
     )
+    _expect_prediction(run, student, teacher)
     own_text = load_student_weights(student, run, conditioner, folder)
     sampler = _one_step(student, teacher, device, student_guidance(run, teacher), conditioner)
     return replace(sampler, own_text=own_text)

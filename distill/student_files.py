@@ -125,7 +125,8 @@ def student_prediction(name: str) -> str:
     of its teacher says if that is on this disk; "" if it is not known."""
     _, _, facts = _student_facts(name)
     stores = facts.get("inputs", {}).get("pairs", [])
-    if stores and "prediction_type" in (recorded := stores[0].get("teacher_facts", {})):
+    recorded = stores[0].get("teacher_facts") if stores else None
+    if isinstance(recorded, dict) and "prediction_type" in recorded:
         return str(recorded["prediction_type"])
     teacher = str(facts.get("teacher", ""))
     here = teacher in pretrained.SHIPPED or (Path(teacher) / "model_index.json").is_file()

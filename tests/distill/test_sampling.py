@@ -156,6 +156,15 @@ def test_weights_that_do_not_fit_are_refused(run: Path, teacher: Path, tmp_path:
         load_student(str(tmp_path / "student"))
 
 
+def test_a_teacher_with_another_prediction_is_refused(run: Path, tmp_path: Path) -> None:
+    """Weights that predict epsilon draw noise where they are read as v, in the same network."""
+    other = tiny.save_teacher(tmp_path / "v", prediction_type="v_prediction")
+    export_student(str(run), tmp_path / "export")
+    for student in (run, tmp_path / "export"):
+        with pytest.raises(UserError, match=r"prediction of type epsilon, but teacher .*v has v_prediction;"):
+            load_student(str(student), other)
+
+
 def test_export_errors(run: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="dtype is 'int8'; expected fp32, fp16, bf16"):
         export_student(str(run), tmp_path / "student", "int8")
