@@ -33,8 +33,8 @@ def validate_config(config: DistillConfig) -> None:
     _check_real_images(config)
     if config.adversarial and config.gan.real_fraction and not config.gan.real:
         raise SettingError("gan.real is not set; give the folder of real images, --set gan.real=FOLDER")
-    if config.adversarial and config.gan.adaptive_weight:
-        _check_adaptive_weight(config)
+    if config.adversarial:
+        _check_adversarial_loss(config)
     microbatch_size(config, process_group.world_size())
     check_loggers(config.train.loggers)
 
@@ -43,8 +43,8 @@ def check_plan(config: DistillConfig) -> None:
     """Raise SettingError or UserError for settings that the run would refuse, as far as the inputs that are
     on this disk tell. A plan may be made before there are a teacher and pairs.
     """
-    if config.adversarial and config.gan.adaptive_weight:
-        _check_adaptive_weight(config)
+    if config.adversarial:
+        _check_adversarial_loss(config)
     # What the teacher decides: its space, and the timesteps of its schedule.
     if config.teacher in SHIPPED or Path(config.teacher or "-").is_dir():
         _check_real_images(config)
@@ -70,9 +70,17 @@ def _check_real_images(config: DistillConfig) -> None:
         )
 
 
-def _check_adaptive_weight(config: DistillConfig) -> None:
-    """Raise SettingError where the GAN loss is the only loss of the student."""
-    if not config.regression.losses and not config.clip_guidance.weight:
+def _check_adversarial_loss(config: DistillConfig) -> None:
+    """Raise SettingError for a run that never updates the student, and for an adaptive weight where the GAN
+    loss is the only loss of the student."""
+    steps, every = -(-config.train.images // config.train.batch_size), config.gan.d_steps_per_g_step
+    if steps < every:
+        raise SettingError(
+            f"gan.d_steps_per_g_step is {every}, but the run has {steps} step{'s' * (steps > 1)} "
+            f"(train.images {config.train.images}, train.batch_size {config.train.batch_size}), so that the "
+            "student would never be updated; change one of them"
+        )
+    if config.gan.adaptive_weight and not config.regression.losses and not config.clip_guidance.weight:
         raise SettingError(
             "gan.adaptive_weight is true, but regression.losses is [] and clip_guidance.weight 0; expected "
             "another loss, to which the GAN loss is scaled; set one, or gan.adaptive_weight=false"

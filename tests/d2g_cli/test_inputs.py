@@ -90,6 +90,7 @@ REFUSED = {
     "train.batch_size=8 train.validate_images=8 train.validate_pairs=12": "train.validate_pairs is 12 of 12",
     "train.batch_size=8 data.max_pairs=50": "data.max_pairs is 50, but there are 12 pairs",
     "train.batch_size=8 gan.timestep=1000": "gan.timestep is 1000; expected 0 to 999",
+    "train.batch_size=8 train.images=16 gan.d_steps_per_g_step=3": "step is 3, but the run has 2 steps",
     "train.batch_size=8 gan.r1_rows=4": "",
 }
 
