@@ -97,10 +97,12 @@ def test_a_step_over_eight_ranks_never_waits_for_the_device(
 def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
     """Pairs and both stages of every kind but Stable Diffusion's, which the tests above have.
 
-    In two processes. One has all stages of cascades, because stage B reads the pairs of stage C.
+    In two processes that take equally long. One has all stages of cascades, because stage B reads the
+    pairs of stage C.
     """
-    others = [*tiny_teachers.TRANSFORMERS, *(kind for kind in tiny_teachers.UNETS if kind != "sd")]
-    parts = (["sdxl", *tiny_teachers.STAGES], others)
+    first_part = ["sdxl", "ldm", *tiny_teachers.STAGES]
+    others = (kind for kind in tiny_teachers.UNETS if kind not in ("sd", *first_part))
+    parts = (first_part, [*tiny_teachers.TRANSFORMERS, *others])
     with ThreadPoolExecutor() as pool:
         first, second = pool.map(lambda kinds: fake_cuda(warm_python, "families", *kinds), parts)
     results = first | second
