@@ -95,6 +95,14 @@ class Captions(Mapping[Path, str]):
                 f"({names})"
             )
 
+    def require_column(self, column: str | None, setting: str = "column") -> None:
+        """Raise SettingError for a column that somebody has named and that no metadata file has."""
+        if column is not None and not self.metadata:
+            raise SettingError(
+                f"{setting} is {column!r}, but no metadata file of {self.root} has such a column beside "
+                f"{FILE_NAME}; correct it, or leave it out"
+            )
+
     def log_several(self) -> None:
         """Log how many pictures the metadata files list several times, where one caption of each is used."""
         times = Counter(picture for picture, _ in self.listed)

@@ -56,6 +56,7 @@ def _folder(folder: Path, column: str | None) -> Iterator[Any]:
             yield from _parquet(table, column)
         return
     own = Captions(listing, column)
+    own.require_column(column)
     listing.log_left_out(own.files)
     own.log_several()
     captions: Mapping[Path, str] = own or class_captions(folder, listing.pictures)

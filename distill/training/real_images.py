@@ -229,6 +229,7 @@ def _list_source(
         return [], [(picture, "") for picture in listing.pictures]
     labels = kind.name == "label"
     captions = Captions(listing, kind.column(column), SETTING, numbers=labels)
+    captions.require_column(column, SETTING)
     if labels and not captions.files:
         return [], _by_class_folder(listing, kind)
     rows = _list_captioned_files(listing, captions)

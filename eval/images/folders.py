@@ -80,6 +80,7 @@ def open_images(source: str | Path, column: str | None = None) -> ImageFiles:
     listing = list_folder(source)
     if listing.pictures:
         captions = Captions(listing, column)
+        captions.require_column(column)
         listing.log_left_out(captions.files)
         captions.log_several()
         return ImageFiles(name=str(source), pictures=listing.pictures, captions=captions)

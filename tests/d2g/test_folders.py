@@ -381,3 +381,22 @@ def test_captions_name_pictures_by_any_path(tmp_path: Path, monkeypatch: pytest.
         assert read_list(root) == ["0.png", "1.png"]
         assert load_all(read_images(open_images(root)))[1] == ["0.png", "1.png"]
         assert len(RealImages(str(root), (4, 4))) == 2
+
+
+@pytest.mark.parametrize("beside", ["class folders", "texts", "metadata.csv"])
+def test_a_column_that_no_metadata_file_has_is_refused(tmp_path: Path, beside: str) -> None:
+    """Otherwise a slip in its name would give other captions."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "0.png")
+        if beside == "texts":
+            (tmp_path / name / "0.txt").write_text("an animal")
+    if beside == "metadata.csv":
+        (tmp_path / "metadata.csv").write_text("file_name,blip\ncat/0.png,right\ndog/0.png,right\n")
+    for read, setting in (
+        (lambda: read_prompts(tmp_path, "blib"), "column"),
+        (lambda: captioned_images(str(tmp_path), 4, 9, 0, "{}", column="blib"), "column"),
+        (lambda: RealImages(str(tmp_path), (4, 4), "blib"), "gan.real_column"),
+    ):
+        with pytest.raises(UserError, match=rf"{setting} is 'blib', but no metadata file .* leave it out"):
+            read()
