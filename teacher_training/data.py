@@ -137,7 +137,7 @@ def tell_changes(config: TeacherConfig, prompts: Sequence[str], kept: Path) -> N
         same = count == len(prompts)
     else:
         captions = read_captions(config)
-        count, same = len(captions), captions == list(prompts)
+        count, same = len(captions), [*map(str.strip, captions)] == [*map(str.strip, prompts)]
     if not same:
         logger.warning(
             "%s has other pictures or captions than at the first start: %d, %s has %d and they are used; "

@@ -36,7 +36,9 @@ def _warn_of_duplicates(readers: Sequence[PairReader]) -> None:
     for reader in readers:
         spec = reader.spec
         teacher = spec.denoiser_sha256 or spec.teacher_sha256
-        pairs = (spec.seed, spec.guidance, teacher, spec.prompts_sha256, spec.per_prompt)
+        # A store that has grown begins with the pairs of its first prompt list.
+        prompts = spec.earlier_prompts[0][1] if spec.earlier_prompts else spec.prompts_sha256
+        pairs = (spec.seed, spec.guidance, teacher, prompts, spec.per_prompt)
         if (other := first.setdefault(pairs, reader)) is not reader:
             logger.warning(
                 "%s and %s have the same seed %d, guidance, teacher and prompts: their pairs are duplicates; "

@@ -1,6 +1,7 @@
 """pairgen.store.concat: several stores read as one; each row has the guidance scale of its store."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion import pretrained
@@ -20,6 +22,7 @@ from distill.training.data import open_pairs, pair_batches
 from distill.training.open_rows import sample_guidance
 from distill.training.train import train
 from jobs import distill_config, make_pairs
+from pairgen.generate import generate_pairs
 from pairgen.store.concat import GuidedBatch, JoinedReader, scales
 from pairgen.store.reader import PairReader
 
@@ -123,6 +126,17 @@ def test_stores_of_the_same_pairs_are_warned_of(
     open_pairs(f"{stores[0]},{other_seed},{stores[0]}", digests)
     message = f"{stores[0]} and {stores[0]} have the same seed 0, guidance, teacher and prompts: their pairs"
     assert caplog.text.count("duplicates") == 1 and message in caplog.text
+    # A store that has grown since begins with the same pairs.
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(prompts.read_text() + "a new prompt\n")
+    config = tiny.pair_config(str(teacher), str(prompts), guidance=2.0, num_pairs=6, seed=1)
+    small = generate_pairs(
+        replace(config, prompts=tiny.save_prompts(tmp_path / "few.txt")), tmp_path / "small"
+    )
+    shutil.copytree(small.out, tmp_path / "larger")
+    generate_pairs(replace(config, num_pairs=7), tmp_path / "larger")
+    open_pairs(f"{small.out},{tmp_path / 'larger'}", digests)
+    assert caplog.text.count("duplicates") == 2
 
 
 def test_a_student_is_trained_on_several_scales(stores: list[Path], teacher: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -139,7 +140,9 @@ def test_a_given_teacher_is_distilled_and_ctrl_c_says_how_to_go_on(
     assert checkpoint.latest(tmp_path / "work" / "ode" / "checkpoints") is not None
 
 
-def test_pictures_are_kept_as_the_teacher_sees_them(data: Path, tmp_path: Path) -> None:
+def test_pictures_are_kept_as_the_teacher_sees_them(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Cropped, with captions by the template of the training; drawn evenly, so that no class is left out."""
     (tmp_path / "classes").mkdir()
     class_folders(tmp_path / "classes")
@@ -159,9 +162,16 @@ def test_pictures_are_kept_as_the_teacher_sees_them(data: Path, tmp_path: Path) 
     written = few.stat().st_mtime_ns
     assert reference_pictures(file, 8, few).stat().st_mtime_ns == written
     assert len(load_all(read_images(reference_pictures(file, 12, few)))[1]) == 12
-    # An existing file is kept.
+    # An existing file is kept, without a warning of changed captions.
     before = file.stat().st_mtime_ns
     assert save_pictures(config, 16, tmp_path).stat().st_mtime_ns == before
+    table = pq.read_table(file)
+    spaces = [f"{text} " for text in table["caption"].to_pylist()]
+    (tmp_path / "spaces").mkdir()
+    pq.write_table(table.set_column(1, "caption", [spaces]), tmp_path / "spaces.parquet")
+    for _ in range(2):
+        save_pictures(replace(config, data=str(tmp_path / "spaces.parquet")), 16, tmp_path / "spaces")
+    assert "other pictures" not in caplog.text
     # Other pictures are not taken for them.
     with pytest.raises(UserError, match=r"has pictures of other settings: caption_template .*, data "):
         save_pictures(replace(CONFIG, data=str(data)), 16, tmp_path)
