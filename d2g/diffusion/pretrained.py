@@ -110,6 +110,12 @@ def _with_weights(folder: Path, kind: Any, dtype: torch.dtype, what: str) -> Any
         module, report = kind.from_pretrained(
             folder, variant=variant, use_safetensors=True, output_loading_info=True, **{keyword: dtype}
         )
+        # Adapters that are not merged would be left out, or keep the weights below them from being found.
+        if adapters := sorted(key for key in report["unexpected_keys"] if "lora" in key.lower()):
+            raise ValueError(
+                f"its weights hold LoRA adapters that are not merged ({adapters[0]}, ...); in diffusers, "
+                "load the pipeline, then fuse_lora, unload_lora_weights and save_pretrained"
+            )
         if report["missing_keys"]:  # diffusers would fill them with random numbers and a warning
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     except Exception as error:  # on odd configs and damaged files, these constructors raise almost anything

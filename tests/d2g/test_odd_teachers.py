@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 import tiny
 import tiny_teachers
@@ -155,6 +158,21 @@ def unet_only(teacher: Path, out: Path) -> Path:
     shutil.copytree(teacher / "unet", out / "checkpoint-500" / "unet")
     (out / "checkpoint-500" / "optimizer.bin").touch()
     return out / "checkpoint-500"
+
+
+@pytest.mark.parametrize("names", ["of peft", "of diffusers before 0.22"])
+def test_adapters_that_are_not_merged_are_refused(names: str, teacher: Path, tmp_path: Path) -> None:
+    """A pipeline that is saved with its adapters. Without them it would be the model before its training."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    unet = load_teacher(str(folder)).network
+    if names == "of peft":
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+        unet.save_pretrained(folder / "unet")
+    else:
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        adapters = {"down_blocks.0.attentions.0.processor.to_q_lora.down.weight": torch.ones(2, 8)}
+        save_file({**load_file(file), **adapters}, file, metadata={"format": "pt"})
+    assert "unet cannot be loaded: its weights hold LoRA adapters that are not merged (" in try_out(folder)
 
 
 def one_model(teacher: Path, out: Path) -> Path:
