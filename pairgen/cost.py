@@ -9,7 +9,7 @@ import torch
 from d2g.core.distributed import process_group
 from d2g.core.progress import Progress, quiet
 from pairgen.config import PairConfig
-from pairgen.job import Job, log_supported_stages, open_job
+from pairgen.job import Job, log_supported_stages, open_job, streamed_prompts
 from pairgen.speed import choose_speed, fastest_batch
 
 GPU_COUNTS = (1, 8, 64, 128)
@@ -26,8 +26,9 @@ def plan_pairs(
     device = process_group.init()
     log_supported_stages(config)
     # Time the complete computation of rows at the batch size of the real job.
-    config = choose_speed(config, device)
-    job = open_job(config, device)
+    prompts = streamed_prompts(config)
+    config = choose_speed(config, device, prompts=prompts)
+    job = open_job(config, device, prompts=prompts)
     spec = job.spec
     batch_size = config.batch_size or fastest_batch(job)
     seconds = seconds_per_row(job, batch_size, batches, progress=progress)

@@ -20,7 +20,7 @@ from d2g.core.signals import StopFlag
 from d2g.diffusion import pretrained
 from pairgen.config import PairConfig
 from pairgen.grow import grow_store
-from pairgen.job import Job, batched, config_from_spec, log_supported_stages, open_job
+from pairgen.job import Job, batched, config_from_spec, log_supported_stages, open_job, streamed_prompts
 from pairgen.object_place import ObjectPlace
 from pairgen.place import FolderPlace, StorePlace
 from pairgen.speed import choose_speed, fastest_batch
@@ -222,8 +222,9 @@ def open_store(config: PairConfig, place: StorePlace, device: torch.device) -> J
     """Open the job of a store: rank 0 resolves the config and creates the store, others read its spec."""
     if process_group.rank() == 0:
         exists = place.open()
-        config = choose_speed(config, device, place.read_spec() if exists else None)
-        job = open_job(config, device, place.folder)
+        prompts = streamed_prompts(config)
+        config = choose_speed(config, device, place.read_spec() if exists else None, prompts)
+        job = open_job(config, device, place.folder, prompts=prompts)
         if exists:
             grow_store(place, job.spec, job.prompts, config.patience)
         else:

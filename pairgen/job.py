@@ -13,6 +13,7 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.core.logs import logger
 from d2g.core.seeds import Stream, generator, noise
+from d2g.data.text_files import STANDARD_INPUT
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.edm import EDMSchedule
@@ -130,12 +131,14 @@ def open_job(
     device: torch.device | str = "cpu",
     store: Path | None = None,
     spec: StoreSpec | None = None,
+    prompts: PromptList | None = None,
 ) -> Job:
     """Load the teacher and prompts of a config and check them; nothing is written.
 
     Prompts come from `config.prompts`, or else from the prompt list of `store`, or else they are all classes
-    of the teacher. spec: the store's spec, if it is known to match. Settings that are still `auto` (see
-    `pairgen.speed`) become those of a short job: fp32, not compiled. Raises UserError and SettingError for
+    of the teacher. spec: the store's spec, if it is known to match. prompts: those of `config.prompts`, if
+    they were read before. Settings that are still `auto` (see `pairgen.speed`) become those of a short job:
+    fp32, not compiled. Raises UserError and SettingError for
     inputs that are missing or do not fit together.
     """
     config = resolve_auto(config, "fp32", False)
@@ -150,7 +153,8 @@ def open_job(
             "churn at 0"
         )
     prior = open_condition(config, teacher)
-    prompts = _prompts(config, teacher, None if spec is None and config.prompts else store)
+    store = None if spec is None and config.prompts else store
+    prompts = _prompts(config, teacher, store, prompts)
     solver = teacher.default_solver if config.solver == "teacher" else config.solver
     size = (config.latent_size, config.latent_size) if config.latent_size else None
     check_solver(teacher, solver, config.steps, config.guidance, config.guidance_rescale, size)
@@ -171,13 +175,24 @@ def resolve_auto(config: PairConfig, precision: PairPrecision, compiled: bool) -
     )
 
 
-def _prompts(config: PairConfig, teacher: Teacher, store: Path | None) -> PromptList:
+def streamed_prompts(config: PairConfig) -> PromptList | None:
+    """The prompts of standard input or of a pipe, which can be read once; None for other prompts."""
+    path = Path(config.prompts)
+    streamed = bool(config.prompts) and (path == STANDARD_INPUT or path.is_fifo())
+    return read_prompts(path, config.column) if streamed else None
+
+
+def _prompts(
+    config: PairConfig, teacher: Teacher, store: Path | None, already_read: PromptList | None
+) -> PromptList:
     if store is not None and prompts_path(store).exists():
         return PromptList.open(prompts_path(store))
     if config.condition:
         return condition_prompts(config)
     if config.prompts:
-        prompts = read_prompts(Path(config.prompts), config.column)
+        prompts = (
+            already_read if already_read is not None else read_prompts(Path(config.prompts), config.column)
+        )
         names = {name: number for number, name in enumerate(teacher.label_names or ())}
         return check_labels(prompts, teacher.num_labels, names) if teacher.num_labels else prompts
     if teacher.conditioning == "label":

@@ -14,6 +14,7 @@ from d2g.core.logs import logger
 from d2g.diffusion.solvers import evaluations_per_sample
 from pairgen.config import PairConfig
 from pairgen.job import Job, open_job, resolve_auto
+from pairgen.prompts import PromptList
 from pairgen.store.spec import StoreSpec
 
 LARGEST_BATCH = 1024
@@ -22,11 +23,16 @@ BF16_GAIN = 1.2  # bf16 costs accuracy
 BF16_FROM, COMPILE_FROM = 60.0, 600.0  # seconds of a job; shorter ones stay in fp32, or uncompiled
 
 
-def choose_speed(config: PairConfig, device: torch.device, stored: StoreSpec | None = None) -> PairConfig:
+def choose_speed(
+    config: PairConfig,
+    device: torch.device,
+    stored: StoreSpec | None = None,
+    prompts: PromptList | None = None,
+) -> PairConfig:
     """Replace `auto` in the settings `precision` and `compile` of a config.
 
-    stored: the spec of an existing store, whose choice is kept. For a new store, evaluations of the network
-    are timed, and the choice is logged. Raises UserError as `open_job` does.
+    stored: the spec of an existing store, whose choice is kept. prompts: as in `open_job`. For a new store,
+    evaluations of the network are timed, and the choice is logged. Raises UserError as `open_job` does.
     """
     if stored is not None:
         return resolve_auto(config, stored.precision, stored.compiled)
@@ -34,17 +40,17 @@ def choose_speed(config: PairConfig, device: torch.device, stored: StoreSpec | N
         return config
     # Start from fp32 without compilation, which is best for short jobs.
     best = resolve_auto(config, "fp32", False)
-    seconds = fp32_seconds = _job_seconds(best, device)
+    seconds = fp32_seconds = _job_seconds(best, device, prompts)
     notes: list[str] = []
     # Try bf16 and then compilation, where the job is long enough to gain from them.
     if config.precision == "auto" and seconds >= BF16_FROM:
         in_bf16 = resolve_auto(config, "bf16", False)
-        if (bf16_seconds := _job_seconds(in_bf16, device)) * BF16_GAIN < seconds:
+        if (bf16_seconds := _job_seconds(in_bf16, device, prompts)) * BF16_GAIN < seconds:
             notes.append(f"bf16 is {seconds / bf16_seconds:.2f} times as fast as fp32")
             best, seconds = in_bf16, bf16_seconds
     if config.compile == "auto" and seconds >= COMPILE_FROM:
         compiled = replace(best, compile=True)
-        if (compiled_seconds := _job_seconds(compiled, device)) * GAIN < seconds:
+        if (compiled_seconds := _job_seconds(compiled, device, prompts)) * GAIN < seconds:
             notes.append(f"compilation is {seconds / compiled_seconds:.2f} times as fast")
             best, seconds = compiled, compiled_seconds
     logger.info(
@@ -55,9 +61,9 @@ def choose_speed(config: PairConfig, device: torch.device, stored: StoreSpec | N
     return best
 
 
-def _job_seconds(config: PairConfig, device: torch.device) -> float:
+def _job_seconds(config: PairConfig, device: torch.device, prompts: PromptList | None) -> float:
     """Predict the seconds of this process's share of a job; infinite without enough memory or a compiler."""
-    job = open_job(config, device)
+    job = open_job(config, device, prompts=prompts)
     size = min(config.batch_size or 8, job.spec.num_pairs)
     try:
         row = evaluation_seconds(job, size) / size

@@ -1,9 +1,11 @@
 """pairgen.generate: rows depend on (spec, index) only, for any batch size, order and interruption."""
 
+import io
 import math
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -90,6 +92,18 @@ def test_rows_do_not_depend_on_their_order(config: PairConfig) -> None:
         one_noise, one_latent, one_text = job.rows([index])
         assert torch.equal(noise[row : row + 1], one_noise) and [texts[row]] == one_text
         torch.testing.assert_close(latent[row : row + 1], one_latent, rtol=0, atol=1e-4)
+
+
+def test_prompts_of_standard_input_are_read_once(
+    config: PairConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is opened several times: to measure its speed, and to run."""
+    auto = replace(config, prompts="-", num_pairs=0, precision="auto", compile="auto")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a red cube\na blue sphere\n")))
+    generate_pairs(auto, tmp_path / "pairs")
+    assert PairReader(tmp_path / "pairs").prompts() == ["a red cube", "a blue sphere"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a green cone\n")))
+    assert plan_pairs(auto)["pairs"] == 1
 
 
 def test_prompts_that_get_no_pair_are_counted(
