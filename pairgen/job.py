@@ -138,8 +138,7 @@ def open_job(
     Prompts come from `config.prompts`, or else from the prompt list of `store`, or else they are all classes
     of the teacher. spec: the store's spec, if it is known to match. prompts: those of `config.prompts`, if
     they were read before. Settings that are still `auto` (see `pairgen.speed`) become those of a short job:
-    fp32, not compiled. Raises UserError and SettingError for
-    inputs that are missing or do not fit together.
+    fp32, not compiled. Raises UserError and SettingError for inputs that are missing or do not fit together.
     """
     config = resolve_auto(config, "fp32", False)
     if not config.teacher:
