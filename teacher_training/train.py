@@ -187,8 +187,10 @@ def _open_job(config: TeacherConfig, out: Path, progress: Progress, command: str
         "network",
     )
     facts = {key: to_json(config)[key] for key in names}
+    facts["classes"] = config.denoiser.classes  # the pictures are read with them or without
     notes = same_places(out / TRAINING, facts, ("data", "pretrained_vae", "init"))
-    RunLog(out / TRAINING, facts, notes=notes, defaults={"network": "unet_text"})
+    defaults = {"network": "unet_text", "classes": facts["classes"]}
+    RunLog(out / TRAINING, facts, notes=notes, defaults=defaults)
     if command and process_group.rank() == 0:
         write_atomically(out / TRAINING / "command.txt", command + "\n")
     started_before = (out / TRAINING / "captions.json").is_file()

@@ -142,6 +142,21 @@ def test_latent_lpips_is_scaled_on_unrelated_pictures_of_a_sorted_folder(tmp_pat
     assert torch.stack(distances).mean().item() == pytest.approx(1.0, abs=0.25)
 
 
+def test_pictures_that_were_read_with_classes_are_not_taken_for_others(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    class_folders(tmp_path / "data")
+    config, out = replace(CONFIG, data=str(tmp_path / "data"), network="edm"), tmp_path / "teacher"
+    for _ in range(2):
+        train_teacher(config, out, ("data",))
+    with pytest.raises(UserError, match=r"holds a run with another config: classes .*True -> False"):
+        train_teacher(replace(config, edm=replace(config.edm, classes=False)), out, ("data",))
+    # Folders of earlier versions do not say it.
+    written = json.loads((out / "training" / "config.json").read_text())
+    del written["classes"]
+    (out / "training" / "config.json").write_text(json.dumps(written))
+    train_teacher(config, out, ("data",))
+
+
 def test_pictures_that_hold_their_captions_are_planned_like_others(tmp_path: Path) -> None:
     for number in range(3):
         picture = torch.full((3, SIZE, SIZE), 40 * number, dtype=torch.uint8)
