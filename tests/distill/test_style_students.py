@@ -454,6 +454,25 @@ def test_runs_resume_exactly(kind: str, teachers: Mapping[str, str], pairs: Path
     assert value(one.student.network.mapping.mean.abs().max()) > 0
 
 
+@pytest.mark.parametrize("kind", ["gigagan", "gigagan-upsampler"])
+def test_banks_of_kernels_train_beside_channels_last(
+    kind: str, teachers: Mapping[str, str], pairs: Path, tmp_path: Path
+) -> None:
+    """channels-last is the default on a GPU; the weights of an adaptive convolution have five dimensions."""
+    settings = (
+        *RUN,
+        f"student.kind={kind}",
+        *(("student.generator.factor=2",) if "up" in kind else ()),
+        "train.images=4",
+    )
+    reports = []
+    for choice in ("off", "on"):
+        more = f"engine.channels_last={choice}"
+        train(distill_config(Path(teachers["sd"]), pairs, *settings, more, stage="gan"), tmp_path / choice)
+        reports.append(losses(tmp_path / choice)[0])
+    assert reports[1] == pytest.approx(reports[0], rel=1e-3, abs=1e-5)
+
+
 def test_r1_is_that_of_the_discriminator_alone(
     teachers: Mapping[str, str], pairs: Path, tmp_path: Path
 ) -> None:

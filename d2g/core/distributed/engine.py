@@ -72,7 +72,7 @@ class DistributedModule:
         else:
             module.to(device)
             if channels_last:
-                module.to(memory_format=torch.channels_last)
+                _store_channels_last(module)
             if process_group.world_size() > 1:
                 ids = [device] if device.type == "cuda" else None
                 # Depthwise convolutions have one channel per filter: other strides are the same layout.
@@ -185,6 +185,15 @@ class DistributedModule:
         if math.isfinite(max_norm):
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
         return full_tensor(norm)
+
+
+@torch.no_grad()
+def _store_channels_last(module: nn.Module) -> None:
+    """Store the tensors of four dimensions channels-last. `Module.to` would fail on a bank of kernels, which
+    has five."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def _constants(module: nn.Module) -> dict[str, Tensor]:
