@@ -73,6 +73,8 @@ def read_status(folder: Path, width: int = 24, now: float | None = None) -> RunS
     try:
         stage, length = str(config["stage"]), {**config["train"], **config.get("length", {})}
         images = int(length["images"])
+        if images < 1:
+            raise ValueError(f"images is {images}")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{folder} holds no run ({type(error).__name__}: {error}); give the --out of `d2g distill`"

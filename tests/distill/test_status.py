@@ -56,6 +56,25 @@ def test_view_of_a_run(run: Path) -> None:
     assert status.warnings == [] and {row.name for row in status.rows} == set(LINE)
 
 
+def test_a_run_that_goes_on_before_its_first_report_is_not_silent(tmp_path: Path) -> None:
+    """It was killed two hours ago, and its config.json is as old."""
+    settings = {"stage": "gan", "train": {"batch_size": 4}, "length": {"images": 100}}
+    log = RunLog(tmp_path, settings)
+    before = time.time() - 7200
+    os.utime(tmp_path / "config.json", (before, before))
+    assert read_status(tmp_path).silent_minutes == 120
+    RunLog(log.folder, settings).begin()
+    assert read_status(tmp_path).silent_minutes is None
+
+
+def test_a_run_of_no_images_is_an_error(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["length"]["images"] = 0
+    (run / "config.json").write_text(json.dumps(config))
+    code, _, err = watch(capfd, run, "--once")
+    assert code == 1 and "holds no run (ValueError: images is 0)" in err
+
+
 def test_validations_with_other_settings_are_no_warning(run: Path) -> None:
     """As in the run itself, validations count from the last change of their settings on."""
     log = RunLog(run, json.loads((run / "config.json").read_text()))

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -104,9 +104,12 @@ class RunLog:
             write_atomically(path, json.dumps(config, indent=1))
 
     def begin(self) -> None:
-        """Mark the run as started: remove RUN/ended.json of an earlier start."""
+        """Mark the run as started: remove RUN/ended.json of an earlier start, and set config.json's time,
+        from which `d2g distill watch` counts until the first report."""
         if process_group.rank() == 0:
             (self.folder / ENDED).unlink(missing_ok=True)
+            with suppress(PermissionError):  # the file belongs to another user
+                os.utime(self.folder / "config.json")
 
     def end(self, how: Ending, why: str = "") -> None:
         """Write RUN/ended.json: images at the last report, how the run ended, and the reason if it failed."""
