@@ -243,13 +243,13 @@ def _class_numbers(
 
 
 def _table_classes(files: ImageFiles, column: str | None) -> list[str] | None:
-    """Class numbers of the tables as names; None if they have no such column."""
+    """Class numbers of the tables as names; None if no table has them. Raises UserError if some lack them."""
     values: set[object] = set()
-    for file in files.tables:
+    columns = {file: open_table(file).schema_arrow.names for file in files.tables}
+    if column is None and not any(LABEL_COLUMN in names for names in columns.values()):
+        return None
+    for file, names in columns.items():
         table = open_table(file)
-        names = table.schema_arrow.names
-        if column is None and LABEL_COLUMN not in names:
-            return None
         label = caption_column(file, names, column or LABEL_COLUMN)
         values |= set(table.read(columns=[label])[label].unique().to_pylist())
         if wrong := [value for value in values if type(value) is not int]:

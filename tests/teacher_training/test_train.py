@@ -157,6 +157,21 @@ def test_pictures_that_were_read_with_classes_are_not_taken_for_others(tmp_path:
     train_teacher(config, out, ("data",))
 
 
+def test_a_table_without_the_classes_of_the_others_is_refused(tmp_path: Path) -> None:
+    """Otherwise the teacher would be trained without classes."""
+    (tmp_path / "data").mkdir()
+    parquet(tmp_path / "data")
+    table = pq.read_table(tmp_path / "data" / "train.parquet")
+    pq.write_table(table.append_column("label", [[0, 1] * 20]), tmp_path / "data" / "a.parquet")
+    config = replace(CONFIG, data=str(tmp_path / "data"), network="edm", images=80)
+    with pytest.raises(
+        UserError, match=r"train\.parquet: expected a column named label, found image, caption"
+    ):
+        train_teacher(config, tmp_path / "teacher", ("data",))
+    (tmp_path / "data" / "a.parquet").unlink()
+    assert train_teacher(config, tmp_path / "teacher", ("data",)).images == 40
+
+
 def test_pictures_that_hold_their_captions_are_planned_like_others(tmp_path: Path) -> None:
     for number in range(3):
         picture = torch.full((3, SIZE, SIZE), 40 * number, dtype=torch.uint8)
