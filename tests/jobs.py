@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,9 @@ class Running:
             self.pid = os.fork()
         if self.pid == 0:
             self._child(arguments, environment or {}, file_limit, disks or {})
+        # The child does so, too; whoever comes first. A signal may follow at once.
+        with suppress(ProcessLookupError, PermissionError):
+            os.setpgid(self.pid, self.pid)
 
     def _child(
         self,

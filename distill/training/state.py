@@ -52,10 +52,12 @@ from distill.training.optim import optimizer
 
 N = TypeVar("N", bound=nn.Module)
 
-ADDED_LATER = ("adaptive_weight", "channel_base", "channel_max", "feature_heads")
-"""Settings of `gan` that the first checkpoints of version 0.2.0 lack. Their defaults build the same networks
-as before, so digests leave them out at their defaults. Add each new setting of `gan` here.
+ADDED_LATER = ("channel_base", "channel_max", "feature_heads")
+"""Settings of `gan` that the first checkpoints of version 0.2.0 lack, and later ones have in their digests.
+Their defaults build the same networks as before, so today's digests leave them out at their defaults.
 """
+ADDED_LAST = ("adaptive_weight",)
+"""Settings of `gan` that no digest has at their defaults. Add each new setting of `gan` here."""
 GENERATOR_ADDED_LATER = ("residual", "second_order", "text_bypass")
 """Settings of `student.generator` that are left out at their defaults in the same way."""
 
@@ -94,8 +96,9 @@ class NetworkDigests:
                 settings["student"]["generator"], GENERATOR_ADDED_LATER, to_json(GeneratorConfig())
             )
         # The discriminator's settings, without those that were added later and are at their defaults.
-        every_gan = settings["gan"]
-        gan = settings["gan"] = _without_later(every_gan, ADDED_LATER, to_json(DiscriminatorConfig()))
+        defaults = to_json(DiscriminatorConfig())
+        every_gan = _without_later(settings["gan"], ADDED_LAST, defaults)
+        gan = settings["gan"] = _without_later(every_gan, ADDED_LATER, defaults)
         # Real images may change between runs. Feature networks in files are identified by content.
         features = weights_sha256_of(config.gan.feature_networks) or gan["feature_networks"]
         by_content = {"real": "", "feature_networks": features}

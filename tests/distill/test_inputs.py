@@ -299,7 +299,7 @@ def test_a_new_setting_of_the_discriminator_keeps_older_digests(
 ) -> None:
     """first, by_path: what the code of commit 342babf computes, before the settings of `ADDED_LATER`.
     with_every_setting: that of commit d765eda. If this fails after a setting of `gan` was added, put its name
-    there: otherwise no checkpoint written before resumes."""
+    into `ADDED_LAST`: otherwise no checkpoint written before resumes."""
     monkeypatch.setattr(pretrained, "denoiser_sha256", lambda teacher: "0" * 64)
     config = DistillConfig(stage=stage, teacher="miniature", pairs="pairs")
     today = NetworkDigests.of(config)
@@ -308,6 +308,7 @@ def test_a_new_setting_of_the_discriminator_keeps_older_digests(
         {"channel_max": 64},
         {"channel_base": 64},
         {"feature_heads": "modulated"},
+        {"adaptive_weight": True},
     ]
     for change in changes:
         other = NetworkDigests.of(replace(config, gan=replace(config.gan, **change)))
