@@ -95,23 +95,25 @@ def test_two_processes_give_the_gradients_of_one(family: str, case: str, folder:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_single_process_gives_the_networks_gradients(kind: str, warm_python: str, folder: Path) -> None:
+def test_a_single_process_gives_the_networks_gradients(
+    kind: str, warm_python: str, teacher: Path, tmp_path: Path
+) -> None:
     """One process, no torchrun: FSDP2 in a subprocess, since it needs a process group of its own."""
     script = (
         "import sys, torch, parallel_worker as w; from d2g.core.distributed import process_group\n"
         f"torch.save(w.gradients(sys.argv[1], kind={kind!r}), sys.argv[2]); process_group.finish()"
     )
-    out = folder / f"single-{kind}.pt"
+    out = tmp_path / "gradients.pt"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [warm_python, "-c", script, str(folder / "sd" / "teacher"), str(out)]
+    command = [warm_python, "-c", script, str(teacher), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     results = torch.load(out, weights_only=True)
-    network = new_discriminator(str(folder / "sd" / "teacher"), seed=0)
-    real, fake, noise, text = batch(str(folder / "sd" / "teacher"))
+    network = new_discriminator(str(teacher), seed=0)
+    real, fake, noise, text = batch(str(teacher))
     assert torch.equal(results["weight.unet.conv_norm_out.weight"], network.unet.conv_norm_out.weight)
-    with_r1 = gradients(str(folder / "sd" / "teacher"))
+    with_r1 = gradients(str(teacher))
     for name, value in with_r1.items():
         torch.testing.assert_close(results[name], value, rtol=0, atol=1e-6)
     assert len(real) == len(fake) == len(noise) == len(text) == ROWS
@@ -119,11 +121,11 @@ def test_a_single_process_gives_the_networks_gradients(kind: str, warm_python: s
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_compiled_passes_agree_with_eager_ones(folder: Path) -> None:
+def test_compiled_passes_agree_with_eager_ones(teacher: Path) -> None:
     """The compiled network agrees with the eager one, and R1 still has its second derivative."""
-    network = new_discriminator(str(folder / "sd" / "teacher"), seed=0)
+    network = new_discriminator(str(teacher), seed=0)
     compiled = DistributedModule(network, "ddp", torch.device("cpu"), compile_backend="aot_eager")
-    real, _, noise, text = batch(str(folder / "sd" / "teacher"))
+    real, _, noise, text = batch(str(teacher))
     for name, value in compiled(real, noise, text).items():
         torch.testing.assert_close(value, network(real, noise, text)[name])
     with compiled.bare_module() as bare:
