@@ -127,9 +127,12 @@ def _caption_of(picture: Path, captions: Mapping[Path, str]) -> str:
     return captions[picture] if picture in captions else png_text(picture).get("prompt", "")
 
 
-def tell_changes(config: TeacherConfig, prompts: Sequence[str], kept: Path) -> None:
-    """Warn on rank 0 if the pictures of a training, which `kept` holds with these prompts, have changed in
-    number or captions since they were read. Pixels are not compared."""
+def warn_of_changed_pictures(config: TeacherConfig, prompts: Sequence[str], kept: Path) -> None:
+    """Warn on rank 0 if the pictures in `config.data` have changed since a training read them.
+
+    `kept`: the file or folder with the pictures that it read; `prompts`: their captions. The number of
+    pictures and the captions are compared, not the pixels.
+    """
     if process_group.rank() != 0 or config.data in _SOURCES or not Path(config.data).exists():
         return
     if config.denoiser.classes or config.denoiser.in_pixels:
@@ -140,9 +143,9 @@ def tell_changes(config: TeacherConfig, prompts: Sequence[str], kept: Path) -> N
         count, same = len(captions), [*map(str.strip, captions)] == [*map(str.strip, prompts)]
     if not same:
         logger.warning(
-            "%s has other pictures or captions than at the first start: %d, %s has %d and they are used; "
-            "give another --out to take the new ones",
-            *(config.data, count, kept, len(prompts)),
+            "%s has other pictures or captions than at the first start (%d pictures); the %d pictures in %s "
+            "are used; give another --out to use the new ones",
+            *(config.data, count, len(prompts), kept),
         )
 
 

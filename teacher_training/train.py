@@ -37,7 +37,7 @@ from teacher_training.data import (
     cached_pictures,
     is_registered,
     load_pictures,
-    tell_changes,
+    warn_of_changed_pictures,
 )
 from teacher_training.loop import fit_modules
 from teacher_training.networks.kind import NetworkKind
@@ -196,7 +196,7 @@ def _open_job(config: TeacherConfig, out: Path, progress: Progress, command: str
     started_before = (out / TRAINING / "captions.json").is_file()
     pictures = cached_pictures(out / TRAINING, lambda: load_pictures(config, progress))
     if started_before:
-        tell_changes(config, pictures.prompts, out / TRAINING)
+        warn_of_changed_pictures(config, pictures.prompts, out / TRAINING)
     return TeacherJob(config=config, out=out, pictures=pictures, progress=progress)
 
 

@@ -184,7 +184,7 @@ class Running:
             self.pid = os.fork()
         if self.pid == 0:
             self._child(arguments, environment or {}, file_limit, disks or {})
-        # The child does so, too; whoever comes first. A signal may follow at once.
+        # Parent and child both set the group: the caller may send a signal before the child has run.
         with suppress(ProcessLookupError, PermissionError):
             os.setpgid(self.pid, self.pid)
 

@@ -157,8 +157,10 @@ def _checked_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[
 
 
 def _require_closed_quotes(path: Path, lines: list[str], delimiter: str, last: int) -> None:
-    """Raise UserError unless a row of several lines is CSV by the letter: a quotation mark that is not closed
-    makes one cell of all lines up to the next one."""
+    """Raise UserError unless a row of several lines is strictly valid CSV.
+
+    A quotation mark that is not closed makes one cell of all lines up to the next mark.
+    """
     try:
         list(csv.reader(lines, delimiter=delimiter, strict=True))
     except csv.Error as error:

@@ -56,8 +56,8 @@ ADDED_LATER = ("channel_base", "channel_max", "feature_heads")
 """Settings of `gan` that the first checkpoints of version 0.2.0 lack, and later ones have in their digests.
 Their defaults build the same networks as before, so today's digests leave them out at their defaults.
 """
-ADDED_LAST = ("adaptive_weight",)
-"""Settings of `gan` that no digest has at their defaults. Add each new setting of `gan` here."""
+IN_NO_EARLIER_DIGEST = ("adaptive_weight",)
+"""Settings of `gan` that no digest ever held at their defaults. Add each new setting of `gan` here."""
 GENERATOR_ADDED_LATER = ("residual", "second_order", "text_bypass")
 """Settings of `student.generator` that are left out at their defaults in the same way."""
 
@@ -97,7 +97,7 @@ class NetworkDigests:
             )
         # The discriminator's settings, without those that were added later and are at their defaults.
         defaults = to_json(DiscriminatorConfig())
-        every_gan = _without_later(settings["gan"], ADDED_LAST, defaults)
+        every_gan = _without_later(settings["gan"], IN_NO_EARLIER_DIGEST, defaults)
         gan = settings["gan"] = _without_later(every_gan, ADDED_LATER, defaults)
         # Real images may change between runs. Feature networks in files are identified by content.
         features = weights_sha256_of(config.gan.feature_networks) or gan["feature_networks"]
@@ -310,7 +310,7 @@ def _expect_kind(init: str, kind: str) -> None:
         )
 
 
-def _expect_formula(init: str, student: DiffusionStudent) -> None:
+def _expect_prediction_and_timestep(init: str, student: DiffusionStudent) -> None:
     """Raise SettingError if the student `init` is evaluated at another timestep than this run's, or if its
     network predicts something else."""
     prediction, expected = student_prediction(init), student.schedule.prediction
@@ -337,7 +337,7 @@ def _build_student(config: DistillConfig, fresh: bool) -> Student:
     if config.init not in ("", FROM_TEACHER) and fresh:
         _expect_kind(config.init, config.student.kind)
         if isinstance(student, DiffusionStudent):
-            _expect_formula(config.init, student)
+            _expect_prediction_and_timestep(config.init, student)
         load_student_weights(student, config.init, conditioner)
     if student.guided and not takes_guidance(config.teacher, config.student):
         raise SettingError(

@@ -240,7 +240,7 @@ def generator_step(
     state, gan = context.state, context.gan
     gradients: Sequence[Tensor] = ()
     if gan.adaptive_weight and state.discriminator is not None:
-        gradients = balanced_gradients(context, microbatches, terms)
+        gradients = adaptively_weighted_gradients(context, microbatches, terms)
     for number, microbatch in enumerate(microbatches):
         with state.student.no_sync(number < len(microbatches) - 1):
             if not reuse_student_pass:
@@ -293,7 +293,7 @@ def weighted_gradient(context: StepContext, number: int, microbatch: MicroBatch,
     return gradient
 
 
-def balanced_gradients(
+def adaptively_weighted_gradients(
     context: StepContext, microbatches: Sequence[MicroBatch], terms: LossTerms
 ) -> list[Tensor]:
     """Compute the gradients of each micro-batch's losses, with an adaptive weight of the GAN loss.

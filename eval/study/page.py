@@ -104,7 +104,7 @@ def _sha256(file: Path) -> str:
 
 
 class PreferenceStudy:
-    """Chooses what a user sees, by the seed of the study; each user has an order of his own."""
+    """Chooses what a user sees, by the seed of the study; each user has their own order."""
 
     def __init__(self, contestants: Contestants, answers: AnswerFile) -> None:
         self.contestants, self.answers, self.seed = contestants, answers, answers.study.seed

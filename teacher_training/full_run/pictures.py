@@ -26,7 +26,7 @@ from eval.runner.session import read_list
 from pairgen.config import PairConfig
 from pairgen.prompts import read_prompts
 from teacher_training.config import TeacherConfig
-from teacher_training.data import captioned_images, tell_changes
+from teacher_training.data import captioned_images, warn_of_changed_pictures
 
 PICTURES_FILE = "pictures.parquet"
 PICTURES_KEY = "d2g_pictures"
@@ -45,7 +45,7 @@ def save_pictures(config: TeacherConfig, size: int, out: Path, progress: Progres
     }
     if file.is_file():
         _require_same(file, facts)
-        tell_changes(config, read_list(file), file)
+        warn_of_changed_pictures(config, read_list(file), file)
     if process_group.rank() == 0 and not file.is_file():
         images, captions = captioned_images(
             config.data,

@@ -121,9 +121,9 @@ def test_the_flow_is_integrated_in_fp32(folder: Path) -> None:
     result = teacher.sample(x, PROMPTS, 5, 1.0, "euler")
     scheduler = tiny_teachers.diffusers_pipeline(folder).scheduler
     scheduler.set_timesteps(5)
-    for t, seen, velocity in zip(scheduler.timesteps, inputs, velocities, strict=True):
-        assert velocity.dtype == seen.dtype == torch.bfloat16
-        torch.testing.assert_close(seen.float(), x, rtol=2**-8, atol=1e-5)
+    for t, network_input, velocity in zip(scheduler.timesteps, inputs, velocities, strict=True):
+        assert velocity.dtype == network_input.dtype == torch.bfloat16
+        torch.testing.assert_close(network_input.float(), x, rtol=2**-8, atol=1e-5)
         x = scheduler.step(velocity.float(), t, x).prev_sample
     torch.testing.assert_close(result, x, rtol=0, atol=1e-5)
 

@@ -84,7 +84,7 @@ def test_inputs_that_exist_pass(teacher: Path, tmp_path: Path, d2g: Any) -> None
     assert set(CHECKS) >= {"--teacher", "--student", "--pairs"}
 
 
-REFUSED = {
+DRY_RUNS = {
     "gan.adaptive_weight=true regression.losses=[]": "gan.adaptive_weight is true, but regression.losses",
     "train.batch_size=16": "train.batch_size is 16, but there are 12 pairs to train on",
     "train.batch_size=8 train.validate_images=8 train.validate_pairs=12": "train.validate_pairs is 12 of 12",
@@ -100,13 +100,13 @@ def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
 
 
-@pytest.mark.parametrize("sets", REFUSED)
+@pytest.mark.parametrize("sets", DRY_RUNS)
 def test_a_dry_run_refuses_what_the_run_would_refuse(sets: str, teacher: Path, pairs: Path, d2g: Any) -> None:
     words = ["distill", "gan", "--preset", "miniature", "--teacher", teacher, "--pairs", pairs]
     words += [word for one in sets.split() for word in ("--set", one)]
     ended = d2g(*words, "--dry-run")
-    assert ended.code == (1 if "there are 12 pairs to" in REFUSED[sets] else 2 if REFUSED[sets] else 0)
-    assert REFUSED[sets] in ended.stderr
+    assert ended.code == (1 if "there are 12 pairs to" in DRY_RUNS[sets] else 2 if DRY_RUNS[sets] else 0)
+    assert DRY_RUNS[sets] in ended.stderr
 
 
 def test_a_dry_run_names_losses_that_the_teacher_does_not_have(tmp_path: Path, d2g: Any) -> None:

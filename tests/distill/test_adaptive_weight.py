@@ -15,7 +15,7 @@ from distill.config.presets import DISTILL_PRESETS
 from distill.training.check_config import validate_config
 from distill.training.step import (
     LossTerms,
-    balanced_gradients,
+    adaptively_weighted_gradients,
     generate,
     set_discriminator_inputs,
     weighted_gradient,
@@ -38,7 +38,7 @@ def latent_gradients(teacher: Path, folder: Path, *settings: str) -> tuple[list[
             microbatch.generated = generate(step.context, microbatch)
         set_discriminator_inputs(step.context, microbatch)
     if config.gan.adaptive_weight:
-        gradients = balanced_gradients(step.context, microbatches, terms)
+        gradients = adaptively_weighted_gradients(step.context, microbatches, terms)
         return gradients, float(terms["gan/weight"])
     gradients = [weighted_gradient(step.context, i, m, terms) for i, m in enumerate(microbatches)]
     return gradients, config.gan.weight
@@ -48,7 +48,7 @@ def latent_gradients(teacher: Path, folder: Path, *settings: str) -> tuple[list[
 def test_the_gan_gradient_has_the_chosen_share_of_the_other_gradient(
     accumulation: int, teacher: Path, tmp_path: Path
 ) -> None:
-    """The two parts of the gradient are told apart by weights of 0, where only the regression is left."""
+    """A weight of 0 leaves the gradient of the regression loss. The rest is the GAN loss's."""
     accumulate = f"engine.gradient_accumulation={accumulation}"
     regression, _ = latent_gradients(teacher, tmp_path, accumulate, "gan.weight=0")
     fixed, _ = latent_gradients(teacher, tmp_path, accumulate, "gan.weight=1")

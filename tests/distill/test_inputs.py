@@ -299,7 +299,7 @@ def test_a_new_setting_of_the_discriminator_keeps_older_digests(
 ) -> None:
     """first, by_path: what the code of commit 342babf computes, before the settings of `ADDED_LATER`.
     with_every_setting: that of commit d765eda. If this fails after a setting of `gan` was added, put its name
-    into `ADDED_LAST`: otherwise no checkpoint written before resumes."""
+    into `IN_NO_EARLIER_DIGEST`: otherwise no checkpoint written before resumes."""
     monkeypatch.setattr(pretrained, "denoiser_sha256", lambda teacher: "0" * 64)
     config = DistillConfig(stage=stage, teacher="miniature", pairs="pairs")
     today = NetworkDigests.of(config)

@@ -1,11 +1,10 @@
 """pairgen.generate: rows depend on (spec, index) only, for any batch size, order and interruption."""
 
-import io
+import json
 import math
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,15 +94,21 @@ def test_rows_do_not_depend_on_their_order(config: PairConfig) -> None:
 
 
 def test_prompts_of_standard_input_are_read_once(
-    config: PairConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: PairConfig, warm_python: str, tmp_path: Path
 ) -> None:
     """The job is opened several times: to measure its speed, and to run."""
-    auto = replace(config, prompts="-", num_pairs=0, precision="auto", compile="auto")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a red cube\na blue sphere\n")))
-    generate_pairs(auto, tmp_path / "pairs")
+
+    def pipe(command: str, prompts: str, *more: str) -> str:
+        words = ["-m", "d2g_cli", "pairs", command, "--teacher", config.teacher, "--prompts", "-", *more]
+        done = subprocess.run(
+            [warm_python, *words, "--steps", "2", "--json"], input=prompts, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    pipe("generate", "a red cube\na blue sphere\n", "--out", str(tmp_path / "pairs"))
     assert PairReader(tmp_path / "pairs").prompts() == ["a red cube", "a blue sphere"]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a green cone\n")))
-    assert plan_pairs(auto)["pairs"] == 1
+    assert json.loads(pipe("plan", "a green cone\n"))["pairs"] == 1
 
 
 def test_prompts_that_get_no_pair_are_counted(
@@ -198,7 +203,7 @@ def test_ctrl_c_keeps_every_finished_row(config: PairConfig, pairs: Path, tmp_pa
 def test_ctrl_c_while_quarantined_rows_are_made_again_counts_each_row_once(
     config: PairConfig, pairs: Path, tmp_path: Path
 ) -> None:
-    out, seen = tmp_path / "pairs", []
+    out, counts = tmp_path / "pairs", list[int]()
     shutil.copytree(pairs, out)
     spec, (noise, latents, prompts) = read_spec(out), rows(out)
     index = list(spec.rows(1))
@@ -209,12 +214,12 @@ def test_ctrl_c_while_quarantined_rows_are_made_again_counts_each_row_once(
         writer.commit()
 
     def interrupt(label: str, done: int, total: int) -> None:
-        seen.append(done)
+        counts.append(done)
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Interrupted, match=r"stopped; 10 of 12 pairs are safe"):
         generate_pairs(replace(config, batch_size=1), out, interrupt, retry=True)
-    assert seen == [11]
+    assert counts == [11]
     assert generate_pairs(config, out, retry=True).pairs == 12 and verify_store(out).ok
 
 

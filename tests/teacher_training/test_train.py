@@ -122,7 +122,8 @@ def test_pictures_that_have_changed_since_the_first_start_are_told(
         assert "other pictures or captions" not in caplog.text
         next(data.rglob("*.png")).unlink()
         assert train_teacher(config, out, ("data",)).images == 40
-        assert f"{data} has other pictures or captions than at the first start: 39, {out}" in caplog.text
+        assert f"{data} has other pictures or captions than at the first start (39 pictures)" in caplog.text
+        assert f"the 40 pictures in {out}" in caplog.text
         caplog.clear()
 
 
