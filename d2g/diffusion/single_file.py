@@ -25,8 +25,9 @@ from d2g.core.torch_files import load_tensors
 from d2g.diffusion.pipelines import SINGLE_FILE_SUFFIXES, open_pipeline
 from d2g.diffusion.teacher import describe_teacher
 
-NETWORK, AUTOENCODER = "model.diffusion_model.", "first_stage_model."
-"""Prefixes of the original names of the U-Net and of the autoencoder."""
+NETWORK, AUTOENCODER, AVERAGE = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
+"""Prefixes of the original names of the U-Net, of the autoencoder, and of the U-Net's moving average, whose
+names go on without dots."""
 
 _CONFIG_FILES = ["*.json", "*/*.json", "*.txt", "*/*.txt"]
 
@@ -35,7 +36,8 @@ def import_single_file(file: Path, out: Path, config: str | None = None) -> dict
     """Write the checkpoint of Stable Diffusion 1.x, 2.x or XL in `file` to `out` as a pipeline's folder.
 
     config: a pipeline of the same architecture, as a folder or hub id; None: the published one, from the
-    hub's cache or the hub. Weights keep their dtype if all have the same one, and become fp32 otherwise.
+    hub's cache or the hub. Of a file with the U-Net's weights and their moving average, the average is
+    imported. Weights keep their dtype if all have the same one, and become fp32 otherwise.
     Returns `out`, `config`, `dtype` and what `describe_teacher` says. Raises UserError for files that are no
     such checkpoint, pickles of anything but tensors, and weights that do not fit the configuration.
     """
@@ -54,10 +56,11 @@ def import_single_file(file: Path, out: Path, config: str | None = None) -> dict
     dtype = _common_dtype(tensors)
     size = sum(value.numel() for name, value in tensors.items() if name.startswith(NETWORK))
     has_autoencoder = any(name.startswith(AUTOENCODER) for name in tensors)
+    has_average = _has_average(file, tensors)
     del tensors  # diffusers reads the file again
 
     with staged(out, "imports into", "OUT") as written:
-        converted = _convert(file, kind, folder, source, dtype, has_autoencoder)
+        converted = _convert(file, kind, folder, source, dtype, has_autoencoder, has_average)
         # diffusers drops what the config has no place for.
         expected = sum(value.numel() for value in converted.unet.state_dict().values())
         if size != expected:
@@ -144,6 +147,21 @@ def _check_prediction(file: Path, tensors: Mapping[str, Tensor], scheduler: Path
         )
 
 
+def _has_average(file: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint holds its U-Net's moving average. Raises UserError if it holds a part of it."""
+    if not any(name.startswith(AVERAGE) for name in tensors):
+        return False
+    network = [name.removeprefix(NETWORK) for name in tensors if name.startswith(NETWORK)]
+    averaged = (AVERAGE + name.replace(".", "") for name in network)
+    if missing := sorted(name for name in averaged if name not in tensors):
+        raise UserError(f"{file} holds a part of a moving average (no {missing[0]}); {COPY_AGAIN}")
+    logger.info(
+        "%s holds the U-Net's training weights and their moving average, which is imported: it draws better",
+        file,
+    )
+    return True
+
+
 def _common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
     half = dtypes in ({torch.float16}, {torch.bfloat16})
@@ -151,7 +169,13 @@ def _common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def _convert(
-    file: Path, kind: str, folder: Path, source: str, dtype: torch.dtype, has_autoencoder: bool
+    file: Path,
+    kind: str,
+    folder: Path,
+    source: str,
+    dtype: torch.dtype,
+    has_autoencoder: bool,
+    has_average: bool,
 ) -> Any:
     """The pipeline of a checkpoint in `dtype`, built by diffusers."""
     import diffusers
@@ -167,6 +191,10 @@ def _convert(
             logger.info("%s holds no autoencoder; it is taken from %s", file, source)
             parts["vae"] = diffusers.AutoencoderKL.from_pretrained(
                 folder, subfolder="vae", use_safetensors=True
+            )
+        if has_average:
+            parts["unet"] = diffusers.UNet2DConditionModel.from_single_file(
+                str(file), config=str(folder), subfolder="unet", local_files_only=True, extract_ema=True
             )
         pipeline = getattr(diffusers, kind).from_single_file(
             str(file), config=str(folder), local_files_only=True, **parts

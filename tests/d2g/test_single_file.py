@@ -19,7 +19,7 @@ import tiny_teachers
 from d2g.core.errors import UserError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
-from d2g.diffusion.single_file import import_single_file
+from d2g.diffusion.single_file import NETWORK, import_single_file
 from d2g.diffusion.teacher import load_teacher
 from distill.export.original_names import original_clip, original_open_clip, original_unet, original_vae
 
@@ -135,6 +135,26 @@ def test_half_precision_stays(weights: Tensors, teacher: Path, tmp_path: Path) -
     imported = state(str(tmp_path / "out"), "unet")
     for name, value in state(str(teacher), "unet").items():
         assert torch.equal(imported[name], value.half().float()), name
+
+
+def test_the_moving_average_is_imported_where_a_file_holds_one(
+    weights: Tensors, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LDM names the average without the dots: sd-v1-4-full-ema.ckpt and v1-5-pruned.ckpt hold both."""
+    plain = {name: value for name, value in weights.items() if name.startswith(NETWORK)}
+    average = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": v for name, v in plain.items()}
+    counts = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+    trained = {name: value + 1 for name, value in plain.items()}
+    save_file(weights | trained | average | counts, tmp_path / "both.safetensors")
+    import_single_file(tmp_path / "both.safetensors", tmp_path / "out", str(teacher))
+    assert_equal_states(tmp_path / "out", teacher, "unet")
+    assert "moving average, which is imported" in caplog.text
+
+    # A part of an average is no network.
+    average.popitem()
+    save_file(weights | trained | average, tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match=r"holds a part of a moving average \(no model_ema\.diffusion_model"):
+        import_single_file(tmp_path / "part.safetensors", tmp_path / "part", str(teacher))
 
 
 def test_an_autoencoder_that_the_file_lacks_comes_from_the_config(
