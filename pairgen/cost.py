@@ -76,4 +76,4 @@ def device_name(device: torch.device) -> str:
     """The device's name for reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+    return f"{torch.get_num_threads()} CPU threads"

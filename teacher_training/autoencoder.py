@@ -9,6 +9,7 @@ from torch import Tensor
 
 from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog
+from d2g.core.transfer import device_of, to_device
 from d2g.diffusion.latents import from_uint8
 from d2g.diffusion.pretrained import new_vae
 from teacher_training.autoencoder_losses import FeatureDistance, PatchDiscriminator, open_discriminator
@@ -53,7 +54,8 @@ def autoencoder_loss(
     """The loss of an autoencoder on uint8 images [N, 3, S, S]: reconstruction, KL, and the terms given."""
 
     def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = from_uint8(images[rows]).contiguous(memory_format=torch.channels_last)
+        pixels = from_uint8(to_device(images[rows], device_of(vae)))
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
         rec = reconstruction_loss(pixels, decoded, config.square_weight, config.edge_weight)
@@ -80,14 +82,15 @@ def train_autoencoder(
     progress: Progress = quiet,
     previews: Previews | None = None,
     perceptual: FeatureDistance | None = None,
+    device: torch.device | str = "cpu",
 ) -> Any:
-    """Train on uint8 images [N, 3, S, S] and return the VAE.
+    """Train on uint8 images [N, 3, S, S] and return the VAE, on the CPU.
 
     perceptual: as `open_perceptual` opens it. The config of the VAE gets the scaling_factor that makes
     scaled latents have unit variance.
     """
     torch.manual_seed(seed)
-    vae = build_autoencoder(config, images.shape[-1]).to(memory_format=torch.channels_last)
+    vae = build_autoencoder(config, images.shape[-1]).to(device, memory_format=torch.channels_last)
     discriminator = open_discriminator(vae, config)
     loss_of = autoencoder_loss(vae, images, config, perceptual, discriminator)
     fit_modules(
@@ -96,6 +99,6 @@ def train_autoencoder(
     # Scale latents to unit variance. The pictures may be sorted: take them from all.
     with torch.no_grad():
         sample = from_uint8(images[random_rows(len(images), 1024)])
-        raw = torch.cat([vae.encode(rows).latent_dist.mode() for rows in sample.split(64)])
+        raw = torch.cat([vae.encode(rows.to(device)).latent_dist.mode() for rows in sample.split(64)])
     vae.register_to_config(scaling_factor=round(1.0 / raw.std().item(), 5))
-    return vae
+    return vae.to("cpu")

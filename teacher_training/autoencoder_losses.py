@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2g.core.distributed import process_group
+from d2g.core.transfer import device_of
 from d2g.diffusion.latents import from_uint8
 from distill.losses.adversarial import discriminator_loss, generator_loss
 from distill.models.feature_networks import LITE0, FeatureNetwork, open_feature_network
@@ -41,18 +42,22 @@ class FeatureDistance(nn.Module):
         return torch.stack(terms).mean(0)
 
 
-def open_perceptual(config: AutoencoderConfig) -> FeatureDistance | None:
+def open_perceptual(config: AutoencoderConfig, device: torch.device | str = "cpu") -> FeatureDistance | None:
     """The distance that the settings ask for, or None. Raises UserError where the weights are missing."""
     if not config.perceptual_weight:
         return None
-    return FeatureDistance(open_feature_network(LITE0, DEPTHS))
+    return FeatureDistance(open_feature_network(LITE0, DEPTHS)).to(device)
 
 
 @torch.no_grad()
 def mean_feature_distance(distance: FeatureDistance, images: Tensor, others: Tensor) -> float:
     """The mean distance of two uint8 batches [N, 3, S, S]."""
-    pairs = zip(images.split(64), others.split(64), strict=True)
-    return torch.cat([distance(from_uint8(a), from_uint8(b)) for a, b in pairs]).mean().item()
+    device = device_of(distance)
+    pixels = (
+        [from_uint8(part.to(device)) for part in batch]
+        for batch in zip(images.split(64), others.split(64), strict=True)
+    )
+    return torch.cat([distance(a, b) for a, b in pixels]).mean().item()
 
 
 def patch_discriminator(width: int = 32) -> nn.Sequential:
@@ -91,7 +96,7 @@ class PatchDiscriminator(TrainedDiscriminator):
     """The discriminator of an autoencoder's reconstructions, with hinge losses (Lim and Ye 2017)."""
 
     def __init__(self, vae: Any, config: AutoencoderConfig) -> None:
-        super().__init__("discriminator", patch_discriminator(), config.adversarial_lr)
+        super().__init__("discriminator", patch_discriminator().to(device_of(vae)), config.adversarial_lr)
         self.last_layer: Tensor = vae.decoder.conv_out.weight
         self.weight, self.starts_at = config.adversarial_weight, config.adversarial_from
         self.active = False

@@ -98,7 +98,7 @@ def train_clip(
         raise UserError(f"got {len(images)} images; training a CLIP needs at least 3")
 
     # Train, and score the retrieval of held-out captions.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = new_clip(settings).to(device).train()
     started = time.perf_counter()

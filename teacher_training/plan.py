@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
-import torch
-
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import with_values
 from d2g.core.distributed import process_group
@@ -17,6 +15,7 @@ from d2g.core.logs import logger
 from d2g.core.progress import Progress
 from d2g.diffusion.pipelines import TRAINING
 from eval.images.folders import open_images
+from pairgen.cost import device_name
 from teacher_training.config import TeacherConfig
 from teacher_training.data import class_names, expect_captions, is_registered, read_captions
 from teacher_training.networks.registry import network_of
@@ -104,11 +103,11 @@ def plan_teacher(
     """
     if request.minutes is not None and request.images is not None:
         raise SettingError("give --minutes or --images, not both")
-    process_group.init()
+    device = process_group.init()
     check_start(config)
     kind = network_of(config)
     pictures, captions = count_pictures(config, stages)
-    speed = process_group.gather_objects(measure_speed(config, stages))[0]
+    speed = process_group.gather_objects(measure_speed(config, stages, device))[0]
     # All processes share the steps of these two stages.
     for stage in speed.seconds.keys() & {"vae", kind.stage}:
         speed.seconds[stage] /= process_group.world_size()
@@ -135,7 +134,7 @@ def plan_teacher(
         stage_minutes=minutes,
         minutes=sum(minutes.values()) + pictures * speed.encode_seconds / 60,
         gib=(speed.picture_bytes * pictures + speed.fixed_bytes) / 2**30,
-        measured_on=f"measured by {TIMED_STEPS} steps of each stage on {torch.get_num_threads()} CPU threads",
+        measured_on=f"measured by {TIMED_STEPS} steps of each stage on {device_name(device)}",
         prompt="caption" if kind.prompts == "text" else "class",
     )
     return config, plan

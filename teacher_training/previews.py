@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from d2g.core.logs import logger
 from d2g.core.png import image_grid, save_png
 from d2g.core.tracking.run_directory import RunLog
+from d2g.core.transfer import device_of
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode_uint8, encode, from_uint8
 from d2g.diffusion.teacher import load_teacher
@@ -99,7 +100,8 @@ def network_previews(
 
     pipeline: a folder with everything but trained weights. inputs: as `TrainableNetwork.loss` takes them.
     """
-    teacher, vae, images = load_teacher(pipeline), pretrained.load_vae(pipeline), pictures.images
+    device, images = device_of(next(iter(network.modules.values()))), pictures.images
+    teacher, vae = load_teacher(pipeline, device), pretrained.load_vae(pipeline).to(device)
     sheet_rows, validation_rows = spread_rows(len(images), SAMPLES), spread_rows(len(images))
     texts, validation_texts = (
         [pictures.prompts[row] for row in rows.tolist()] for rows in (sheet_rows, validation_rows)

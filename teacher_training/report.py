@@ -34,6 +34,7 @@ def write_teacher_report(
     images: Tensor,
     captions: Sequence[str],
     scores: Mapping[str, Mapping[str, Any]],
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Write OUT/report.html for a finished teacher; returns its path.
 
@@ -42,7 +43,7 @@ def write_teacher_report(
     # Samples and reconstructions beside real pictures.
     rows = spread_rows(len(images), SAMPLES)
     real, texts = images[rows], [captions[row] for row in rows.tolist()]
-    teacher, vae = load_teacher(str(out)), pretrained.load_vae(str(out))
+    teacher, vae = load_teacher(str(out), device), pretrained.load_vae(str(out)).to(device)
     samples = draw_samples(teacher, texts)
     settings = f"{SAMPLE_STEPS} steps of {teacher.default_solver}, guidance {teacher.default_guidance:g}"
     beside = [

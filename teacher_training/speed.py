@@ -1,4 +1,4 @@
-"""Speed and disk space of each stage of a teacher's training on this machine, from a few steps."""
+"""Speed and disk space of each stage of a teacher's training on this device, from a few steps."""
 
 import time
 from collections.abc import Sequence
@@ -11,22 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2g.core.distributed import process_group
+from d2g.core.transfer import device_of, to_device
 from d2g.diffusion.latents import encode, from_uint8, latent_space
 from eval.networks.registry import clip_tokenizer, new_clip
 from latent_lpips.vgg import VGG16
 from teacher_training.autoencoder import autoencoder_loss, build_autoencoder
 from teacher_training.autoencoder_losses import open_discriminator, open_perceptual
 from teacher_training.clip import contrastive_loss, model_config
-from teacher_training.config import AutoencoderConfig, TeacherConfig
+from teacher_training.config import AutoencoderConfig, FitConfig, TeacherConfig
 from teacher_training.data import TrainingPictures
 from teacher_training.loop import LossFn, TrainedDiscriminator
 from teacher_training.networks.kind import NetworkKind
-from teacher_training.networks.precision import with_precision
+from teacher_training.networks.precision import loss_in_precision
 from teacher_training.networks.registry import network_of
 from teacher_training.start import starting_autoencoder
 
+CPU = torch.device("cpu")
 TIMED_ROWS, TIMED_STEPS = 16, 2
-"""Rows of a timed step, at most; steps that are timed after one to warm up."""
+"""Different rows of the timed steps; steps that are timed after one to warm up."""
 
 
 @dataclass(kw_only=True)
@@ -42,37 +45,39 @@ class Speed:
     fixed_bytes: float = 0.0
 
 
-def measure_speed(config: TeacherConfig, stages: Sequence[str]) -> Speed:
+def measure_speed(config: TeacherConfig, stages: Sequence[str], device: torch.device = CPU) -> Speed:
     """Measure the stages on random pictures. The random state of the caller stays as it is."""
     speed, kind = Speed(), network_of(config)
-    with torch.random.fork_rng(), TemporaryDirectory() as folder:
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked), TemporaryDirectory() as folder:
         torch.manual_seed(0)
         images = torch.randint(256, (TIMED_ROWS, 3, config.size, config.size), dtype=torch.uint8)
         pictures = _random_pictures(kind, images)
         # The autoencoder, trained or given; networks in pixels have none.
         start = starting_autoencoder(config)
-        vae = start if start is not None else build_autoencoder(config.vae, config.size)
+        vae = (start if start is not None else build_autoencoder(config.vae, config.size)).to(device)
         if start is None and "vae" in stages:
             _time_autoencoder(speed, vae, images, config.vae)
         started = time.perf_counter()
         with torch.no_grad():
-            latents = encode(vae, from_uint8(images[:4])).repeat(TIMED_ROWS // 4, 1, 1, 1)
+            latents = encode(vae, from_uint8(images[:4])).cpu().repeat(TIMED_ROWS // 4, 1, 1, 1)
         speed.encode_seconds = (time.perf_counter() - started) / 4
         # The network, with its tokenizer if it has one.
         network = kind.build(config, pictures, (latents.shape[1], latents.shape[-1]), Path(folder), True)
         if kind.stage in stages:
+            network.to(device)
             inputs = images if config.denoiser.in_pixels else latents
-            loss_of = with_precision(network.loss(inputs, pictures.prompts), config)
+            loss_of = loss_in_precision(network, inputs, pictures.prompts, config)
             modules = list(network.modules.values())
-            _time_stage(speed, kind.stage, modules, loss_of, config.denoiser.fit.batch_size)
+            _time_stage(speed, kind.stage, modules, loss_of, _local_batch(config.denoiser.fit))
         # LatentLPIPS: a judgment encodes 3 pictures and takes 4 passes, each a third of a training step.
         if "lpips" in stages:
             settings = replace(config.lpips.network, channels=latents.shape[1])
-            trunk = VGG16(settings, 16, config.lpips.trunk.dropout, config.lpips.trunk.grid)
+            trunk = VGG16(settings, 16, config.lpips.trunk.dropout, config.lpips.trunk.grid).to(device)
             _time_stage(speed, "lpips", [trunk], _trunk_loss(trunk, latents), config.lpips.trunk.batch)
             speed.judgment_seconds = 4 * speed.seconds["lpips"] / 3 + 3 * speed.encode_seconds
         if "clip" in stages:
-            clip, loss_of = _clip(config, Path(folder) / "tokenizer", images, pictures.prompts)
+            clip, loss_of = _clip(config, Path(folder) / "tokenizer", images, pictures.prompts, device)
             _time_stage(speed, "clip", [clip], loss_of, config.clip.batch_size)
         space = latent_space(vae)
         # The cached pictures, and their latents where there is an autoencoder.
@@ -91,7 +96,7 @@ def _random_pictures(kind: NetworkKind, images: Tensor) -> TrainingPictures:
 
 def _time_autoencoder(speed: Speed, vae: Any, images: Tensor, config: AutoencoderConfig) -> None:
     """Time the autoencoder without and with its discriminator, each for its share of the images."""
-    perceptual, batch = open_perceptual(config), config.fit.batch_size
+    perceptual, batch = open_perceptual(config, device_of(vae)), _local_batch(config.fit)
     _time_stage(speed, "vae", [vae], autoencoder_loss(vae, images, config, perceptual), batch)
     if (discriminator := open_discriminator(vae, config)) is not None:
         discriminator.begin(config.adversarial_from)
@@ -119,17 +124,21 @@ def _seconds_per_image(
     batch_size: int,
     discriminator: TrainedDiscriminator | None = None,
 ) -> float:
-    """Time forward, backward and an AdamW step on a few rows, and those of the discriminator."""
-    rows = min(TIMED_ROWS, max(2, batch_size))
+    """Time forward, backward and an AdamW step, and those of the discriminator: on a few rows on a CPU, whose
+    time is that of its rows, and on this process's whole batch on a GPU, where a few rows take as long."""
     group = nn.ModuleList(modules).train().requires_grad_(True)
+    device = device_of(group)
+    rows = max(2, batch_size)
+    rows = rows if device.type == "cuda" else min(TIMED_ROWS, rows)
     optimizer = torch.optim.AdamW(group.parameters(), lr=0.0)
     generator = torch.Generator().manual_seed(0)
     started = 0.0
     for step in range(TIMED_STEPS + 1):
         # The first step warms up.
         if step == 1:
+            _wait_for(device)
             started = time.perf_counter()
-        loss, _ = loss_of(list(range(rows)), generator)
+        loss, _ = loss_of([row % TIMED_ROWS for row in range(rows)], generator)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -137,31 +146,43 @@ def _seconds_per_image(
             adversarial_loss.backward()
             discriminator.optimizer.step()
             discriminator.optimizer.zero_grad(set_to_none=True)
+    _wait_for(device)
     return (time.perf_counter() - started) / (TIMED_STEPS * rows)
+
+
+def _local_batch(fit: FitConfig) -> int:
+    """Rows of a step on this process, of a stage whose steps all processes share."""
+    return fit.batch_size // process_group.world_size()
+
+
+def _wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _trunk_loss(trunk: nn.Module, latents: Tensor) -> LossFn:
     def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = trunk(latents[rows])
+        logits = trunk(to_device(latents[rows], device_of(trunk)))
         return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)), {}
 
     return loss_of
 
 
 def _clip(
-    config: TeacherConfig, tokenizer: Path, images: Tensor, captions: Sequence[str]
+    config: TeacherConfig, tokenizer: Path, images: Tensor, captions: Sequence[str], device: torch.device
 ) -> tuple[nn.Module, LossFn]:
-    """An untrained CLIP of the settings' shape, and its loss on these pictures."""
+    """An untrained CLIP of the settings' shape on a device, and its loss on these pictures."""
     settings = replace(config.clip, image_size=config.size)
     tokenize = clip_tokenizer(tokenizer, settings.context)
     hf_tokenizer = tokenize.tokenizer  # type: ignore[attr-defined]
-    model = new_clip(model_config(settings, len(hf_tokenizer), hf_tokenizer.eos_token_id))
+    model = new_clip(model_config(settings, len(hf_tokenizer), hf_tokenizer.eos_token_id)).to(device)
     tokens = tokenize(list(captions))
 
     def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        image_vectors = F.normalize(model.encode_image(from_uint8(images[rows])), dim=1)
-        text_vectors = F.normalize(model.encode_text(tokens[rows]), dim=1)
-        scale = model.logit_scale.exp()
-        return contrastive_loss(image_vectors, text_vectors, scale, torch.tensor(rows)), {}
+        pixels, texts, ids = (to_device(x, device) for x in (images[rows], tokens[rows], torch.tensor(rows)))
+        image_vectors = F.normalize(model.encode_image(from_uint8(pixels)), dim=1)
+        text_vectors = F.normalize(model.encode_text(texts), dim=1)
+        return contrastive_loss(image_vectors, text_vectors, model.logit_scale.exp(), ids), {}
 
     return model, loss_of

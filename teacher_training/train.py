@@ -17,6 +17,7 @@ from d2g.core.distributed import checkpoint, process_group
 from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import read_json_object
 from d2g.core.machine_errors import raise_machine_error
+from d2g.core.precision import set_training_arithmetic
 from d2g.core.progress import Progress, quiet
 from d2g.core.shuffle import permuted_batch
 from d2g.core.torch_files import load_tensors
@@ -41,7 +42,7 @@ from teacher_training.data import (
 )
 from teacher_training.loop import fit_modules
 from teacher_training.networks.kind import NetworkKind
-from teacher_training.networks.precision import with_precision
+from teacher_training.networks.precision import loss_in_precision, trains_in_bf16
 from teacher_training.networks.registry import network_of
 from teacher_training.previews import (
     as_latents,
@@ -74,11 +75,12 @@ class TeacherSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherJob:
-    """Objects that the stages of one training share."""
+    """Objects that the stages of one training share. `device`: where this process trains."""
 
     config: TeacherConfig
     out: Path
     pictures: TrainingPictures
+    device: torch.device
     progress: Progress
 
     @property
@@ -114,7 +116,8 @@ def train_teacher(
     progress: Progress = quiet,
     command: str = "",
 ) -> TeacherSummary:
-    """Train the stages that are not done yet, one after the other; by default all of the network.
+    """Train the stages that are not done yet, one after the other, on this process's GPU or on the CPU; by
+    default all of the network.
 
     OUT becomes a pipeline in diffusers layout, for some networks with latent_lpips/ and clip/ beside its
     components, with previews/, report.html, and training/ with caches, configs, curves and checkpoints. A
@@ -123,11 +126,12 @@ def train_teacher(
     given other settings, and while another process trains in OUT.
     """
     started = time.monotonic()
-    process_group.init()
+    device = process_group.init()
+    set_training_arithmetic(device, trains_in_bf16(config, device))
     stages = check_stages(config, stages)
     check_start(config)
     with sole_owner(out, "trains in"):
-        return _train_stages(_open_job(config, out, progress, command), stages, started)
+        return _train_stages(_open_job(config, out, device, progress, command), stages, started)
 
 
 def check_stages(config: TeacherConfig, stages: Sequence[str] | None) -> tuple[str, ...]:
@@ -173,7 +177,9 @@ def _train_stages(job: TeacherJob, stages: tuple[str, ...], started: float) -> T
     )
 
 
-def _open_job(config: TeacherConfig, out: Path, progress: Progress, command: str) -> TeacherJob:
+def _open_job(
+    config: TeacherConfig, out: Path, device: torch.device, progress: Progress, command: str
+) -> TeacherJob:
     """Open OUT, which belongs to one data set, and load its images."""
     names = (
         "data",
@@ -197,7 +203,7 @@ def _open_job(config: TeacherConfig, out: Path, progress: Progress, command: str
     pictures = cached_pictures(out / TRAINING, lambda: load_pictures(config, progress))
     if started_before:
         warn_of_changed_pictures(config, pictures.prompts, out / TRAINING)
-    return TeacherJob(config=config, out=out, pictures=pictures, progress=progress)
+    return TeacherJob(config=config, out=out, pictures=pictures, device=device, progress=progress)
 
 
 def check_captions(config: TeacherConfig, captions: Sequence[str], stages: Sequence[str]) -> None:
@@ -315,8 +321,8 @@ def _judge(job: TeacherJob, scores: Mapping[str, Any], trained_any: bool) -> dic
     report, file = job.out / "report.html", job.work / "verdict.json"
     if process_group.rank() == 0 and (job.work / job.kind.stage / "scores.json").is_file():
         if trained_any or not (file.is_file() and report.is_file()):
-            verdict = judge_teacher(job.out, job.images, job.captions)
-            write_teacher_report(job.out, verdict, job.images, job.captions, scores)
+            verdict = judge_teacher(job.out, job.images, job.captions, job.device)
+            write_teacher_report(job.out, verdict, job.images, job.captions, scores, job.device)
         verdict = read_json_object(file, f"delete {file}") | {"report": str(report)}
     process_group.barrier()
     return verdict
@@ -325,10 +331,12 @@ def _judge(job: TeacherJob, scores: Mapping[str, Any], trained_any: bool) -> dic
 def _train_vae(job: TeacherJob, log: RunLog) -> dict[str, Any]:
     config, vae = job.config, starting_autoencoder(job.config)
     # The perceptual distance, if the autoencoder is trained with it.
-    perceptual = open_perceptual(config.vae) if vae is None else None
+    perceptual = open_perceptual(config.vae, job.device) if vae is None else None
     previews = autoencoder_previews(job.out / "previews", job.images, log, config.preview_minutes, perceptual)
     if vae is None:
-        vae = train_autoencoder(job.images, config.vae, log, config.seed, job.progress, previews, perceptual)
+        vae = train_autoencoder(
+            job.images, config.vae, log, config.seed, job.progress, previews, perceptual, job.device
+        )
     elif process_group.rank() == 0:
         previews.draw({"vae": vae}, 0)
     # The autoencoder on its own, and as the first component of the pipeline.
@@ -341,7 +349,7 @@ def _train_vae(job: TeacherJob, log: RunLog) -> dict[str, Any]:
         write_atomically(Path(job.pipeline) / "model_index.json", json.dumps(index))
     process_group.barrier()
     # Score what is saved.
-    saved, measured = load_vae(job.pipeline), job.images[spread_rows(len(job.images))]
+    saved, measured = load_vae(job.pipeline).to(job.device), job.images[spread_rows(len(job.images))]
     quality, quality_of_mean = reconstruction_psnr(saved, measured)
     params = sum(p.numel() for p in saved.parameters())
     scores = {"params": params, "psnr": quality, "psnr_mean_picture": quality_of_mean}
@@ -354,11 +362,11 @@ def _latents(job: TeacherJob) -> Tensor:
     """Return scaled latents [N, C, h, w] of all images: posterior means, which rank 0 computes and caches."""
     path = job.work / "latents.pt"
     if not path.is_file() and process_group.rank() == 0:
-        vae, rows = load_vae(job.pipeline), []
+        vae, rows = load_vae(job.pipeline).to(job.device), []
         # The file gets its name when it is complete.
         with torch.no_grad():
             for part in job.images.split(128):
-                rows.append(encode(vae, from_uint8(part)))
+                rows.append(encode(vae, from_uint8(part)).cpu())
                 job.progress("encode", sum(map(len, rows)), len(job.images))
         torch.save(torch.cat(rows), path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
@@ -382,19 +390,21 @@ def _train_network(job: TeacherJob, log: RunLog) -> dict[str, Any]:
         kind.build(config, job.pictures, shape, pipeline, True).save(pipeline, vae)
     process_group.barrier()
     network = kind.build(config, job.pictures, shape, pipeline, False)
+    network.to(job.device)
     previews = network_previews(
         job.out / "previews", job.pipeline, network, inputs, job.pictures, log, config.preview_minutes
     )
-    loss_of, fit = with_precision(network.loss(inputs, job.captions), config), config.denoiser.fit
+    loss_of, fit = loss_in_precision(network, inputs, job.captions, config), config.denoiser.fit
     fit_modules(
         kind.stage, log, network.modules, loss_of, len(inputs), fit, config.seed, job.progress, previews
     )
     if process_group.rank() != 0:
         return {}
+    network.to("cpu")
     # OUT becomes a pipeline now that its weights are trained. Score what is saved.
     for folder in (pipeline, job.out):
         network.save(folder, vae)
-    teacher, rows = load_teacher(job.pipeline), spread_rows(len(inputs))
+    teacher, rows = load_teacher(job.pipeline, job.device), spread_rows(len(inputs))
     with torch.no_grad():
         cond = teacher.encode([job.captions[row] for row in rows.tolist()])
     loss = denoising_loss(teacher, cond, as_latents(inputs[rows]))
@@ -412,7 +422,7 @@ def _train_lpips(job: TeacherJob, log: RunLog) -> dict[str, Any]:
         order = list(range(count))
     else:
         order = permuted_batch(settings.seed, count, 0, count)
-    vae = load_vae(job.pipeline)
+    vae = load_vae(job.pipeline).to(job.device)
 
     def encode_uint8(rows: Tensor) -> Tensor:
         with torch.no_grad():
@@ -425,6 +435,7 @@ def _train_lpips(job: TeacherJob, log: RunLog) -> dict[str, Any]:
         job.images[order[: settings.triplets]],
         encode_uint8,
         job.progress,
+        job.device,
     )
     lpips_weights.save_lpips(metric, job.out / "latent_lpips", {"trained_on": job.config.data, **scores})
     return scores
@@ -435,7 +446,15 @@ def _train_clip(job: TeacherJob, log: RunLog) -> dict[str, Any]:
         return {}
     settings = replace(job.config.clip, image_size=job.config.size)
     tokenizer = Path(job.pipeline) / "tokenizer"
-    return train_clip(job.images, job.captions, tokenizer, job.out / "clip", settings, progress=job.progress)
+    return train_clip(
+        job.images,
+        job.captions,
+        tokenizer,
+        job.out / "clip",
+        settings,
+        progress=job.progress,
+        device=job.device,
+    )
 
 
 _HELPERS: dict[str, Callable[[TeacherJob, RunLog], dict[str, Any]]] = {

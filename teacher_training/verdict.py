@@ -122,6 +122,7 @@ def denoising_loss(teacher: Teacher, cond: Conditioning, latents: Tensor) -> flo
 
     Row i has the noise of (0, i); timesteps are evenly spread: equal weights give equal numbers.
     """
+    latents = latents.to(teacher.device)
     noisy = _fixed_noise(latents, teacher.schedule)
     inputs, times = teacher.schedule.network_at(noisy.x, noisy.timesteps)
     parts = []
@@ -147,7 +148,9 @@ def gaussian_loss(latents: Tensor, schedule: AnySchedule) -> tuple[float, float]
     """
     noisy = _fixed_noise(latents, schedule)
     alpha, sigma = (
-        torch.tensor([getattr(point, name) for point in noisy.points]).view(-1, 1, 1, 1)
+        torch.tensor([getattr(point, name) for point in noisy.points], device=latents.device).view(
+            -1, 1, 1, 1
+        )
         for name in ("alpha", "sigma")
     )
     mean, variance = latents.mean((0, 2, 3), keepdim=True), latents.var((0, 2, 3), keepdim=True)
@@ -170,13 +173,14 @@ def _fixed_noise(latents: Tensor, schedule: AnySchedule) -> NoisyRows:
     # Rows and timesteps are shuffled against each other, so that no class of pictures has low noise alone.
     order = torch.randperm(len(latents), generator=generator(0, Stream.TEACHER_VERDICT))
     timesteps = torch.linspace(0, len(schedule) - 1, len(latents)).round().long()[order]
-    epsilon = noise(0, range(len(latents)), tuple(latents.shape[1:]))
+    epsilon = noise(0, range(len(latents)), tuple(latents.shape[1:])).to(latents.device)
     # The levels of EDM are counted as timesteps are.
     if isinstance(schedule, EDMSchedule):
         points = [schedule.point(sigma) for sigma in schedule.sigma(timesteps).tolist()]
     else:
         assert isinstance(schedule, Schedule), "no other teacher is trained here"
         points = [Point(t, *schedule.alpha_sigma(t)) for t in timesteps.tolist()]
+    timesteps = timesteps.to(latents.device)
     return NoisyRows(schedule.diffuse(latents, epsilon, timesteps), epsilon, timesteps, points)
 
 
@@ -187,18 +191,20 @@ def roughness(latents: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure_teacher(folder: Path, images: Tensor, captions: Sequence[str]) -> TeacherNumbers:
+def measure_teacher(
+    folder: Path, images: Tensor, captions: Sequence[str], device: torch.device | str = "cpu"
+) -> TeacherNumbers:
     """Measure the teacher in `folder` with the weights on disk, on uint8 images [N, 3, S, S] and captions."""
     name = str(folder)
-    teacher, vae = load_teacher(name), pretrained.load_vae(name)
+    teacher, vae = load_teacher(name, device), pretrained.load_vae(name).to(device)
     rows = spread_rows(len(images))
     images, texts = images[rows], [captions[row] for row in rows.tolist()]
     latents = torch.cat([encode(vae, from_uint8(part)) for part in images.split(64)])
     # Losses of the saved network, of a fresh one, and of two that are no networks.
     cond = teacher.conditioner.encode(texts)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        fresh = type(teacher.network).from_config(teacher.config).eval()
+        fresh = type(teacher.network).from_config(teacher.config).eval().to(device)
     gaussian, zero = gaussian_loss(latents, teacher.schedule)
     # Samples with the captions of the pictures.
     samples = draw_samples(teacher, texts[:SAMPLES])
@@ -225,9 +231,11 @@ def draw_samples(teacher: Teacher, prompts: Sequence[str]) -> Tensor:
     return teacher.sample(latent_noise, prompts, SAMPLE_STEPS, guidance, solver)
 
 
-def judge_teacher(folder: Path, images: Tensor, captions: Sequence[str]) -> dict[str, Any]:
+def judge_teacher(
+    folder: Path, images: Tensor, captions: Sequence[str], device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """Measure a finished teacher and write FOLDER/training/verdict.json; returns its content."""
-    numbers = measure_teacher(folder, images, captions)
+    numbers = measure_teacher(folder, images, captions, device)
     verdict = {
         "trained": not numbers.faults(),
         "verdict": verdict_line(numbers),

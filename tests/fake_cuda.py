@@ -4,6 +4,7 @@
     PYTHONPATH=.:tests python tests/fake_cuda.py ranks COUNT ode|gan [a.b=c ...]
     PYTHONPATH=.:tests python tests/fake_cuda.py families KIND ...
     PYTHONPATH=.:tests python tests/fake_cuda.py evaluation
+    PYTHONPATH=.:tests python tests/fake_cuda.py teachers NETWORK|cascade ...
     PYTHONPATH=.:tests python tests/fake_cuda.py memory PRESET ode|gan [a.b=c ...]
     PYTHONPATH=.:tests python tests/fake_cuda.py memory-ranks COUNT PRESET ode|gan [a.b=c ...]
 
@@ -16,6 +17,8 @@ of each step before; `all_reduces`, gradients that DDP averaged in each step, th
 and MFU of an H100. `families` samples pairs and trains both stages of tiny teachers (the kinds of
 tests/tiny_teachers.py; a cascade's prior before its decoder), and prints such an object by kind and stage;
 `pairs`: waits of a second batch.
+`teachers` trains tiny teachers of these networks, all stages, with their plan and verdict, and prints their
+waits.
 `memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak:
 `tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders;
 `flop_per_step`, recomputed layers among them; and `operators_per_step`, views among them.
@@ -88,6 +91,9 @@ def pretend_cuda() -> None:
     any_torch.cuda.stream = nullcontext
     any_torch.cuda.current_device = lambda: 0
     any_torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    any_torch.cuda.synchronize = lambda device=None: None
+    any_torch.cuda.get_rng_state = lambda device=None: torch.zeros(1)
+    any_torch.cuda.set_rng_state = lambda state, device=None: None
     any_torch.cuda.get_device_name = lambda device=None: CARDS[-1]
 
 
@@ -363,17 +369,45 @@ def evaluation() -> None:
     print(json.dumps(results))
 
 
+def teachers(*names: str) -> None:
+    """Plan and train all stages of a teacher for each network, and judge it."""
+    import own_pictures
+    from teacher_training.cascade.train import train_cascade
+    from teacher_training.plan import Request, plan_teacher
+    from teacher_training.train import check_stages, train_teacher
+
+    root, data = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
+    own_pictures.class_folders(data)
+    begin()
+    results = {}
+    for name in names:
+        mode = FakeCuda()
+        with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
+            if name == "cascade":
+                train_cascade(replace(own_pictures.CASCADE, data=str(data)), root / name)
+            else:
+                terms = {"perceptual_weight": 1.0, "adversarial_weight": 0.5, "adversarial_start": 0.0}
+                vae = replace(own_pictures.CLASSES.vae, **terms)
+                config = replace(own_pictures.CLASSES, data=str(data), network=name, vae=vae)
+                plan_teacher(config, root / name, check_stages(config, None), Request())
+                train_teacher(config, root / name)
+        results[name] = dict(mode.waits)
+    print(json.dumps(results))
+
+
 def begin() -> None:
     """Let the project use fake CUDA tensors."""
-    from d2g.core.distributed import process_group
+    from d2g.core.distributed import checkpoint, process_group
     from distill.training import state
 
     pretend_cuda()
     any_group: Any = process_group
-    any_group.init = lambda long_waits=False: torch.device("cuda", 0)
+    any_group.init = any_group.own_device = lambda long_waits=False: torch.device("cuda", 0)
     # torch.distributed.checkpoint looks at storages, which fakes do not have.
     any_state: Any = state.State
     any_state.save = lambda *arguments: None
+    any_checkpoint: Any = checkpoint
+    any_checkpoint.save = lambda folder, *arguments: folder
 
 
 def waits_of_training(
@@ -507,6 +541,7 @@ if __name__ == "__main__":
         "memory": memory,
         "families": families,
         "evaluation": evaluation,
+        "teachers": teachers,
         "ranks": lambda count, *arguments: main(*arguments, ranks=int(count)),
         "memory-ranks": lambda count, *arguments: memory(*arguments, ranks=int(count)),
     }

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,23 @@ from PIL import Image, ImageDraw
 
 from d2g.core.config import to_json
 from latent_lpips.config import CalibrateConfig, LPIPSConfig, LPIPSTrainConfig, TrunkTrainConfig
-from teacher_training.config import AutoencoderConfig, ClipConfig, DenoiserConfig, FitConfig, TeacherConfig
+from teacher_training.cascade.config import (
+    CascadeConfig,
+    CompressorConfig,
+    StageBConfig,
+    StageCConfig,
+    VQGANConfig,
+)
+from teacher_training.config import (
+    AutoencoderConfig,
+    ClipConfig,
+    DenoiserConfig,
+    DiTConfig,
+    EDMConfig,
+    FitConfig,
+    PixelUNetConfig,
+    TeacherConfig,
+)
 
 SIZE = 16
 CONFIG = TeacherConfig(
@@ -46,6 +63,25 @@ CONFIG = TeacherConfig(
         images=32,
         batch_size=16,
     ),
+)
+CLASSES_FIT = FitConfig(images=32, batch_size=8, lr=1e-3, checkpoint_minutes=0.0)
+PIXELS: dict[str, Any] = dict(channels=(8, 16), head_width=8, fit=CLASSES_FIT)
+CLASSES = replace(
+    CONFIG,
+    dit=DiTConfig(layers=2, width=16, heads=2, fit=CLASSES_FIT),
+    pixel_unet=PixelUNetConfig(**PIXELS, class_dropout=0.2),
+    edm=EDMConfig(**PIXELS, sigma_max=20.0),
+    vae=replace(CONFIG.vae, fit=replace(CLASSES_FIT, images=16)),
+)
+"""For networks of classes."""
+CASCADE_FIT = FitConfig(images=32, batch_size=16, lr=1e-3)
+CASCADE = CascadeConfig(
+    size=SIZE,
+    images=40,
+    vqgan=VQGANConfig(channels=8, bottleneck_blocks=1, codes=16, fit=CASCADE_FIT),
+    compressor=CompressorConfig(channels=(8, 8, 8), latent_channels=3),
+    stage_b=StageBConfig(channels=(8, 16), blocks=(1, 1), head_width=8, condition_width=8, fit=CASCADE_FIT),
+    stage_c=StageCConfig(width=16, depth=1, heads=2, fit=CASCADE_FIT),
 )
 COLORS = ("red", "green", "blue", "yellow")
 

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import eval_jobs
 import jobs
+import own_pictures
 import tiny
 import tiny_teachers
 from benchmarks.training_step import RandomStep
@@ -35,6 +36,9 @@ from pairgen.config import PairConfig
 from pairgen.generate import generate_pairs
 from pairgen.job import open_job
 from pairgen.store.reader import PairReader
+from teacher_training.cascade.train import train_cascade
+from teacher_training.config import NETWORK_GROUPS, NetworkName
+from teacher_training.train import train_teacher
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -249,6 +253,43 @@ def test_random_steps_of_the_battery_are_finite(teacher: Path, device: torch.dev
     step = RandomStep(config, device, tmp_path)
     for _ in range(2):
         step(at_once=True)
+
+
+@pytest.mark.parametrize("network", get_args(NetworkName))
+def test_a_teacher_trained_here_has_the_losses_of_one_trained_on_a_cpu(
+    network: NetworkName, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stages, with a perceptual term and a discriminator of the autoencoder; the last one resumes."""
+    (tmp_path / "data").mkdir()
+    own_pictures.class_folders(tmp_path / "data")
+    terms = {"perceptual_weight": 1.0, "adversarial_weight": 0.1, "adversarial_start": 0.0}
+    vae = replace(own_pictures.CLASSES.vae, **terms)  # type: ignore[arg-type]
+    config = replace(own_pictures.CLASSES, data=str(tmp_path / "data"), network=network, vae=vae)
+    stage = NETWORK_GROUPS[network]
+
+    def train_here(out: Path) -> dict[str, list[dict[str, float]]]:
+        shorter = override(config, [f"{stage}.fit.images=16"])
+        train_teacher(shorter, out)
+        assert train_teacher(config, out).scores[stage]["length"] == config.denoiser.fit.images
+        return {name: losses_of(out / "training" / name) for name in ("vae", stage)}
+
+    losses = train_here(tmp_path / "gpu")
+    with monkeypatch.context() as patch:
+        on_cpu(patch)
+        expected = train_here(tmp_path / "cpu")
+    for name, lines in expected.items():
+        for line, expected_line in zip(losses[name], lines, strict=True):
+            assert line == pytest.approx(expected_line, rel=0.05, abs=1e-2)
+
+
+def test_a_cascade_trains_here(device: torch.device, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    own_pictures.class_folders(tmp_path / "data")
+    summary = train_cascade(replace(own_pictures.CASCADE, data=str(tmp_path / "data")), tmp_path / "cascade")
+    assert list(summary.parts) == ["vqgan", "stage_b", "stage_c"]
+    for part in summary.parts:
+        for line in losses_of(tmp_path / "cascade" / "training" / part):
+            assert all(torch.tensor(value).isfinite() for value in line.values())
 
 
 # Evaluation.

@@ -3,9 +3,14 @@
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 X = TypeVar("X", Tensor, Tensor | None)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter."""
+    return next(module.parameters()).device
 
 
 def to_device(x: X, device: torch.device | str) -> X:

@@ -83,12 +83,14 @@ def latent_space(vae: Any) -> LatentSpace:
 def encode(
     vae: Any, pixels: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
 ) -> Tensor:
-    """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f], fp32, computed in the VAE's dtype.
+    """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f], fp32, computed in the VAE's dtype
+    and on its device.
 
     The mean of the posterior; with a generator, or one per row, a sample of it.
     """
     pixels = pixels / 2 + 0.5 if _unit_range(vae) else pixels
-    output = vae.encode(pixels.to(next(vae.parameters()).dtype))
+    first = next(vae.parameters())
+    output = vae.encode(pixels.to(first.device, first.dtype))
     if hasattr(output, "latent"):  # AutoencoderDC has no posterior
         return latent_space(vae).scaled(output.latent.float())
     if hasattr(output, "latents"):  # no posterior; AutoencoderTiny's are already scaled, VQModel's are not

@@ -54,7 +54,7 @@ def train_latent_lpips(
     trunk, scores = train_trunk(
         config.network, latents, targets, config.trunk, seed=config.seed, progress=progress, device=device
     )
-    metric = LatentLPIPS(config.network, trunk).fold()
+    metric = LatentLPIPS(config.network, trunk).to(device).fold()
     # The heads.
     triplets = synthetic_triplets(images[: config.triplets], encode, config.seed, progress)
     _, held_out = split_rows(len(triplets.judge), config.calibrate.held_out, config.seed)

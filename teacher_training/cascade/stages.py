@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2g.core.transfer import device_of, to_device
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.families.base import Family
 from d2g.diffusion.families.wuerstchen import WuerstchenDecoder, WuerstchenPrior
@@ -42,10 +43,11 @@ def vqgan_loss(vqgan: Any, images: Tensor, config: VQGANConfig) -> LossFn:
     """
 
     def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = from_uint8(images[rows])
+        pixels = from_uint8(to_device(images[rows], device_of(vqgan)))
         latents = vqgan.encode(pixels / 2 + 0.5).latents
         quantized, codebook, _ = vqgan.vquantizer(latents)
         skips = torch.rand(len(rows), 1, 1, 1, generator=generator) < config.quantization_dropout
+        skips = to_device(skips, pixels.device)
         decoded = 2 * vqgan.decode(torch.where(skips, latents, quantized)).sample - 1
         rec = reconstruction_loss(pixels, decoded, config.square_weight, config.edge_weight)
         return rec + config.codebook_weight * codebook, {"loss/rec": rec, "loss/codebook": codebook}
@@ -65,10 +67,12 @@ def cascade_loss(
     """
 
     def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        x0 = latents[rows]
+        device, x0 = device_of(network), latents[rows]
         noise = torch.randn(x0.shape, generator=generator)
         t = COSINE_STEPS * torch.rand(len(rows), generator=generator)
-        cond, noisy = conditioning(rows, generator), SCHEDULE.diffuse(x0, noise, t)
+        cond = conditioning(rows, generator).to(device)
+        x0, noise, t = (to_device(x, device) for x in (x0, noise, t))
+        noisy = SCHEDULE.diffuse(x0, noise, t)
         epsilon = family.forward(network, network.config, noisy, t, cond, 1)
         errors = (epsilon.float() - noise).square().mean((1, 2, 3))
         bar = SCHEDULE.alpha_bar(t).float()
@@ -89,15 +93,17 @@ def stage_b_loss(
 
     def conditioning(rows: list[int], generator: torch.Generator) -> Conditioning:
         count = len(rows)
-        prior = compressor(from_uint8(images[rows]))
+        prior = compressor(from_uint8(to_device(images[rows], device_of(compressor))))
         # Noise on half of the rows, because stage C's samples have errors.
         scale = config.condition_noise * torch.rand(count, generator=generator)
         scale = scale * (torch.rand(count, generator=generator) < 0.5)
-        prior = prior + scale.view(-1, 1, 1, 1) * torch.randn(prior.shape, generator=generator)
+        prior_noise = scale.view(-1, 1, 1, 1) * torch.randn(prior.shape, generator=generator)
+        prior = prior + to_device(prior_noise, prior.device)
         # Rows without any condition: the empty prompt and zeros.
         dropped = torch.rand(count, generator=generator) < config.caption_dropout
-        prior = torch.where(dropped.view(-1, 1, 1, 1), torch.zeros_like(prior), prior)
-        return captions.conditioning(rows, dropped).with_prior(prior)
+        no_prior = to_device(dropped, prior.device).view(-1, 1, 1, 1)
+        prior = torch.where(no_prior, torch.zeros_like(prior), prior)
+        return captions.conditioning(rows, dropped).to(prior.device).with_prior(prior)
 
     return cascade_loss(WuerstchenDecoder(), network, latents, conditioning)
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import pick, to_json
+from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
+from d2g.core.precision import set_training_arithmetic
 from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import RunLog, same_places, sole_owner
 from d2g.diffusion import cascade_files, pretrained
@@ -45,13 +47,15 @@ class CascadeSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """Objects that the parts share. images: uint8 [N, 3, S, S], with N captions."""
+    """Objects that the parts share. images: uint8 [N, 3, S, S], with N captions. device: where networks are
+    trained; between the parts all are on the CPU."""
 
     config: CascadeConfig
     out: Path
     images: Tensor
     captions: list[str]
     conditioner: WuerstchenConditioner
+    device: torch.device
     progress: Progress
 
     @property
@@ -71,7 +75,7 @@ def train_cascade(
     parts: tuple[str, ...] = CASCADE_PARTS,
     progress: Progress = quiet,
 ) -> CascadeSummary:
-    """Train the parts that are not done yet, one after the other, in one process.
+    """Train the parts that are not done yet, one after the other, in one process, on its GPU or on the CPU.
 
     OUT/stage_b becomes a WuerstchenDecoderPipeline, which holds the VQGAN too, OUT/stage_c a
     WuerstchenPriorPipeline, both in diffusers layout; OUT/compressor holds the compressor, which sampling
@@ -82,8 +86,10 @@ def train_cascade(
     started = time.monotonic()
     for part in parts:
         pick(dict.fromkeys(CASCADE_PARTS), part, "part")
+    device = process_group.own_device()
+    set_training_arithmetic(device, bf16=False)
     with sole_owner(out, "trains in"):
-        job = _open_job(config, out, progress)
+        job = _open_job(config, out, device, progress)
         scores = {part: _run_part(part, job) for part in CASCADE_PARTS if part in parts}
     return CascadeSummary(
         stage_b=str(out / "stage_b"),
@@ -94,7 +100,7 @@ def train_cascade(
     )
 
 
-def _open_job(config: CascadeConfig, out: Path, progress: Progress) -> _Job:
+def _open_job(config: CascadeConfig, out: Path, device: torch.device, progress: Progress) -> _Job:
     """Open OUT, which belongs to one data set, load its images, and the text encoder."""
     names = ("data", "column", "size", "images", "seed", "caption_template", "text")
     facts = {key: to_json(config)[key] for key in names}
@@ -112,6 +118,7 @@ def _open_job(config: CascadeConfig, out: Path, progress: Progress) -> _Job:
         images=pictures.images,
         captions=pictures.prompts,
         conditioner=cascade_files.frozen_text(config.text),
+        device=device,
         progress=progress,
     )
 
@@ -159,21 +166,22 @@ def _train_vqgan(job: _Job, log: RunLog) -> dict[str, Any]:
         bottleneck_blocks=config.bottleneck_blocks,
         latent_channels=config.latent_channels,
         num_vq_embeddings=config.codes,
-    )
+    ).to(job.device)
     loss_of = vqgan_loss(vqgan, job.images, config)
     _fit("vqgan", job, log, {"vqgan": vqgan}, loss_of, config.fit)
     # Scaled latents get unit variance. The pictures may be sorted: take them from all.
     sample = job.images[random_rows(len(job.images), 1024)]
     with torch.no_grad():
-        raw = torch.cat([vqgan.encode(pixels / 2 + 0.5).latents for pixels in _pixels(sample)])
+        raw = torch.cat([vqgan.encode(pixels / 2 + 0.5).latents for pixels in _pixels(sample, job.device)])
     vqgan.register_to_config(scale_factor=round(raw.std().item(), 5))
-    pretrained.save_component(vqgan, job.out / "vqgan")
     quality, of_mean = reconstruction_psnr(vqgan, job.images[spread_rows(len(job.images))])
+    pretrained.save_component(vqgan.to("cpu"), job.out / "vqgan")
     return {"params": _params(vqgan), "psnr": quality, "psnr_mean_picture": of_mean}
 
 
 def _train_stage_b(job: _Job, log: RunLog) -> dict[str, Any]:
     config, vqgan = job.config.stage_b, cascade_files.load_vqgan(_needs(job.out / "vqgan", "vqgan"))
+    vqgan.to(job.device)
     latents = _encoded(job, "vqgan latents", lambda pixels: encode(vqgan, pixels))
     torch.manual_seed(job.config.seed)
     levels = len(config.channels)
@@ -188,13 +196,15 @@ def _train_stage_b(job: _Job, log: RunLog) -> dict[str, Any]:
         c_cond=config.condition_width,
         effnet_embd=job.config.compressor.latent_channels,
         clip_embd=_text_width(job),
-    )
-    compressor = SemanticCompressor(job.config.compressor)
+    ).to(job.device)
+    compressor = SemanticCompressor(job.config.compressor).to(job.device)
     loss_of = stage_b_loss(network, compressor, job.images, latents, _caption_table(job), config)
     _fit("stage B", job, log, {"decoder": network, "compressor": compressor}, loss_of, config.fit)
     # The latents of stage C have unit variance under the averaged weights, too.
     sample = job.images[random_rows(len(job.images), 2048)]
-    compressor.set_statistics(torch.cat(list(_pixels(sample))))
+    compressor.set_statistics(torch.cat(_pixels(sample, job.device)))
+    for module in (network, compressor, vqgan):
+        module.to("cpu")
     cascade_files.save_stage_b(
         job.out / "stage_b", network, vqgan, job.conditioner, latents.shape[-1], job.config.downscale / 4
     )
@@ -206,7 +216,7 @@ def _train_stage_b(job: _Job, log: RunLog) -> dict[str, Any]:
 def _train_stage_c(job: _Job, log: RunLog) -> dict[str, Any]:
     config, compressor = job.config.stage_c, SemanticCompressor(job.config.compressor)
     compressor.load_state_dict(load_file(_needs(job.compressor_file, "stage_b")))
-    compressor.eval().requires_grad_(False)
+    compressor.eval().requires_grad_(False).to(job.device)
     latents = _encoded(job, "semantic latents", compressor)
     torch.manual_seed(job.config.seed)
     network = cascade_files.new_prior(
@@ -215,10 +225,10 @@ def _train_stage_c(job: _Job, log: RunLog) -> dict[str, Any]:
         c_cond=_text_width(job),
         depth=config.depth,
         nhead=config.heads,
-    )
+    ).to(job.device)
     loss_of = stage_c_loss(network, latents, _caption_table(job), config.caption_dropout)
     _fit("stage C", job, log, {"prior": network}, loss_of, config.fit)
-    cascade_files.save_stage_c(job.out / "stage_c", network, job.conditioner, latents.shape[-1])
+    cascade_files.save_stage_c(job.out / "stage_c", network.to("cpu"), job.conditioner, latents.shape[-1])
     return {"params": _params(network)}
 
 
@@ -242,17 +252,17 @@ def _needs(path: Path, part: str) -> Path:
     return path
 
 
-def _pixels(images: Tensor) -> list[Tensor]:
-    """uint8 images in batches of pixels in [-1, 1]."""
-    return [from_uint8(part) for part in images.split(_BATCH)]
+def _pixels(images: Tensor, device: torch.device) -> list[Tensor]:
+    """uint8 images in batches of pixels in [-1, 1] on a device."""
+    return [from_uint8(part.to(device)) for part in images.split(_BATCH)]
 
 
 @torch.no_grad()
 def _encoded(job: _Job, label: str, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`function` of the pixels of all images."""
+    """`function` of the pixels of all images, on the CPU."""
     parts: list[Tensor] = []
     for part in job.images.split(_BATCH):
-        parts.append(function(from_uint8(part)))
+        parts.append(function(from_uint8(part.to(job.device))).cpu())
         job.progress(f"encode {label}", sum(map(len, parts)), len(job.images))
     return torch.cat(parts)
 
@@ -262,11 +272,13 @@ def _caption_table(job: _Job) -> CaptionTable:
     """The text of all rows, in half precision."""
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(job.captions))}
     captions, hidden = list(numbers), list[Tensor]()
+    job.conditioner.to(job.device)
     for start in range(0, len(captions), _BATCH):
         cond = job.conditioner.encode(captions[start : start + _BATCH])
-        hidden.append(cond.tensors["hidden"].half())
+        hidden.append(cond.tensors["hidden"].half().cpu())
         job.progress("encode captions", start + len(hidden[-1]), len(captions))
-    empty = job.conditioner.encode([""]).tensors["hidden"]
+    empty = job.conditioner.encode([""]).tensors["hidden"].cpu()
+    job.conditioner.to("cpu")
     rows = torch.tensor([numbers[caption] for caption in job.captions])
     return CaptionTable(torch.cat(hidden), rows, empty)
 

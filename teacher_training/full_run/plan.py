@@ -24,7 +24,7 @@ from distill.config.run import TrainConfig
 from distill.training.train import train
 from eval.protocols.config import EvalRun
 from eval.runner.session import EvalSession
-from pairgen.cost import plan_pairs
+from pairgen.cost import device_name, plan_pairs
 from pairgen.generate import generate_pairs
 from teacher_training.full_run.config import FEWEST_IMAGES, REFERENCE_PICTURES, FullRunConfig
 from teacher_training.full_run.pictures import spread_captions
@@ -90,7 +90,7 @@ def plan_run(config: FullRunConfig, out: Path) -> tuple[FullRunConfig, FullRunPl
     The lengths of OUT/plan.json hold from the first start on. Raises UserError for a run that was planned for
     other minutes or another teacher, and for inputs that the parts refuse.
     """
-    process_group.init(long_waits=True)
+    device = process_group.init(long_waits=True)
     request = {"minutes": config.minutes, "teacher": config.pretrained_teacher}
     earlier = _known_plan(out / "plan.json", request)
     shares = dict(PART_SHARES)
@@ -113,7 +113,7 @@ def plan_run(config: FullRunConfig, out: Path) -> tuple[FullRunConfig, FullRunPl
         request=request,
         lengths=_part_lengths(config),
         seconds=seconds,
-        measured_on=f"{process_group.world_size()} process(es), {torch.get_num_threads()} CPU threads each",
+        measured_on=f"{process_group.world_size()} process(es), {device_name(device)} each",
         teacher=teacher_plan,
         teacher_request=teacher_request,
     )

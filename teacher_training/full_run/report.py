@@ -84,7 +84,7 @@ def _pictures_beside(pairs: PairConfig, out: Path, teacher: str, pictures: Path)
         if checkpoint.latest(out / stage / "checkpoints") is not None:
             sources[stage] = student_source(str(out / stage), request, teacher=teacher)
     columns = {SAMPLER_TITLES[name]: first_images(source, len(real)) for name, source in sources.items()}
-    vae = load_vae(teacher)
+    vae = load_vae(teacher).to(device)
     return [
         Pictures(
             title="Same noise, same prompt",

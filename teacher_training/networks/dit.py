@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2g.core.transfer import device_of, to_device
 from d2g.diffusion import pretrained
 from teacher_training.config import DiTConfig, TeacherConfig
 from teacher_training.data import TrainingPictures
@@ -58,17 +59,17 @@ class TrainableDiT(TrainableNetwork):
     def loss(self, inputs: Tensor, prompts: Sequence[str]) -> LossFn:
         """The error of epsilon on latents, with classes."""
         labels, schedule = class_labels(prompts), pretrained.sd_schedule()
-        weights = min_snr_weights(schedule, self.config.min_snr_gamma)
+        weights, device = min_snr_weights(schedule, self.config.min_snr_gamma), device_of(self.network)
 
         def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
             def predict(x: Tensor, t: Tensor) -> Tensor:
                 # The label after the last class stands for no class.
                 null = len(self.classes)
                 kept_labels = drop_labels(labels[rows], self.config.class_dropout, null, generator)
-                epsilon: Tensor = self.network(x, t, class_labels=kept_labels).sample
+                epsilon: Tensor = self.network(x, t, class_labels=to_device(kept_labels, device)).sample
                 return epsilon
 
-            return epsilon_loss(inputs[rows], schedule, weights, generator, predict)
+            return epsilon_loss(to_device(inputs[rows], device), schedule, weights, generator, predict)
 
         return loss_of
 

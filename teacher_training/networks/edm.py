@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from d2g.core.transfer import to_device
 from d2g.diffusion import pretrained
 from teacher_training.config import EDMConfig, TeacherConfig
 from teacher_training.data import TrainingPictures
@@ -53,8 +54,8 @@ class EDMUNet(PixelNetwork):
         self, x0: Tensor, generator: torch.Generator, predict: Predict
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The squared error of F at noise levels with a normal ln sigma."""
-        noise = torch.randn(x0.shape, generator=generator)
-        log_sigma = torch.randn(len(x0), generator=generator)
+        noise = to_device(torch.randn(x0.shape, generator=generator), x0.device)
+        log_sigma = to_device(torch.randn(len(x0), generator=generator), x0.device)
         sigma = (self.config.log_sigma_mean + self.config.log_sigma_std * log_sigma).exp()
         example = training_example(x0, noise, sigma, self.config.sigma_data)
         loss = (predict(example.input, example.c_noise).float() - example.target).square().mean()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from d2g.core.transfer import to_device
 from d2g.diffusion.schedule import Schedule, diffuse
 
 
@@ -24,11 +25,13 @@ def epsilon_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted mean squared error of epsilon on clean rows x0 [B, C, h, w], and its unweighted mean.
 
-    weights: of every timestep [T]. predict: epsilon from noisy rows and timesteps [B]; it draws after noise
-    and timesteps are drawn.
+    weights: of every timestep [T], on the CPU. predict: epsilon from noisy rows and timesteps [B]; it draws
+    after noise and timesteps are drawn.
     """
-    noise = torch.randn(x0.shape, generator=generator)
-    t = torch.randint(len(schedule), (len(x0),), generator=generator)
+    # Random numbers come from the CPU, so that they are the same on every device.
+    noise = to_device(torch.randn(x0.shape, generator=generator), x0.device)
+    timesteps = torch.randint(len(schedule), (len(x0),), generator=generator)
+    t, row_weights = (to_device(x, x0.device) for x in (timesteps, weights[timesteps]))
     epsilon = predict(diffuse(x0, noise, schedule.alphas_cumprod.float(), t), t)
     errors = (epsilon.float() - noise).square().mean((1, 2, 3))
-    return (weights[t] * errors).mean(), {"loss/mse": errors.mean()}
+    return (row_weights * errors).mean(), {"loss/mse": errors.mean()}

@@ -23,10 +23,15 @@ class TrainableNetwork(ABC):
 
     modules: Mapping[str, nn.Module]
 
+    def to(self, device: torch.device | str) -> None:
+        """Move what is trained to a device, in place."""
+        for module in self.modules.values():
+            module.to(device)
+
     @abstractmethod
     def loss(self, inputs: Tensor, prompts: Sequence[str]) -> LossFn:
         """The training loss on scaled latents [N, C, h, w], or for networks in pixels on uint8 images
-        [N, 3, S, S], with N prompts."""
+        [N, 3, S, S], with N prompts. Inputs stay on the CPU; each batch goes to the network's device."""
 
     @abstractmethod
     def save(self, folder: Path, vae: Any) -> None:

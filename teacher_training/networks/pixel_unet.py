@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2g.core.transfer import device_of, to_device
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import from_uint8
 from teacher_training.config import PixelNetworkConfig
@@ -66,7 +67,7 @@ class PixelNetwork(TrainableNetwork):
 
     def loss(self, inputs: Tensor, prompts: Sequence[str]) -> LossFn:
         """`pixel_loss` on uint8 images, with their classes."""
-        labels = class_labels(prompts) if self.classes else None
+        labels, device = class_labels(prompts) if self.classes else None, device_of(self.network)
 
         def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
             def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -74,10 +75,10 @@ class PixelNetwork(TrainableNetwork):
                 # The label after the last class stands for no class.
                 if batch_labels is not None and self.classes and self.class_dropout:
                     batch_labels = drop_labels(batch_labels, self.class_dropout, len(self.classes), generator)
-                output: Tensor = self.network(x, t, class_labels=batch_labels).sample
+                output: Tensor = self.network(x, t, class_labels=to_device(batch_labels, device)).sample
                 return output
 
-            return self.pixel_loss(from_uint8(inputs[rows]), generator, predict)
+            return self.pixel_loss(from_uint8(to_device(inputs[rows], device)), generator, predict)
 
         return loss_of
 

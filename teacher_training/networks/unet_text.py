@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError
+from d2g.core.transfer import device_of, to_device
 from d2g.diffusion import pretrained
 from d2g.diffusion.families.sd import SDConditioner
-from d2g.diffusion.fp32_attention import use_fp32_attention
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import Schedule
 from d2g.diffusion.teacher import Teacher
@@ -20,7 +20,6 @@ from teacher_training.data import TrainingPictures
 from teacher_training.loop import LossFn
 from teacher_training.networks.epsilon_loss import epsilon_loss, min_snr_weights
 from teacher_training.networks.kind import NetworkKind, TrainableNetwork
-from teacher_training.networks.precision import trains_in_bf16
 
 
 def build_denoiser(
@@ -66,7 +65,7 @@ class TextUNet(TrainableNetwork):
         """The error of epsilon on latents, with captions."""
         tokens, empty = self.text.tokens(prompts), self.text.tokens([""])
         schedule = pretrained.sd_schedule()
-        weights = min_snr_weights(schedule, self.config.min_snr_gamma)
+        weights, device = min_snr_weights(schedule, self.config.min_snr_gamma), device_of(self.unet)
 
         def loss_of(rows: list[int], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
             def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ class TextUNet(TrainableNetwork):
                 epsilon: Tensor = self.unet(x, t, hidden).sample
                 return epsilon
 
-            return epsilon_loss(inputs[rows], schedule, weights, generator, predict)
+            return epsilon_loss(to_device(inputs[rows], device), schedule, weights, generator, predict)
 
         return loss_of
 
@@ -112,7 +111,7 @@ def _build(
     if not config.init:
         torch.manual_seed(config.seed)
         text, unet = build_denoiser(config.unet, tokenizer, channels, side)
-        return _with_attention(TextUNet(text, unet, config.unet), config)
+        return TextUNet(text, unet, config.unet)
     unet = pretrained.load_unet(config.init)
     if unet.config.in_channels != channels:
         raise UserError(
@@ -122,14 +121,7 @@ def _build(
     unet.register_to_config(sample_size=side)
     loaded: Any = pretrained.load_conditioner(config.init)
     conditioner = SDConditioner(dict(loaded.models.items()), {"tokenizer": tokenizer})
-    return _with_attention(TextUNet(conditioner, unet, config.unet), config)
-
-
-def _with_attention(network: TextUNet, config: TeacherConfig) -> TextUNet:
-    """The network with attention that is fast in the training's precision. What is saved stays the same."""
-    if trains_in_bf16(config):
-        use_fp32_attention(network.unet)
-    return network
+    return TextUNet(conditioner, unet, config.unet)
 
 
 TEXT_UNET_NETWORK = NetworkKind(

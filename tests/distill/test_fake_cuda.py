@@ -121,6 +121,21 @@ def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
     assert all(results.values()), "the counter counts"
 
 
+@pytest.mark.parametrize(
+    "networks",
+    [
+        ["unet_text"],
+        pytest.param(["dit", "unet", "edm", "cascade"], marks=pytest.mark.long),
+    ],
+)
+def test_training_a_teacher_does_not_mix_devices(networks: list[str], warm_python: str) -> None:
+    """All stages. The host waits in each step for the finite check; this test does not limit waits."""
+    results = fake_cuda(warm_python, "teachers", *networks)
+    assert list(results) == networks
+    for waits in results.values():
+        assert any(line.startswith("teacher_training/loop.py _update: reads") for line in waits)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("stage", "settings"),

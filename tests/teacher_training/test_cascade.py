@@ -16,36 +16,19 @@ from d2g.core.seeds import generator
 from d2g.diffusion import cascade_files
 from d2g.diffusion.latents import encode, from_uint8
 from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
-from own_pictures import SIZE, image_folder, make_image
+from own_pictures import CASCADE, CASCADE_FIT, SIZE, image_folder, make_image
 from teacher_training.cascade.compressor import SemanticCompressor
-from teacher_training.cascade.config import (
-    CascadeConfig,
-    CompressorConfig,
-    StageBConfig,
-    StageCConfig,
-    VQGANConfig,
-)
+from teacher_training.cascade.config import CompressorConfig, StageBConfig
 from teacher_training.cascade.stages import SCHEDULE, CaptionTable, stage_c_loss
 from teacher_training.cascade.train import train_cascade
-from teacher_training.config import FitConfig
 from teacher_training.data import captioned_images
-
-FIT = FitConfig(images=32, batch_size=16, lr=1e-3)
-CONFIG = CascadeConfig(
-    size=SIZE,
-    images=40,
-    vqgan=VQGANConfig(channels=8, bottleneck_blocks=1, codes=16, fit=FIT),
-    compressor=CompressorConfig(channels=(8, 8, 8), latent_channels=3),
-    stage_b=StageBConfig(channels=(8, 16), blocks=(1, 1), head_width=8, condition_width=8, fit=FIT),
-    stage_c=StageCConfig(width=16, depth=1, heads=2, fit=FIT),
-)
 
 
 @pytest.mark.slow
 def test_a_cascade_from_captioned_images(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     image_folder(tmp_path / "data")
-    config, out = replace(CONFIG, data=str(tmp_path / "data")), tmp_path / "cascade"
+    config, out = replace(CASCADE, data=str(tmp_path / "data")), tmp_path / "cascade"
     with pytest.raises(UserError, match=r"model\.safetensors is missing; train stage_b first"):
         train_cascade(config, out, ("vqgan", "stage_c"))
     summary = train_cascade(config, out)
@@ -57,11 +40,12 @@ def test_a_cascade_from_captioned_images(tmp_path: Path) -> None:
     # Again: nothing is trained. A longer stage C goes on, other parts must keep their length.
     before = (out / "stage_b" / "decoder" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     assert train_cascade(config, out).parts == summary.parts
-    longer = replace(config, stage_c=replace(config.stage_c, fit=replace(FIT, images=48)))
+    longer = replace(config, stage_c=replace(config.stage_c, fit=replace(CASCADE_FIT, images=48)))
     assert train_cascade(longer, out).parts["stage_c"]["length"] == 48
     assert (out / "stage_b" / "decoder" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
     for part in ("vqgan", "stage_b"):
-        changed = replace(config, **{part: replace(getattr(config, part), fit=replace(FIT, images=48))})
+        longer_part = replace(getattr(config, part), fit=replace(CASCADE_FIT, images=48))
+        changed = replace(config, **{part: longer_part})
         with pytest.raises(UserError, match=f"{part} in .* is finished with 32 images, the settings ask"):
             train_cascade(changed, out)
 
@@ -74,7 +58,7 @@ def test_latents_of_a_vqgan_of_a_sorted_folder_have_unit_variance(tmp_path: Path
         image.save(buffer := io.BytesIO(), "PNG")
         rows.append({"image": {"bytes": buffer.getvalue()}, "caption": f"a picture {number % 7}"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    config = replace(CONFIG, data=str(tmp_path / "train.parquet"), images=2048)
+    config = replace(CASCADE, data=str(tmp_path / "train.parquet"), images=2048)
     train_cascade(config, tmp_path / "cascade", ("vqgan",))
     vqgan = cascade_files.load_vqgan(tmp_path / "cascade" / "vqgan")
     images, _ = captioned_images(config.data, SIZE, 2048, 0, "a {}")
@@ -124,7 +108,7 @@ def test_stage_b_starts_with_weights_of_its_layers() -> None:
 
 def test_settings_and_text_encoders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="size is 24; expected a multiple of 16, the downscaling"):
-        replace(CONFIG, size=24)
+        replace(CASCADE, size=24)
     with pytest.raises(SettingError, match="channels is"):
         StageBConfig(channels=(8, 12), head_width=8)
     cascade = tiny_teachers.save_cascade_prior(tmp_path / "c")

@@ -21,23 +21,14 @@ from distill.sampling import load_student
 from distill.training.real_images import CaptionKind, RealImages
 from distill.training.train import train
 from jobs import distill_config
-from own_pictures import CONFIG, SIZE, class_folders, image_folder
+from own_pictures import CLASSES, SIZE, class_folders, image_folder
 from pairgen.generate import generate_pairs
-from teacher_training.config import DiTConfig, EDMConfig, FitConfig, PixelUNetConfig, TeacherConfig
+from teacher_training.config import DiTConfig, EDMConfig, TeacherConfig
 from teacher_training.data import TrainingPictures, labeled_images
 from teacher_training.networks.edm import training_example
 from teacher_training.networks.registry import NETWORKS
 from teacher_training.train import train_teacher
 
-FIT = FitConfig(images=32, batch_size=8, lr=1e-3, checkpoint_minutes=0.0)
-PIXELS: dict[str, Any] = dict(channels=(8, 16), head_width=8, fit=FIT)
-CLASSES = replace(
-    CONFIG,
-    dit=DiTConfig(layers=2, width=16, heads=2, fit=FIT),
-    pixel_unet=PixelUNetConfig(**PIXELS, class_dropout=0.2),
-    edm=EDMConfig(**PIXELS, sigma_max=20.0),
-    vae=replace(CONFIG.vae, fit=replace(FIT, images=16)),
-)
 NAMES = [f"{color} {shape}" for color in ("blue", "green", "red", "yellow") for shape in ("box", "disc")]
 
 
