@@ -11,6 +11,7 @@ from torch import Tensor
 
 from d2g.core.atomic_files import cannot_write
 from d2g.core.captioned_grid import captioned_grid
+from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.core.logs import logger
 from d2g.core.png import save_png
@@ -111,12 +112,14 @@ class Walk:
 
 
 def open_student(name: str, psi: float | None = None) -> OneStepSampler:
-    """Load a student for exploration. psi: truncation of its styles; None leaves the default.
+    """Load a student for exploration, on this process's GPU or on the CPU.
+
+    psi: truncation of its styles; None leaves the default.
 
     Raises SettingError for students that draw no image alone (a stage of a cascade, an upsampler), and for a
     psi as `with_psi` does.
     """
-    sampler = load_student(name)
+    sampler = load_student(name, device=process_group.own_device())
     if sampler.student.family.prior_family is not None:
         raise SettingError(f"student {name} is a stage of a cascade, which cannot be explored alone")
     if sampler.student.prior_shape is not None:

@@ -28,6 +28,7 @@ from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
 from distill.config.presets import preset
 from distill.config.run import DistillConfig
+from distill.exploration import Walk, open_student
 from distill.sampling import load_student
 from distill.training.train import train
 from eval.runner.run import run_evaluation
@@ -139,6 +140,18 @@ def test_a_student_draws_the_images_of_a_cpu(device: torch.device) -> None:
     images, expected = (load_student("miniature", device=place)(prompts, seed=0) for place in (device, CPU))
     assert (images.int() - expected.int()).abs().max() <= 4
     assert images.device.type == "cpu"
+
+
+def test_a_walk_draws_the_images_of_a_cpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def images() -> torch.Tensor:
+        sampler = open_student("miniature")
+        walk = Walk(sampler, noise(0, range(2), sampler.student.noise_shape), ["a red cube", "a blue cone"])
+        return walk.images(torch.tensor([0.0, 0.5, 1.0]))
+
+    on_gpu = images()
+    with monkeypatch.context() as patch:
+        on_cpu(patch)
+        assert (on_gpu.int() - images().int()).abs().max() <= 4
 
 
 # Training.
