@@ -5,6 +5,7 @@
     PYTHONPATH=.:tests python tests/fake_cuda.py families KIND ...
     PYTHONPATH=.:tests python tests/fake_cuda.py evaluation
     PYTHONPATH=.:tests python tests/fake_cuda.py teachers NETWORK|cascade ...
+    PYTHONPATH=.:tests python tests/fake_cuda.py metric
     PYTHONPATH=.:tests python tests/fake_cuda.py memory PRESET ode|gan [a.b=c ...]
     PYTHONPATH=.:tests python tests/fake_cuda.py memory-ranks COUNT PRESET ode|gan [a.b=c ...]
 
@@ -18,7 +19,7 @@ and MFU of an H100. `families` samples pairs and trains both stages of tiny teac
 tests/tiny_teachers.py; a cascade's prior before its decoder), and prints such an object by kind and stage;
 `pairs`: waits of a second batch.
 `teachers` trains tiny teachers of these networks, all stages, with their plan and verdict, and prints their
-waits.
+waits; `metric` does so with the trainings of LatentLPIPS.
 `memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak:
 `tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders;
 `flop_per_step`, recomputed layers among them; and `operators_per_step`, views among them.
@@ -395,6 +396,44 @@ def teachers(*names: str) -> None:
     print(json.dumps(results))
 
 
+def metric() -> None:
+    """Train a LatentLPIPS on fresh and on cached latents, calibrate one, and overfit latents to it."""
+    import labeled
+    import tiny
+    from latent_lpips.config import CalibrateConfig
+    from latent_lpips.training.calibrate import calibrate_folder
+    from latent_lpips.training.classifier import train_classifier
+    from latent_lpips.training.config import ClassifyConfig, HeadsConfig, OverfitConfig, PatchConfig
+    from latent_lpips.training.overfit import overfit_latents
+
+    root = Path(tempfile.mkdtemp())
+    teacher = tiny.save_teacher(root / "teacher")
+    data = str(labeled.save_classes(root / "data"))
+    for number, name in enumerate(("train", "val")):
+        labeled.save_judgments(root / "judgments" / name / "cnn", seed=number)
+    begin()
+    shape: dict[str, Any] = {"size": 16, "width": 1 / 16, "grid": 1}
+    fresh = ClassifyConfig(data=data, latents=teacher, batch=12, epochs=2, held_out=0.25, workers=0, **shape)
+    inputs: dict[str, Any] = {"latents": teacher, "weights": str(Path(teacher) / "latent_lpips")}
+    heads = CalibrateConfig(epochs=2, batch=8, held_out=0.25)
+    patch = PatchConfig(batch=5)
+    judged = HeadsConfig(data=str(root / "judgments"), heads=heads, patch=patch, **inputs)
+    points: dict[str, Any] = {"count": 2, "size": 32, "steps": 4, "report_steps": 2, "checkpoint_steps": 2}
+    trainings: dict[str, Callable[[Path], object]] = {
+        "fresh": lambda out: train_classifier(fresh, out),
+        "cached": lambda out: train_classifier(replace(fresh, crops=1, precision="bf16"), out),
+        "calibrate": lambda out: calibrate_folder(judged, out),
+        "overfit": lambda out: overfit_latents(OverfitConfig(data=data, **points, **inputs), out),
+    }
+    results = {}
+    for name, run in trainings.items():
+        mode = FakeCuda()
+        with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
+            run(root / name)
+        results[name] = dict(mode.waits)
+    print(json.dumps(results))
+
+
 def begin() -> None:
     """Let the project use fake CUDA tensors."""
     from d2g.core.distributed import checkpoint, process_group
@@ -407,7 +446,7 @@ def begin() -> None:
     any_state: Any = state.State
     any_state.save = lambda *arguments: None
     any_checkpoint: Any = checkpoint
-    any_checkpoint.save = lambda folder, *arguments: folder
+    any_checkpoint.save = lambda folder, *arguments, **others: folder
 
 
 def waits_of_training(
@@ -542,6 +581,7 @@ if __name__ == "__main__":
         "families": families,
         "evaluation": evaluation,
         "teachers": teachers,
+        "metric": metric,
         "ranks": lambda count, *arguments: main(*arguments, ranks=int(count)),
         "memory-ranks": lambda count, *arguments: memory(*arguments, ranks=int(count)),
     }

@@ -114,6 +114,13 @@ def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
             assert result[stage]["report"], "the counter counts"
 
 
+@pytest.mark.long
+def test_training_a_metric_does_not_mix_devices(warm_python: str) -> None:
+    results = fake_cuda(warm_python, "metric")
+    assert list(results) == ["fresh", "cached", "calibrate", "overfit"]
+    assert all(results.values()), "the counter counts"
+
+
 def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
     """Images and features are read by the host once per batch, so this lists waits and limits nothing."""
     results = fake_cuda(warm_python, "evaluation")
