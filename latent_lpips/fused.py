@@ -131,7 +131,7 @@ def _tap_pairs(
     layers: Sequence[ConvLayer], pred: Tensor, target: Tensor, records: list[LayerRecord] | None = None
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Return the tapped feature maps of `pred` and `target`, and append a record of every layer of `pred`."""
-    if any(layer.winograd is not None for layer in layers):
+    if any(layer.apart for layer in layers):
         return _tap_pairs_by_difference(layers, pred, target, records)
     target_taps = _taps(layers, target)
     return zip(_taps(layers, pred, records), target_taps, strict=True)
@@ -142,65 +142,65 @@ def _tap_pairs_by_difference(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the pairs of `_tap_pairs` one by one, so that only one is in memory. For CPUs.
 
-    From the first layer with a Winograd weight on, the target's features and the differences pred - target
-    are convolved, which is possible because convolutions are linear. Rounding is then relative to the
+    From the first layer that asks for it on, the target's features and the differences pred - target are
+    convolved apart, which is possible because convolutions are linear. Rounding is then relative to the
     difference, and small distances keep their relative precision.
     """
-    first_wide = next(k for k, layer in enumerate(layers) if layer.winograd is not None)
+    first = next(k for k, layer in enumerate(layers) if layer.apart)
     # Layers before it: both inputs as they are.
-    for layer in layers[:first_wide]:
+    for layer in layers[:first]:
         (target,), (pred,) = (
             _taps([layer._replace(tap=True)], x, r) for x, r in ((target, None), (pred, records))
         )
         if layer.tap:
             yield pred, target
 
-    # Then features and differences as one batch, so that weights are read once.
-    count, dtype = len(target), layers[first_wide].weight.dtype
-    stacked = torch.cat([target, pred - target]).to(dtype)
+    # Then features and differences.
+    dtype = layers[first].weight.dtype
+    features, differences = target.to(dtype), (pred - target).to(dtype)
     del pred, target
     # Winograd's convolutions begin after the first layer of FORWARD_CHANNELS channels, because errors in
     # early layers harm the gradient most.
     widest = [k for k, layer in enumerate(layers) if min(layer.weight.shape[:2]) >= FORWARD_CHANNELS]
-    for k, layer in enumerate(layers[first_wide:], first_wide):
-        stacked, record = _by_difference(layer, stacked, count, direct=k not in widest[1:])
+    for k, layer in enumerate(layers[first:], first):
+        features, differences, record = _by_difference(layer, features, differences, k not in widest[1:])
         if records is not None:
             records.append(record)
         if layer.tap:
-            features = at_least_fp32(stacked[:count])
-            yield features + stacked[count:], features
+            exact = at_least_fp32(features)
+            yield exact + differences, exact
 
 
-def _by_difference(layer: ConvLayer, stacked: Tensor, count: int, direct: bool) -> tuple[Tensor, LayerRecord]:
-    """Apply a layer to `count` features and as many differences; the record is that of their sum.
+def _by_difference(
+    layer: ConvLayer, features: Tensor, differences: Tensor, direct: bool
+) -> tuple[Tensor, Tensor, LayerRecord]:
+    """Apply a layer to features and differences; the record is that of their sum.
 
     direct: use direct convolutions instead of Winograd's.
     """
-    stacked = _convolve(stacked, layer, count, direct)
-    features, differences = stacked[:count], stacked[count:]
+    features, differences = (
+        _convolve(features, layer, layer.bias, direct),
+        _convolve(differences, layer, None, direct),
+    )
     # relu(z + d) - relu(z), which loses no digits of d: max(d + min(z, 0), -max(z, 0)).
     differences += features.clamp_max(0)
     negative = features.relu_().neg()
     torch.maximum(differences, negative, out=differences)
-    size = (stacked.shape[2], stacked.shape[3])
+    size = (features.shape[2], features.shape[3])
     if not layer.pool:
-        return stacked, LayerRecord(differences > negative, size, None)
+        return features, differences, LayerRecord(differences > negative, size, None)
     # Pool the sum and the features separately: their maxima can be at different positions.
     total, indices = F.max_pool2d(at_least_fp32(features) + differences, 2, return_indices=True)
     features = F.max_pool2d(features, 2)
-    stacked = torch.cat([features, (total - features).to(stacked.dtype)])
-    return stacked, LayerRecord(total.bool(), size, indices)
+    return features, (total - features).to(features.dtype), LayerRecord(total.bool(), size, indices)
 
 
-def _convolve(x: Tensor, layer: ConvLayer, count: int, direct: bool) -> Tensor:
-    """Convolve x [B, C, h, w], and add the bias to the first `count` rows: [B, K, h, w]."""
-    if layer.winograd is not None and not direct:
-        bias = at_least_fp32(layer.bias).expand(count, -1)
-        bias = torch.cat([bias, bias.new_zeros(len(x) - count, bias.shape[1])])
-        return conv3x3(x, layer.winograd, bias)
-    biases = (layer.bias, None)
-    parts = (x[:count], x[count:])
-    return torch.cat([F.conv2d(p, layer.weight, b, padding=1) for p, b in zip(parts, biases, strict=True)])
+def _convolve(x: Tensor, layer: ConvLayer, bias: Tensor | None, direct: bool) -> Tensor:
+    """Convolve x [B, C, h, w] and add the bias [K], if any: [B, K, h, w]."""
+    if layer.winograd is None or direct:
+        return F.conv2d(x, layer.weight, bias, padding=1)
+    added = torch.zeros_like(layer.bias) if bias is None else bias
+    return conv3x3(x, layer.winograd, at_least_fp32(added).expand(len(x), -1))
 
 
 def _taps(layers: Sequence[ConvLayer], x: Tensor, records: list[LayerRecord] | None = None) -> list[Tensor]:

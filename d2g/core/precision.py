@@ -26,6 +26,12 @@ def supports_bf16(device: torch.device) -> bool:
     return False
 
 
+def has_bf16_tiles() -> bool:
+    """Whether this CPU multiplies tiles of bf16 matrices (Intel's AMX), several times as fast as vectors."""
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
+    return bool(capabilities.get("amx_bf16"))
+
+
 def set_exact_fp32(device: torch.device) -> None:
     """Compute in IEEE fp32 on CUDA. `process_group.own_device` calls it."""
     if device.type == "cuda":
