@@ -311,7 +311,7 @@ def test_a_full_disk_while_writing_images(job: Path, tmp_path: Path, log: Path) 
 # SIGINT and SIGTERM.
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_while_pairs_are_generated(
     number: int, teacher: Path, job: Path, tmp_path: Path, log: Path
 ) -> None:

@@ -34,11 +34,14 @@ def commands_of(job: str) -> list[str]:
 
 def test_ci_run_holds_the_checks() -> None:
     """The other tests compare with these lines: this one notices when they move."""
-    assert checks()[0] == "uv sync --locked" and checks()[-2:] == ["uv run pytest", "uv run pytest -m slow"]
+    assert checks()[0] == "uv sync --locked" and checks()[-2] == "uv run pytest"
+    slow, *files = checks()[-1].split(" tests/")
+    assert slow == "uv run pytest -m slow" and all((ROOT / "tests" / file).is_file() for file in files)
 
 
 def test_the_workflow_runs_what_ci_run_runs() -> None:
-    assert commands_of("newest-torch") == ["pip install uv", ".ci/run"]
+    all_slow = "uv run pytest -m slow"
+    assert commands_of("newest-torch") == ["pip install uv", ".ci/run", all_slow]
     assert commands_of("wheel") == ["pip install uv", ".ci/release"]
     for script in (".ci/run", ".ci/release"):
         assert os.access(ROOT / script, os.X_OK), f"{script} is not executable"
@@ -46,7 +49,7 @@ def test_the_workflow_runs_what_ci_run_runs() -> None:
     commands = [c.replace(" --no-sync", "") for c in commands_of("oldest-torch") if c != "pip install uv"]
     commands = [command for command in commands if not command.startswith("uv pip install")]
     same = [line for line in checks() if not re.search("ruff|mypy|zensical", line)]
-    assert commands == same
+    assert commands == [*same[:-1], all_slow]
 
 
 def test_the_workflow_takes_the_oldest_torch_that_the_project_allows() -> None:

@@ -62,6 +62,7 @@ def test_the_gan_gradient_has_the_chosen_share_of_the_other_gradient(
     assert (torch.cat(adaptive) - others - weight * gan).norm() < 1e-3 * others.norm()
 
 
+@pytest.mark.slow
 def test_the_weight_is_that_of_the_whole_step(teacher: Path, tmp_path: Path) -> None:
     """Micro-batches and processes do not change it, and a resumed run has the same."""
     pairs = make_pairs(teacher, tmp_path)

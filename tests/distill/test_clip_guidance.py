@@ -106,6 +106,7 @@ def test_guidance_is_the_angle_of_transformers_embeddings(teacher: Path, clip: s
     assert (slope[0, :, :4, :4] != 0).any() and (slope[0, :, 4:] == 0).all()
 
 
+@pytest.mark.slow
 def test_guided_runs_resume_bit_for_bit(teacher: Path, clip: str, tmp_path: Path) -> None:
     """In the regression stage, as in the second."""
     pairs = make_pairs(teacher, tmp_path)
@@ -128,6 +129,7 @@ def contrastive(clip: str) -> tuple[str, ...]:
     return ("regression.losses=mse", *guided, "clip_guidance.form=contrastive")
 
 
+@pytest.mark.slow
 def test_contrastive_runs_do_not_depend_on_micro_batches(teacher: Path, clip: str, tmp_path: Path) -> None:
     """The texts are those of the whole batch; runs resume bit for bit."""
     pairs = make_pairs(teacher, tmp_path)

@@ -144,7 +144,8 @@ def test_a_resumed_run_equals_an_unbroken_one(teacher: str, store: Path, engine:
     assert load_student(str(tmp_path / "once"))(["1", "4"]).dtype == torch.uint8
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_and_micro_batches_train_like_one(
     teacher: str, store: Path, engine: str, tmp_path: Path
 ) -> None:

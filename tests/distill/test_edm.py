@@ -139,7 +139,8 @@ def test_a_resumed_run_equals_an_unbroken_one(workspace: Path, run: Path, tmp_pa
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_train_like_one(workspace: Path, engine: str, tmp_path: Path) -> None:
     """Dropout masks depend on the row only, not on the process."""
     single = d2g(arguments(workspace, tmp_path / "one", 3), tmp_path / "log")
@@ -151,6 +152,7 @@ def test_two_processes_train_like_one(workspace: Path, engine: str, tmp_path: Pa
     assert curves[0] == pytest.approx(curves[1], rel=1e-4) and len(curves[0]) == 3
 
 
+@pytest.mark.slow
 def test_student_overfits_its_pairs(workspace: Path, tmp_path: Path) -> None:
     """On 16 pairs (Heun, 18 steps) the squared error falls by a factor of 20 in 150 steps."""
     pairs = PairConfig(

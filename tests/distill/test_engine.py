@@ -94,8 +94,9 @@ ENGINE_OPTIONS = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(name, marks=(pytest.mark.slow, pytest.mark.long) if name == "compile" else ())
-        for name in ENGINE_OPTIONS
+        *("accumulate", "recompute", "fsdp", "cache"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("own-passes", "async", "offload", "fused")),
+        pytest.param("compile", marks=(pytest.mark.slow, pytest.mark.long)),
     ],
 )
 def test_engine_options_do_not_change_training(
@@ -152,6 +153,7 @@ def test_row_randomness_does_not_depend_on_the_split(
     assert_same_learning(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_a_run_of_one_rank(config: DistillConfig, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = d2g(distill_arguments(config, out, *STEPS, "train.images=8"), tmp_path / "log")

@@ -121,6 +121,7 @@ def test_training_a_metric_does_not_mix_devices(warm_python: str) -> None:
     assert all(results.values()), "the counter counts"
 
 
+@pytest.mark.long
 def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
     """Images and features are read by the host once per batch, so this lists waits and limits nothing."""
     results = fake_cuda(warm_python, "evaluation")
@@ -128,13 +129,8 @@ def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
     assert all(results.values()), "the counter counts"
 
 
-@pytest.mark.parametrize(
-    "networks",
-    [
-        ["unet_text"],
-        pytest.param(["dit", "unet", "edm", "cascade"], marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("networks", [["unet_text", "edm"], ["dit", "unet", "cascade"]])
 def test_training_a_teacher_does_not_mix_devices(networks: list[str], warm_python: str) -> None:
     """All stages. The host waits in each step for the finite check; this test does not limit waits."""
     results = fake_cuda(warm_python, "teachers", *networks)

@@ -162,6 +162,7 @@ def pairs(teachers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     return make_pairs(Path(teachers["sd"]), tmp_path_factory.mktemp("pairs"))
 
 
+@pytest.mark.slow
 def test_runs_resume_bit_for_bit(teachers: dict[str, str], pairs: Path, tmp_path: Path) -> None:
     """It trains a generator with styles, and its memory is predicted."""
     config, shorter = (

@@ -187,6 +187,7 @@ def test_other_pairs_are_refused(
         train(distill_config(teacher, other, f"train.images={3 * BATCH}"), run)
 
 
+@pytest.mark.slow
 def test_gan_stage_accepts_a_moved_init(teacher: Path, pairs: Path, tmp_path: Path) -> None:
     images = f"train.images={BATCH}"
     train(distill_config(teacher, pairs, images), tmp_path / "ode")

@@ -135,10 +135,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=() if case in ("accumulate 3", "two ranks of FSDP2") else pytest.mark.slow)
-        for case in CASES
-    ],
+    [pytest.param(case, marks=() if case == "accumulate 3" else pytest.mark.slow) for case in CASES],
 )
 def test_reports_cover_the_whole_batch(
     case: str, config: DistillConfig, single_process_runs: dict[tuple[str, ...], Path], tmp_path: Path

@@ -76,6 +76,7 @@ def test_stage_two_has_two_networks(teacher: Path) -> None:
     assert gan.working > predict(config(teacher), 1).working
 
 
+@pytest.mark.slow
 def test_shards_divide_weights_and_states(teacher: Path) -> None:
     replicated = predict(config(teacher, stage="gan"), 4)
     for engine, parts in (
@@ -126,6 +127,7 @@ def large(**train: Any) -> TrainConfig:
     return TrainConfig(**{"batch_size": 4096, "precision": "fp32", **train})
 
 
+@pytest.mark.slow
 def test_working_memory_by_rows_micro_batches_and_checkpointing(teacher: Path) -> None:
     def working(**settings: Any) -> float:
         return predict(config(teacher, **settings), 1).working
@@ -202,6 +204,7 @@ def test_peak_bytes_counts_what_is_alive_at_once() -> None:
     assert peak_bytes(run) == 800
 
 
+@pytest.mark.slow
 def test_gathered_weights_stay_during_r1_under_fsdp(teacher: Path) -> None:
     """With one row, R1 is the peak, and its gathered weights take half as much in bf16."""
     d = discriminator_from_teacher(str(teacher), DiscriminatorConfig(), generator(0))
@@ -219,6 +222,7 @@ def test_gathered_weights_stay_during_r1_under_fsdp(teacher: Path) -> None:
     assert working("fsdp", "fp32", "single") > working("fsdp", "bf16", "single") + 0.4 * weights
 
 
+@pytest.mark.slow
 def test_a_pass_of_r1_takes_what_it_takes_on_data(teacher: Path) -> None:
     """Per row: the graph that is differentiated again, and the peak of its backward pass beside gradients."""
 

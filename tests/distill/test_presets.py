@@ -144,6 +144,7 @@ def test_cifar10_recipes_fit_a_gpu(name: str, tmp_path: Path) -> None:
     assert gpu_days(config, 1_000_000, "edm-cifar10") == pytest.approx(0.0117, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_config_that_is_too_large_is_reported(teachers: Mapping[str, str]) -> None:
     """Without activation checkpointing the recipe does not fit; the message suggests it."""
     config = replace(TABLE_A1["sd15-cfg3"]["gan"], teacher=teachers["sd15"])

@@ -350,6 +350,7 @@ def pairs(teachers: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     return make_pairs(Path(teachers["sd"]), tmp_path_factory.mktemp("pairs"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["projected", pytest.param("unet+projected", marks=(pytest.mark.slow, pytest.mark.long))]
 )
@@ -397,6 +398,7 @@ STYLES = (
 )
 
 
+@pytest.mark.slow
 def test_the_vision_aided_loss_trains_a_student_of_latents(
     teachers: dict[str, str], pairs: Path, tmp_path: Path
 ) -> None:

@@ -193,6 +193,7 @@ def test_no_readme_of_something_else_is_replaced(exported: Path, tmp_path: Path,
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_files_of_something_else_are_not_published(exported: Path, hub: Any, tmp_path: Path) -> None:
     """Running the same command again is fine; a file that no push wrote is not."""
     for _ in range(2):

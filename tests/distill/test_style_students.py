@@ -510,6 +510,7 @@ def test_two_processes_train_like_one(
     torch.testing.assert_close(*means)
 
 
+@pytest.mark.slow
 def test_samples_exports_and_plans(teachers: Mapping[str, str], pairs: Path, tmp_path: Path) -> None:
     """Noise of (seed, index), whatever the batch; an export draws the same; other formats are refused."""
     config = distill_config(

@@ -165,6 +165,7 @@ def test_sdxl_trains_what_reaches_the_conditioning(tmp_path: Path) -> None:
     assert names == {"text_encoder", "text_encoder_2"}
 
 
+@pytest.mark.slow
 def test_sdxl_trains_its_text_encoders_sharded(tmp_path: Path) -> None:
     """FSDP2 is the engine of the preset sdxl-text; SDXL reads hidden states before the last layer."""
     teacher = Path(tiny_teachers.save_sdxl(tmp_path / "sdxl"))

@@ -21,6 +21,7 @@ from distill.sampling import load_student
 from exported import PROMPT, readme_of, save_result_of, save_run
 
 
+@pytest.mark.slow
 def test_onnxruntime_reproduces_the_student(teacher: Path, tmp_path: Path) -> None:
     """A student with a guidance input. SDXL is left out: torch.export takes a minute for its networks."""
     run = save_run(tmp_path / "run", str(teacher), StudentConfig(guidance_conditioning=True))

@@ -46,7 +46,7 @@ def family(request: pytest.FixtureRequest) -> str:
 LONG_RUNS = pytest.mark.parametrize(
     "family",
     [
-        pytest.param(name, marks=() if name in ("dit", "sd3") else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "dit" else pytest.mark.slow)
         for name in tiny_teachers.TRANSFORMERS
     ],
     indirect=True,

@@ -100,6 +100,7 @@ def mixing(kind: str) -> str:
     return f"gan.mix_fraction={0 if kind == 'ldm' else 0.5}"
 
 
+@pytest.mark.slow
 def test_the_gan_stage_resumes_bit_for_bit(
     kind: str, teachers: dict[str, Path], stores: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -174,12 +175,13 @@ def captioned(images: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
         "unet2d",
-        pytest.param("edm", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=(pytest.mark.slow, pytest.mark.long)) for name in ("ldm", "sd")),
+        "edm",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("ldm", "sd")),
     ],
 )
 def test_runs_without_pairs_resume_bit_for_bit(

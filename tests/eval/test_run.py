@@ -201,6 +201,7 @@ def test_the_report_shows_the_nearest_training_images(job: Path, tmp_path: Path)
         run_evaluation(replace(run, metrics=("clip",), out=str(tmp_path / "other")))
 
 
+@pytest.mark.slow
 def test_a_curve_over_a_setting(job: Path, teacher: Path, tmp_path: Path) -> None:
     run = config(job, teacher=str(teacher), metrics=("fid", "clip"), out=str(tmp_path / "curve"))
     curve = run_curve(CurveRun(run=run, setting="guidance", values=(1.0, 3.0)))
@@ -280,6 +281,7 @@ def test_a_curve_of_truncation(job: Path, tmp_path: Path) -> None:
     assert curve["points"][0]["fid"] != curve["points"][1]["fid"]
 
 
+@pytest.mark.slow
 def test_two_curves_in_one_picture(job: Path, tmp_path: Path) -> None:
     """StyleGAN-T's figure 6; a curve of another setting, seed or name is refused."""
     run = config(job, student=str(job / "run"), metrics=("fid", "clip"), out=str(tmp_path / "before"))

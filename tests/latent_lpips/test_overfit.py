@@ -76,6 +76,7 @@ def test_reported_errors_match_the_saved_latents(data: Path, teacher: Path, tmp_
     assert result.final["none"]["pixel_mse"] == pytest.approx(error.item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_resumed_and_extended_runs_equal_an_unbroken_one(data: Path, teacher: Path, tmp_path: Path) -> None:
     uninterrupted, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     result = overfit_latents(config(data, teacher, families=("bg",)), uninterrupted)

@@ -186,6 +186,7 @@ def test_a_single_object_has_no_targets_for_the_right_object():
     assert active_heads == {"count", "background", "left_size", "left_color", "left_material", "left_shape"}
 
 
+@pytest.mark.slow
 def test_training_learns_and_is_deterministic():
     """A tiny oracle learns the background within 40 steps, and a second run gives the same weights."""
     first, scores = train_oracle(TINY)

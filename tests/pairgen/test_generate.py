@@ -423,6 +423,7 @@ def test_plan_counts_match_generation(config: PairConfig, pairs: Path) -> None:
     assert "CPU threads" in plan["measured_on"] or torch.cuda.is_available()
 
 
+@pytest.mark.slow
 def test_the_fastest_batch_is_measured(config: PairConfig, tmp_path: Path) -> None:
     job = open_job(config)
     size = fastest_batch(job)
@@ -510,6 +511,7 @@ def test_precision_and_compilation_are_measured_once_for_a_store(
     assert resimulate(tmp_path, 4) < 0.05
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_compiled_is_not(
     config: PairConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_dynamo: None
 ) -> None:

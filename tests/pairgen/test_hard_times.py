@@ -71,6 +71,7 @@ def test_kills_in_a_row(kills: int, teacher: Path, prompts: str, tmp_path: Path)
     assert not list((out / "partial").iterdir()) and not list((out / "claims").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_folder_share_the_work(
     teacher: Path, prompts: str, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_two_jobs_on_one_folder_share_the_work(
     assert_equal_stores(out, unbroken)
 
 
+@pytest.mark.slow
 def test_a_shard_of_a_killed_job_is_taken_over(
     teacher: Path, prompts: str, unbroken: Path, tmp_path: Path
 ) -> None:

@@ -204,6 +204,7 @@ def test_readers_read_what_the_job_has_written(
     assert json.loads((tmp_path / "run" / "ended.json").read_text())["how"] == "done"
 
 
+@pytest.mark.slow
 def test_two_jobs_on_one_prefix_share_the_work(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_two_jobs_on_one_prefix_share_the_work(
     assert_complete(server, prefix, expected, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_shard_of_a_killed_job_is_taken_over(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
 ) -> None:
@@ -226,6 +228,7 @@ def test_the_shard_of_a_killed_job_is_taken_over(
     assert_complete(server, prefix, expected, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_shard_of_a_dead_machine_is_taken_over_after_the_patience(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
 ) -> None:
@@ -281,6 +284,7 @@ def test_a_job_that_is_asked_to_stop_leaves_its_rows_to_the_next_machine(
     assert verify_store(server.copy_to(prefix, tmp_path / "copy")).ok
 
 
+@pytest.mark.slow
 def test_a_shard_that_could_not_be_uploaded_is_uploaded_by_the_next_job(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
 ) -> None:
@@ -296,10 +300,8 @@ def test_a_shard_that_could_not_be_uploaded_is_uploaded_by_the_next_job(
     assert_complete(server, prefix, expected, tmp_path)
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("busy", "lost answer")]
-
-
-@pytest.mark.parametrize("kind", [*SLOW, "lost upload"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["busy", "lost answer", "lost upload"])
 def test_a_network_that_fails_now_and_then_is_no_matter(
     kind: str, server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
 ) -> None:
@@ -318,6 +320,7 @@ def test_a_network_that_fails_now_and_then_is_no_matter(
     assert_complete(server, prefix, expected, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_network_that_stays_away_ends_the_job_and_loses_nothing(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
 ) -> None:
@@ -368,6 +371,7 @@ def test_errors_before_the_job_starts_are_one_line(
     )
 
 
+@pytest.mark.slow
 def test_a_store_grows_in_a_bucket(
     server: S3Server, teacher: Path, prompts: str, prefix: str, expected: Path, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def gaussian_denoiser(std: float) -> object:
     return denoise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amount", [10.0, 80.0])
 def test_churn_keeps_the_distribution_and_forgets_the_noise(amount: float) -> None:
     """With an exact denoiser, samples keep the data's variance; the ODE alone maps z to a multiple of z."""

@@ -17,6 +17,7 @@ from teacher_training.train import train_teacher
 STAGES = ("data", "vae", "unet")
 
 
+@pytest.mark.slow
 def test_bf16_trains_weights_in_fp32(tmp_path: Path) -> None:
     """The curves of both precisions agree to 2 %, and differ; the saved weights are fp32, and their folder is
     like any other."""

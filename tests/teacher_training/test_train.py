@@ -43,7 +43,13 @@ def test_pictures_without_a_difference_are_refused_before_the_first_stage(tmp_pa
 SOURCES = {"an image folder": image_folder, "class-named subfolders": class_folders, "parquet": parquet}
 
 
-@pytest.mark.parametrize("source", list(SOURCES))
+@pytest.mark.parametrize(
+    "source",
+    [
+        "an image folder",
+        *(pytest.param(source, marks=pytest.mark.slow) for source in ("class-named subfolders", "parquet")),
+    ],
+)
 def test_training_a_teacher_from_captioned_images(source: str, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "teacher"
     data.mkdir()
@@ -185,6 +191,7 @@ def test_pictures_that_hold_their_captions_are_planned_like_others(tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 def test_damaged_caches_are_named_and_an_autoencoder_gets_latents_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     image_folder(tmp_path / "data")
@@ -282,7 +289,13 @@ def sort_by_class(folder: Path) -> None:
         metadata.write_text("\n".join(map(json.dumps, rows)))
 
 
-@pytest.mark.parametrize("source", list(SOURCES))
+@pytest.mark.parametrize(
+    "source",
+    [
+        "an image folder",
+        *(pytest.param(source, marks=pytest.mark.slow) for source in ("class-named subfolders", "parquet")),
+    ],
+)
 def test_a_limit_keeps_the_class_proportions(
     source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
