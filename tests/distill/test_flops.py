@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import tiny_teachers
 from benchmarks.scaling import row_flops, unet_flops
 from benchmarks.training_step import RandomStep
 from d2g.core.config import override
@@ -47,6 +48,20 @@ def test_real_steps_have_the_operations_that_fake_tensors_say(
     step = RandomStep(config, torch.device("cpu"), tmp_path)
     steps = count(lambda: [step(at_once=True) for _ in range(2)])
     assert steps == 2 * config.train.batch_size * flop_per_image(config)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [*tiny_teachers.UNETS, *tiny_teachers.TRANSFORMERS, *tiny_teachers.STAGES])
+def test_the_flop_of_every_family_are_counted(kind: str, tmp_path: Path) -> None:
+    """Those of stage 2, in which the discriminator is trained too, are more."""
+    teacher = tiny_teachers.save_kind(kind, tmp_path / "teacher")
+    counts = []
+    for stage in ("ode", "gan"):
+        chosen = (*tiny_teachers.stage_settings(kind, stage), "regression.losses=mse:1")
+        config = override(replace(DISTILL_PRESETS["trial"][stage], teacher=teacher), chosen)
+        counts.append(flop_per_image(config))
+    assert 0 < counts[0] < counts[1]
 
 
 @pytest.mark.slow
