@@ -3,6 +3,8 @@
     PYTHONPATH=.:tests python tests/fake_cuda.py ode|gan [a.b=c ...]
     PYTHONPATH=.:tests python tests/fake_cuda.py ranks COUNT ode|gan [a.b=c ...]
     PYTHONPATH=.:tests python tests/fake_cuda.py families KIND ...
+    PYTHONPATH=.:tests python tests/fake_cuda.py pixels
+    PYTHONPATH=.:tests python tests/fake_cuda.py validation
     PYTHONPATH=.:tests python tests/fake_cuda.py evaluation
     PYTHONPATH=.:tests python tests/fake_cuda.py teachers NETWORK|cascade ...
     PYTHONPATH=.:tests python tests/fake_cuda.py metric
@@ -14,9 +16,11 @@ asks of the device is made up (1), and the line that asked is counted. A copy to
 until the host has waited for an event behind it. Attention takes a GPU's kernels. Tried with torch 2.11.0 and
 2.15.0, without a driver. Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits
 of each step by function of the project; `report`, those of the report at the end; `late`, what the host read
-of each step before; `all_reduces`, gradients that DDP averaged in each step, the first one included; images/s
-and MFU of an H100. `families` samples pairs and trains both stages of tiny teachers (the kinds of
-tests/tiny_teachers.py; a cascade's prior before its decoder), and prints such an object by kind and stage;
+of each step before; `all_reduces`, gradients that DDP averaged in each step, the first one included; `tf32`,
+whether fp32 products may use TF32 after each step; images/s and MFU of an H100. `pixels` has a discriminator
+on a vision transformer, and CLIP guidance; `validation` draws previews and measures FID. `families` samples
+pairs and trains both stages of tiny teachers (the kinds of tests/tiny_teachers.py; a cascade's prior before
+its decoder), and prints such an object by kind and stage;
 `pairs`: waits of a second batch.
 `teachers` trains tiny teachers of these networks, all stages, with their plan and verdict, and prints their
 waits; `metric` does so with the trainings of LatentLPIPS.
@@ -339,6 +343,46 @@ def families(*kinds: str) -> None:
     print(json.dumps(results))
 
 
+def pixels() -> None:
+    """Train the GAN stage with networks that look at decoded images: CLIP guidance, and D on a ViT."""
+    import jobs
+    import tiny
+    import vision_models
+
+    folder = Path(tempfile.mkdtemp())
+    teacher = tiny.save_teacher(folder / "teacher")
+    pairs = jobs.make_pairs(Path(teacher), folder)
+    vit, clip = vision_models.save_vit("vit", folder / "vit"), vision_models.save_clip_model(folder / "clip")
+    begin()
+    guided = ("clip_guidance.weight=0.2", "clip_guidance.crop=8", f"clip_guidance.model={clip}")
+    heads = (f"gan.feature_networks={vit}", "gan.feature_size=16", "gan.token_heads=2", "gan.mix_z=0")
+    chosen = ("regression.losses=mse:1", "gan.discriminator=projected", *guided, *heads)
+    print(json.dumps(waits_of_training(folder, teacher, pairs, "gan", chosen)))
+
+
+def validation() -> None:
+    """Train with previews, and validate on held-out pairs and by FID."""
+    from PIL import Image
+
+    import eval_jobs
+    import jobs
+    import tiny
+    from eval.runner.validation import validation_hook
+
+    folder = Path(tempfile.mkdtemp())
+    teacher = tiny.save_teacher(folder / "teacher")
+    pairs = jobs.make_pairs(Path(teacher), folder)
+    jobs.make_clip(Path(teacher), folder / "clip")
+    (folder / "photographs").mkdir()
+    for number in range(12):
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(folder / "photographs" / f"{number:02}.png")
+    begin()
+    validate = validation_hook(eval_jobs.config(folder, metrics=("fid",)), teacher)
+    chosen = ("train.validate_pairs=4", "train.validate_images=4", "train.preview_prompts=4")
+    chosen = (*chosen, "train.report_images=4", "train.precision=bf16")
+    print(json.dumps(waits_of_training(folder, teacher, pairs, "ode", chosen, validate=validate)))
+
+
 def evaluation() -> None:
     """Evaluate a teacher and a student by FID, precision, recall and CLIP score on three batches of four."""
     from PIL import Image
@@ -437,11 +481,17 @@ def metric() -> None:
 def begin() -> None:
     """Let the project use fake CUDA tensors."""
     from d2g.core.distributed import checkpoint, process_group
+    from d2g.core.precision import set_exact_fp32
     from distill.training import state
+
+    def own_device(long_waits: bool = False) -> torch.device:
+        device = torch.device("cuda", 0)
+        set_exact_fp32(device)
+        return device
 
     pretend_cuda()
     any_group: Any = process_group
-    any_group.init = any_group.own_device = lambda long_waits=False: torch.device("cuda", 0)
+    any_group.init = any_group.own_device = own_device
     # torch.distributed.checkpoint looks at storages, which fakes do not have.
     any_state: Any = state.State
     any_state.save = lambda *arguments: None
@@ -450,7 +500,13 @@ def begin() -> None:
 
 
 def waits_of_training(
-    folder: Path, teacher: str, pairs: Path, stage: str, settings: Sequence[str], steps: int = 3
+    folder: Path,
+    teacher: str,
+    pairs: Path,
+    stage: str,
+    settings: Sequence[str],
+    steps: int = 3,
+    validate: Any = None,
 ) -> dict[str, Any]:
     """Some steps of the preset `trial`: what the module prints of all but the first."""
     from d2g.core.config import override
@@ -462,12 +518,13 @@ def waits_of_training(
     options = replace(config.train, batch_size=4, images=4 * steps, loader_workers=0, checkpoint_images=10**9)
     options = replace(options, plot=False)
     config = override(replace(config, train=replace(options, report_images=10**9)), settings)
-    mode, waits, late, all_reduces = FakeCuda(), [], [], list[int]()
+    mode, waits, late, all_reduces, tf32 = FakeCuda(), [], [], list[int](), list[bool]()
 
     def progress(label: str, done: int, total: int) -> None:
         waits.append(dict(mode.waits))
         late.append(dict(mode.late))
         all_reduces.append(mode.all_reduces)
+        tf32.append(torch.backends.cuda.matmul.allow_tf32)
         mode.all_reduces = 0
         mode.waits.clear()
         mode.late.clear()
@@ -475,14 +532,14 @@ def waits_of_training(
 
     try:
         with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
-            train(config, folder / "out", progress)
+            train(config, folder / "out", progress, validate)
     except Exception as error:  # no checkpoint was written: `train` says so at its end
         if "nothing to train" not in str(error):
             raise
     line = json.loads((folder / "out" / "stats.jsonl").read_text().splitlines()[-1])
     speed = {name: line.get(f"time/{name}") for name in ("images_per_sec", "mfu")}
     counts = {"steps": waits[1:], "late": late[1:], "report": dict(mode.waits), "all_reduces": all_reduces}
-    return {**counts, **speed}
+    return {**counts, **speed, "tf32": tf32}
 
 
 def live_bytes() -> Any:
@@ -579,6 +636,8 @@ if __name__ == "__main__":
     modes: dict[str, Callable[..., None]] = {
         "memory": memory,
         "families": families,
+        "pixels": pixels,
+        "validation": validation,
         "evaluation": evaluation,
         "teachers": teachers,
         "metric": metric,

@@ -41,7 +41,7 @@ def inspect_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": cuda,
         "devices": devices,
-        "bf16": torch.cuda.is_bf16_supported() if cuda else True,
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if cuda else True,
         "memory_gib": _memory_gib(cuda),
         "disk_free_gib": round(free, 1),
         "versions": versions,

@@ -33,9 +33,11 @@ def has_bf16_tiles() -> bool:
 
 
 def set_exact_fp32(device: torch.device) -> None:
-    """Compute in IEEE fp32 on CUDA. `process_group.own_device` calls it."""
+    """Compute in IEEE fp32 on CUDA, with cuDNN's usual algorithms: in a process that has trained before, too.
+    `process_group.own_device` calls it."""
     if device.type == "cuda":
         _allow_tf32(False)
+        torch.backends.cudnn.benchmark = False
 
 
 def set_training_arithmetic(device: torch.device, bf16: bool) -> None:

@@ -17,7 +17,7 @@ def add_lora(
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)  # type: ignore[arg-type]
-    with torch.random.fork_rng():  # peft draws from the global generator
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
         inject_adapter_in_model(config, network)
     for name, parameter in network.named_parameters():
         if ".lora_A." in name:  # uniform in +-1 / sqrt(inputs), as in peft

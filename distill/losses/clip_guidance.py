@@ -49,11 +49,17 @@ class ClipGuidance(nn.Module):
     crop: side of the crops in pixels. contrastive: use the contrastive loss, not the spherical distance.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, model: Any, tokenizer: Any, vae: Any, crop: int, contrastive: bool = False) -> None:
         super().__init__()
         self.model, self.vae, self.tokenizer = model, vae.requires_grad_(False), tokenizer
         self.side = crop // latent_space(vae).downscale
         self.contrastive = contrastive
+        # As buffers, because a copy from the CPU in each step would wait for the GPU.
+        for name, values in zip(("mean", "deviation"), OPENAI, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -83,8 +89,7 @@ class ClipGuidance(nn.Module):
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
 
         # Compare image and text embeddings.
-        mean, deviation = (torch.tensor(s, device=pixels.device).view(3, 1, 1) for s in OPENAI)
-        output = self.model.vision_model(pixel_values=(pixels / 2 + 0.5 - mean) / deviation)
+        output = self.model.vision_model(pixel_values=(pixels / 2 + 0.5 - self.mean) / self.deviation)
         image = F.normalize(self.model.visual_projection(output.pooler_output).float(), dim=1)
         if not self.contrastive:
             return spherical_distance(image, text).mean()

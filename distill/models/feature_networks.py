@@ -28,6 +28,9 @@ class FeatureNetwork(nn.Module, ABC):
     be multiples of it. statistics: mean and standard deviation of RGB in [0, 1], for normalization.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(
         self,
         depths: Sequence[int],
@@ -38,6 +41,9 @@ class FeatureNetwork(nn.Module, ABC):
         super().__init__()
         self.depths, self.widths, self.size_unit = list(depths), list(widths), size_unit
         self.statistics = statistics
+        # As buffers, because a copy from the CPU in each step would wait for the GPU.
+        for name, values in zip(("mean", "deviation"), statistics, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     @abstractmethod
     def maps(self, pixels: Tensor) -> list[Tensor]:
@@ -45,10 +51,7 @@ class FeatureNetwork(nn.Module, ABC):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Pixels [B, 3, S, S] in [-1, 1] -> a feature map [B, C_d, h_d, w_d] for each of `depths`."""
-        mean, deviation = (
-            torch.tensor(values, device=pixels.device, dtype=pixels.dtype).view(3, 1, 1)
-            for values in self.statistics
-        )
+        mean, deviation = self.mean.to(pixels.dtype), self.deviation.to(pixels.dtype)
         return self.maps((pixels / 2 + 0.5 - mean) / deviation)
 
 

@@ -193,10 +193,10 @@ def _keep_checkpoint(writer: sharded_checkpoint.Writer) -> Iterator[None]:
 def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: Validate | None) -> _Run:
     """Open the data, build networks, losses and the log, and load the newest checkpoint if there is one."""
     options, folder = config.train, out / "checkpoints"
-    set_training_arithmetic(device, options.bf16)
     check_supported(config)
     if validate is not None:
         validate.open()  # an error now costs less than one at the first validation
+    set_training_arithmetic(device, options.bf16)  # after `open`, which sets that of evaluations
     encode, kind, reader = open_rows(config, device)
     # Losses with their frozen networks, photographs as real rows, and the VAE of previews.
     gan, shape = config.gan if config.adversarial else None, shape_of(reader)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
+from d2g.core.precision import exact_fp32
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode
 from eval.evaluation import check_networks, evaluate
@@ -91,17 +92,18 @@ class StudentValidation:
         def decode_images(numbers: range, texts: list[str]) -> Tensor:
             return decode(self.vae, latents[numbers.start : numbers.stop])
 
-        evaluation = evaluate(
-            sampler_source(f"{nimg} images", {"kind": "student"}, request, decode_images),
-            session.protocol,
-            session.networks,
-            metrics=session.metrics,
-            reference=(lambda: session.reference) if session.has_reference else None,
-            count=count,
-            allow_fewer=True,
-            work=MeasureOptions(batch_size=self.run.batch_size),
-            resamples=0,
-        )
+        with exact_fp32(session.device):
+            evaluation = evaluate(
+                sampler_source(f"{nimg} images", {"kind": "student"}, request, decode_images),
+                session.protocol,
+                session.networks,
+                metrics=session.metrics,
+                reference=(lambda: session.reference) if session.has_reference else None,
+                count=count,
+                allow_fewer=True,
+                work=MeasureOptions(batch_size=self.run.batch_size),
+                resamples=0,
+            )
         self.facts = evaluation.result.comparable_facts()
         # Only rank 0 computes numbers; share them with all ranks.
         numbers = process_group.gather_objects(evaluation.result.numbers())[0]

@@ -185,7 +185,9 @@ def measure_parts(config: FullRunConfig) -> dict[str, float]:
     """
     folder = Path(process_group.gather_objects(tempfile.mkdtemp() if process_group.rank() == 0 else "")[0])
     try:
-        with torch.random.fork_rng(), _without_log():
+        device = process_group.own_device()
+        forked = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=forked), _without_log():
             return _measure_in(folder, config)
     except Interrupted as error:
         raise Interrupted("stopped while the plan was measured; run the same command again") from error

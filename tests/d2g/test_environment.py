@@ -3,6 +3,7 @@
 import json
 import os
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,19 @@ def test_doctor_reports_the_documented_json_keys() -> None:
     assert machine["versions"] == {name: version(name) for name in REQUIRED_PACKAGES}
     assert machine["devices"] and 0.1 < machine["memory_gib"] < 1 << 14 and machine["disk_free_gib"] >= 0
     assert isinstance(machine["bf16"], bool)
+
+
+def test_bf16_that_a_gpu_emulates_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 computes bf16 in fp32, slowly: a run with train.precision=auto takes fp32 there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**34)
+    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    machine = inspect_machine()
+    assert machine["devices"] == ["Tesla T4"] and machine["bf16"] is False
 
 
 def test_problems_describe_missing_components() -> None:

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from d2g.core.seeds import generator
-from d2g.diffusion.lora import adapters_from_teacher, low_rank_factors, merged, unexplained_weights
+from d2g.diffusion.lora import (
+    adapters_from_teacher,
+    add_lora,
+    has_lora,
+    low_rank_factors,
+    merged,
+    unexplained_weights,
+)
 
 
 def random_matrix(number: int, *shape: int) -> torch.Tensor:
@@ -90,3 +97,12 @@ def test_weights_in_bf16_hold_no_sum_of_adapters() -> None:
     assert unexplained_weights(second, rounded) == []
     second[f"{stem}.base_layer.weight"] = second[f"{stem}.base_layer.weight"].bfloat16()
     assert unexplained_weights(second, rounded) == [f"{stem}.weight"]
+
+
+def test_adapters_are_drawn_without_asking_every_gpu_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would copy the random state of each GPU, which this process does not use, and warn of it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    network = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
+    before = torch.get_rng_state()
+    add_lora(network, ("to_q",), 2, 2.0, generator(0))
+    assert has_lora(network.state_dict()) and torch.equal(torch.get_rng_state(), before)

@@ -47,6 +47,13 @@ def test_exact_arithmetic_ends_with_its_context() -> None:
     assert tf32() == (False, False)
 
 
+def test_work_after_a_training_run_chooses_no_algorithms_by_timing() -> None:
+    """A row of pairs, or an evaluated image, must not depend on which algorithm was faster a moment ago."""
+    set_training_arithmetic(CUDA, bf16=True)
+    set_exact_fp32(CUDA)
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_nothing_changes_on_a_cpu() -> None:
     before = tf32(), torch.backends.cudnn.benchmark
     set_training_arithmetic(CPU, bf16=True)

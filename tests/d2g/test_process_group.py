@@ -170,6 +170,13 @@ def test_the_gpu_is_chosen_before_the_group_is_joined() -> None:
         assert process_group.init() == torch.device("cuda", 0) and calls == ["set_device 0"]
 
 
+def test_ranks_with_long_waits_exchange_gradients_by_nccl_too() -> None:
+    """`d2g run` trains in the group with which it makes the pairs."""
+    with on_two_gpus({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}) as calls:
+        process_group.init(long_waits=True)
+        assert calls == ["set_device 1", "init_process_group cpu:gloo,cuda:nccl"]
+
+
 def test_tests_without_the_mark_gpu_see_no_gpu() -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 

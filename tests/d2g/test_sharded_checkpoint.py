@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from d2g.core.distributed import checkpoint, sharded_checkpoint
-from d2g.core.distributed.checkpoint import Checkpoint
+from d2g.core.distributed.checkpoint import Checkpoint, complete_points
 from d2g.core.errors import UserError
 
 
@@ -41,6 +43,22 @@ def newest(folder: Path) -> Checkpoint:
     last = checkpoint.latest(folder)
     assert last is not None
     return last
+
+
+def test_writing_in_the_background_never_waits_for_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU, torch writes 10 MB at a time and waits after each for all that training has queued, also
+    for copies that are on the CPU already."""
+    waits, (network, optimizer) = list[str](), trained(0)
+    stream = SimpleNamespace(device_type="cuda", synchronize=lambda: waits.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    writer = sharded_checkpoint.Writer(tmp_path, background=True)
+    writer.save(8, tensors_of(network, optimizer), {"ema": network.state_dict()}, {"steps": 2})
+    writer.finish()
+    assert complete_points(tmp_path) == [8] and not waits
 
 
 def test_training_continues_identically_after_loading(tmp_path: Path) -> None:

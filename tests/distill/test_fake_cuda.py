@@ -94,6 +94,22 @@ def test_a_step_over_eight_ranks_never_waits_for_the_device(
 
 
 @pytest.mark.long
+def test_networks_that_look_at_images_let_no_step_wait(warm_python: str) -> None:
+    """Their constants are on the device from the start: a copy waits for all that is queued there."""
+    waits = fake_cuda(warm_python, "pixels")
+    assert waits["steps"] == [{}, {}] and waits["late"] == [{}, *LATE]
+    assert waits["report"], "the counter counts"
+
+
+@pytest.mark.long
+def test_a_validation_leaves_the_arithmetic_of_training_alone(warm_python: str) -> None:
+    """Evaluations are exact; opening one once switched TF32 off for the whole run."""
+    result = fake_cuda(warm_python, "validation")
+    assert result["tf32"] == [True] * 3
+    assert any(line.startswith("eval/") for line in result["report"]), "it has measured"
+
+
+@pytest.mark.long
 def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
     """Pairs and both stages of every kind but Stable Diffusion's, which the tests above have.
 

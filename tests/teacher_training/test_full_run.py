@@ -31,7 +31,7 @@ from teacher_training.full_run.pictures import (
     spread_captions,
     spread_pictures,
 )
-from teacher_training.full_run.plan import PART_SHARES, FullRunPlan, plan_run
+from teacher_training.full_run.plan import PART_SHARES, FullRunPlan, measure_parts, plan_run
 from teacher_training.full_run.run import run_parts
 from teacher_training.plan import Request, plan_teacher
 from teacher_training.start import save_untrained_teacher
@@ -205,6 +205,13 @@ def test_few_pairs_have_captions_of_all_pictures(teacher: Path, tmp_path: Path) 
     more = replace(config, pairs=replace(pairs, num_pairs=48))
     run_parts(more, plan, out, ("pairs",))
     assert PairReader(out / "pairs").prompts()[:16] == prompts and len(PairReader(out / "pairs")) == 48
+
+
+def test_measuring_a_plan_asks_no_gpu_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would copy the random state of every GPU of the machine, and warn of it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(UserError, match="nowhere"):
+        measure_parts(replace(FULL_RUN_PRESETS["quick"], data=str(tmp_path / "nowhere")))
 
 
 def test_a_damaged_plan_is_one_line(data: Path, tmp_path: Path) -> None:

@@ -42,15 +42,12 @@ GRACE_IN_STEP = timedelta(seconds=2)
 def init(long_waits: bool = False) -> torch.device:
     """Join the process group that torchrun announced, if any; return this process's device.
 
-    long_waits: for ranks that communicate only at the start and at the end of days of work. NCCL would time
-    out after minutes, so gloo is used. Raises UserError if it is not clear which GPU is this process's.
+    long_waits: for ranks that communicate only at the start and at the end of days of work, where the others
+    wait as long. Raises UserError if it is not clear which GPU is this process's.
     """
     device = own_device()  # before the group: NCCL takes the GPU that is current then
     if "RANK" in os.environ and not td.is_initialized():
-        if long_waits:
-            _join("gloo", timedelta(days=30))
-        else:
-            _join(_backend())
+        _join(_backend(), timedelta(days=30) if long_waits else None)
     return device
 
 

@@ -95,7 +95,11 @@ class Writer:
                     shutil.rmtree(leftover)
                 (temporary / STATE).mkdir(parents=True)
         with _FailTogether(temporary, target, self.folder):
-            writing = self._write(dict(tensors), FileSystemWriter(temporary / STATE))
+            writer = FileSystemWriter(temporary / STATE)
+            # Copies on the CPU need no copying ahead, which would wait for all that training has queued.
+            if self.background:
+                writer.per_thread_copy_ahead = 0
+            writing = self._write(dict(tensors), writer)
             future = self._submit(lambda: _complete(writing, gathered, temporary))
         self._pending = (target, {**meta, "nimg": nimg, "processes": process_group.world_size()}, future)
         if not self.background:
