@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2g.core.config import to_json
+from d2g.core.distributed.loop_checkpoints import LoopCheckpoints
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator
 from d2g.core.shuffle import permuted_batch
+from d2g.core.transfer import device_of
 from d2g.diffusion.latents import from_uint8
 from eval.metrics.clip_score import retrieval_top1
 from eval.networks.registry import clip_tokenizer, new_clip, save_clip
@@ -70,13 +71,15 @@ def train_clip(
     *,
     progress: Progress = quiet,
     device: str | torch.device = "cpu",
+    checkpoints: Path | None = None,
 ) -> dict[str, float]:
     """Train on uint8 images [N, 3, S, S] with N captions; write an open_clip folder; return scores.
 
     `tokenizer` is a folder of CLIPTokenizer files, which are copied to `out`. The scores, also written to
     `out`/meta.json, are `retrieval_top1` on held-out images and its chance level, `loss` (mean over the last
-    tenth), `params`, `images` and `seconds`. Raises UserError for images of another shape or number than
-    expected, and for a non-finite loss.
+    tenth), `params`, `images` and `seconds`. checkpoints: folder of the training's checkpoints, from which it
+    goes on exactly; None keeps none. Raises UserError for images of another shape or number than expected,
+    and for a non-finite loss, Interrupted on Ctrl-C where there are checkpoints.
     """
     if images.shape[1:] != (3, config.image_size, config.image_size) or len(images) != len(captions):
         raise UserError(
@@ -101,9 +104,7 @@ def train_clip(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = new_clip(settings).to(device).train()
-    started = time.perf_counter()
-    losses = _optimize(model, images, tokens, caption_ids, train, config, progress, torch.device(device))
-    seconds = time.perf_counter() - started
+    losses, seconds = _optimize(model, images, tokens, caption_ids, train, config, progress, checkpoints)
     top1, chance = _retrieval(model, images, captions, tokens[caption_ids], held_out, config, device)
     scores = {
         "retrieval_top1": top1,
@@ -129,38 +130,40 @@ def _optimize(
     train: Tensor,
     config: ClipConfig,
     progress: Progress,
-    device: torch.device,
-) -> list[Tensor]:
-    """Train `model` in place on the rows `train`; returns the loss of every step."""
+    checkpoints: Path | None,
+) -> tuple[list[Tensor], float]:
+    """Train `model` in place on the rows `train`; returns the loss of every step, and the seconds."""
+    device = device_of(model)
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98)
     )
-    losses: list[Tensor] = []
-    started, nimg = time.perf_counter(), 0
-    while nimg < config.images and not _time_over(started, config):
-        # Loss of a batch.
-        rows = train[permuted_batch(config.seed, len(train), nimg, config.batch_size)]
-        pixels, texts = from_uint8(images[rows]).to(device), caption_ids[rows]
-        image_vectors = F.normalize(model.encode_image(pixels), dim=1)
-        text_vectors = F.normalize(model.encode_text(tokens[texts].to(device)), dim=1)
-        loss = contrastive_loss(image_vectors, text_vectors, model.logit_scale.exp(), texts.to(device))
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the CLIP's loss is {loss.item()} at image {nimg}; lower its lr from {config.lr}"
-            )
-        # Step, with the gradient norm and the temperature limited.
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * _learning_rate_factor(nimg, time.perf_counter() - started, config)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        losses.append(loss.detach())
-        nimg += config.batch_size
-        progress("train CLIP", min(nimg, config.images), config.images)
-    return losses
+    with LoopCheckpoints(checkpoints, "train CLIP", model, optimizer) as state:
+        losses = state.values.setdefault("losses", list[Tensor]())
+        while state.nimg < config.images and not _time_over(state.seconds, config):
+            # Loss of a batch.
+            rows = train[permuted_batch(config.seed, len(train), state.nimg, config.batch_size)]
+            pixels, texts = from_uint8(images[rows]).to(device), caption_ids[rows]
+            image_vectors = F.normalize(model.encode_image(pixels), dim=1)
+            text_vectors = F.normalize(model.encode_text(tokens[texts].to(device)), dim=1)
+            loss = contrastive_loss(image_vectors, text_vectors, model.logit_scale.exp(), texts.to(device))
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"the CLIP's loss is {loss.item()} at image {state.nimg}; lower its lr from {config.lr}"
+                )
+            # Step, with the gradient norm and the temperature limited.
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _learning_rate_factor(state.nimg, state.seconds, config)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+            losses.append(loss.detach().cpu())
+            state.nimg += config.batch_size
+            progress("train CLIP", min(state.nimg, config.images), config.images)
+            state.step_done()
+    return losses, state.seconds
 
 
 @torch.no_grad()
@@ -194,8 +197,8 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _time_over(started: float, config: ClipConfig) -> bool:
-    return config.minutes > 0 and time.perf_counter() - started > 60 * config.minutes
+def _time_over(seconds: float, config: ClipConfig) -> bool:
+    return config.minutes > 0 and seconds > 60 * config.minutes
 
 
 def _learning_rate_factor(nimg: int, seconds: float, config: ClipConfig) -> float:

@@ -113,7 +113,8 @@ def _time_stage(
     """Time a stage's steps, and count the bytes of its checkpoints and weights."""
     speed.seconds[stage] = _seconds_per_image(modules, loss_of, batch_size)
     # Two checkpoints of weights, average and two moments, and the weights themselves twice, all fp32.
-    copies = 1 if stage in ("lpips", "clip") else 2 * 4 + 2
+    # LatentLPIPS and CLIP have no average and one checkpoint, which is written beside the one before.
+    copies = 2 * 3 + 1 if stage in ("lpips", "clip") else 2 * 4 + 2
     parameters = (parameter for module in modules for parameter in module.parameters())
     speed.fixed_bytes += 4.0 * copies * sum(parameter.numel() for parameter in parameters)
 

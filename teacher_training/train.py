@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -312,6 +313,9 @@ def _run_stage(stage: str, job: TeacherJob, log: RunLog, scores_file: Path) -> N
     if process_group.rank() == 0:
         facts = {"length": stage_length(job.config, stage), "seconds": times.seconds[stage]}
         write_atomically(scores_file, json.dumps({**result, **facts}))
+        # These stages are never trained further.
+        if stage in ("lpips", "clip"):
+            shutil.rmtree(scores_file.parent / "checkpoints", ignore_errors=True)
     process_group.barrier()
 
 
@@ -436,6 +440,7 @@ def _train_lpips(job: TeacherJob, log: RunLog) -> dict[str, Any]:
         encode_uint8,
         job.progress,
         job.device,
+        log.folder / "checkpoints",
     )
     lpips_weights.save_lpips(metric, job.out / "latent_lpips", {"trained_on": job.config.data, **scores})
     return scores
@@ -454,6 +459,7 @@ def _train_clip(job: TeacherJob, log: RunLog) -> dict[str, Any]:
         settings,
         progress=job.progress,
         device=job.device,
+        checkpoints=log.folder / "checkpoints",
     )
 
 

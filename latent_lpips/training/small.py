@@ -1,16 +1,17 @@
 """Train a LatentLPIPS in memory: the trunk by classification, the heads by two-alternative judgments."""
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2g.core.distributed.loop_checkpoints import LoopCheckpoints
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator
@@ -40,19 +41,28 @@ def train_latent_lpips(
     encode: Callable[[Tensor], Tensor],
     progress: Progress = quiet,
     device: torch.device | str = "cpu",
+    checkpoints: Path | None = None,
 ) -> tuple[LatentLPIPS, dict[str, float]]:
     """Train the trunk to predict the captions' words, then fit the heads to synthetic judgments.
 
     `latents` are scaled [N, C, h, w] with N `captions`. `images` are uint8 [M, 3, H, W] of the same kind;
-    `encode` maps pixels in [-1, 1] to scaled latents. Returns the metric on `device` and its scores on
-    held-out data. Raises UserError for unequal numbers of captions and latents.
+    `encode` maps pixels in [-1, 1] to scaled latents. checkpoints: folder from which the trunk's training
+    goes on after Ctrl-C. Returns the metric on `device` and its scores on held-out data. Raises UserError for
+    unequal numbers of captions and latents.
     """
     if len(captions) != len(latents):
         raise UserError(f"got {len(captions)} captions for {len(latents)} latents, expected one for each")
     # The trunk.
     targets, _ = caption_targets(captions)
     trunk, scores = train_trunk(
-        config.network, latents, targets, config.trunk, seed=config.seed, progress=progress, device=device
+        config.network,
+        latents,
+        targets,
+        config.trunk,
+        seed=config.seed,
+        progress=progress,
+        device=device,
+        checkpoints=checkpoints,
     )
     metric = LatentLPIPS(config.network, trunk).to(device).fold()
     # The heads.
@@ -89,44 +99,47 @@ def train_trunk(
     seed: int = 0,
     progress: Progress = quiet,
     device: torch.device | str = "cpu",
+    checkpoints: Path | None = None,
 ) -> tuple[VGG16, dict[str, float]]:
     """Train a VGG16 to classify latents [N, C, h, w]; returns it with its scores on held-out rows.
 
     `targets` are classes, int [N] (cross-entropy; score `top1`), or multi-hot attributes, float [N, K]
-    (binary cross-entropy; score `accuracy`, balanced and averaged over attributes). Raises UserError for a
-    non-finite loss.
+    (binary cross-entropy; score `accuracy`, balanced and averaged over attributes). checkpoints: folder of
+    the training's checkpoints, from which it goes on exactly; None keeps none. Raises UserError for a
+    non-finite loss, Interrupted on Ctrl-C where there are checkpoints.
     """
     # Hold out rows for the score; shifts are the only augmentation.
     classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
     train, held_out = split_rows(len(latents), config.held_out, seed)
     shift = AugmentConfig(families="b", flip=config.flip, quarter_turns=False, integer_shift=config.shift)
-    with _temporary_seed(seed, device):
+    with ExitStack() as stack:
+        stack.enter_context(_temporary_seed(seed, device))
         model = VGG16(network, classes, config.dropout, config.grid).to(device).train()
         optimizer = build_optimizer(model, config)
-        started, nimg, fraction = time.monotonic(), 0, 0.0
-        while fraction < 1:
+        state = stack.enter_context(LoopCheckpoints(checkpoints, "LatentLPIPS trunk", model, optimizer))
+        while (fraction := _fraction_done(config, state.nimg, state.seconds)) < 1:
             # Learning rate and a batch.
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * learning_rate_factor(config.schedule, fraction)
-            rows = train[permuted_batch(seed, len(train), nimg, config.batch)]
+            rows = train[permuted_batch(seed, len(train), state.nimg, config.batch)]
             x, y = latents[rows].to(device).float(), targets[rows].to(device)
             # Shift the latents at random, and classify them.
             params = augment.sample_transforms(
-                shift, len(x), x.shape[2:], generator(seed, Stream.LATENT_SHIFT, nimg), device
+                shift, len(x), x.shape[2:], generator(seed, Stream.LATENT_SHIFT, state.nimg), device
             )
             loss = _classification_loss(model(augment.apply_transforms(x, params)), y)
             if not math.isfinite(loss.item()):
                 raise UserError(
-                    f"LatentLPIPS trunk: loss is {loss.item()} after {nimg} latents, expected a finite one; "
-                    f"lower the learning rate ({config.lr:g}) or look for non-finite latents"
+                    f"LatentLPIPS trunk: loss is {loss.item()} after {state.nimg} latents, expected a finite "
+                    f"one; lower the learning rate ({config.lr:g}) or look for non-finite latents"
                 )
-            # Update, and see how far training has come, in images or minutes.
+            # Update, and save now and then.
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimizer.step()
-            nimg += config.batch
-            fraction = _fraction_done(config, nimg, time.monotonic() - started)
-            progress("LatentLPIPS trunk", min(nimg, config.images), config.images)
+            state.nimg += config.batch
+            progress("LatentLPIPS trunk", min(state.nimg, config.images), config.images)
+            state.step_done()
     return model.eval(), _trunk_scores(model, latents[held_out], targets[held_out], device)
 
 

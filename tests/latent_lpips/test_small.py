@@ -1,12 +1,15 @@
 import math
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2g.core.errors import UserError
+from d2g.core.errors import Interrupted, UserError
 from latent_lpips.config import CalibrateConfig, LPIPSConfig, LPIPSTrainConfig, TrunkTrainConfig
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.training.small import (
@@ -78,6 +81,44 @@ def test_training_is_deterministic_and_keeps_the_global_random_state() -> None:
     other, _ = train_trunk(NETWORK, latents, labels, config, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not torch.equal(next(one.parameters()), next(other.parameters()))
+
+
+def test_a_stopped_trunk_goes_on_exactly(tmp_path: Path) -> None:
+    """Dropout draws from the global random state, which the checkpoint holds too."""
+    latents, labels = separable()
+    config = replace(TRUNK, images=256, dropout=0.3)
+    expected, expected_scores = train_trunk(NETWORK, latents, labels, config)
+
+    def stop(label: str, done: int, total: int) -> None:
+        if done == 96:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(Interrupted, match=r"trunk stopped; safe on disk: .*000000096; run the same command"):
+        train_trunk(NETWORK, latents, labels, config, progress=stop, checkpoints=folder)
+    torch.rand(7)  # another start has another random state
+    seen: list[int] = []
+    resumed, scores = train_trunk(
+        NETWORK,
+        latents,
+        labels,
+        config,
+        progress=lambda _, done, total: seen.append(done),
+        checkpoints=folder,
+    )
+    assert seen[0] == 128 and scores == expected_scores
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), expected.parameters(), strict=True))
+    # A finished training makes no further step.
+    seen.clear()
+    train_trunk(
+        NETWORK,
+        latents,
+        labels,
+        config,
+        progress=lambda _, done, total: seen.append(done),
+        checkpoints=folder,
+    )
+    assert seen == []
 
 
 def test_limits_in_images_and_minutes() -> None:

@@ -1,6 +1,8 @@
 """teacher_training.clip: training, saving, and loading with the factory of open_clip."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import open_clip
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from d2g.core.errors import SettingError, UserError
+from d2g.core.errors import Interrupted, SettingError, UserError
 from d2g.core.seeds import generator
 from eval.metrics.clip_score import clip_scores, retrieval_top1
 from eval.networks.registry import FEATURES, load_clip
@@ -98,6 +100,23 @@ def test_training_is_deterministic(tokenizer: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         train_clip(*colored(60), tokenizer, tmp_path / name, short)
     assert load_clip(str(tmp_path / "a")).sha256 == load_clip(str(tmp_path / "b")).sha256
+
+
+def test_a_stopped_clip_goes_on_exactly(tokenizer: Path, tmp_path: Path) -> None:
+    short = ClipConfig(**{**{n: getattr(TINY, n) for n in ("width", "layers", "text_width", "text_layers")},
+                          "image_size": 16, "images": 80, "batch_size": 20})  # fmt: skip
+    expected = train_clip(*colored(60), tokenizer, tmp_path / "once", short)
+
+    def stop(label: str, done: int, total: int) -> None:
+        if done == 40:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    checkpoints = tmp_path / "checkpoints"
+    with pytest.raises(Interrupted, match="train CLIP stopped; safe on disk"):
+        train_clip(*colored(60), tokenizer, tmp_path / "twice", short, progress=stop, checkpoints=checkpoints)
+    scores = train_clip(*colored(60), tokenizer, tmp_path / "twice", short, checkpoints=checkpoints)
+    assert load_clip(str(tmp_path / "once")).sha256 == load_clip(str(tmp_path / "twice")).sha256
+    assert {**scores, "seconds": 0} == {**expected, "seconds": 0}
 
 
 def test_the_time_limit_ends_training(tokenizer: Path, tmp_path: Path) -> None:
