@@ -103,7 +103,7 @@ def plan_teacher(
     """
     if request.minutes is not None and request.images is not None:
         raise SettingError("give --minutes or --images, not both")
-    device = process_group.init()
+    device = process_group.init(long_waits=True)
     check_start(config)
     kind = network_of(config)
     pictures, captions = count_pictures(config, stages)

@@ -127,7 +127,7 @@ def train_teacher(
     given other settings, and while another process trains in OUT.
     """
     started = time.monotonic()
-    device = process_group.init()
+    device = process_group.init(long_waits=True)  # of rank 0, which alone trains LatentLPIPS and CLIP
     set_training_arithmetic(device, trains_in_bf16(config, device))
     stages = check_stages(config, stages)
     check_start(config)
