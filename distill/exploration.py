@@ -316,7 +316,7 @@ def mixed_latents(sampler: OneStepSampler, noises: Tensor, prompts: Sequence[str
     """
     student = sampler.student
     assert isinstance(student, GeneratorStudent)
-    cond = sampler.conditioner.encode(list(prompts))
+    cond = sampler.conditioner.encode(list(prompts)).to(sampler.device)
     styles = student.styles(noises.to(sampler.device), cond, sampler.psi)
     sources = blocks.to(sampler.device)
     return student.draw([style.rows(sources[:, block]) for block, style in enumerate(styles)])

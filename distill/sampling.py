@@ -80,7 +80,8 @@ class OneStepSampler:
         """Generate scaled latents [B, C, h, w] from noise [B, C, h, w] and encoded prompts in one step."""
         guidance = torch.full((len(noise),), self.guidance) if self.student.guided else None
         styles = (self.psi,) if self.student.has_styles else ()
-        latents: Tensor = self.student(noise.to(self.device), cond, guidance, *styles)
+        # Class labels come from a conditioner without weights, which is on no device.
+        latents: Tensor = self.student(noise.to(self.device), cond.to(self.device), guidance, *styles)
         return latents
 
     def prior_latents(self, seed: int, numbers: Sequence[int], prompts: Sequence[str]) -> Tensor | None:

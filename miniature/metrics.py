@@ -31,7 +31,7 @@ def oracle_features(oracle: Oracle) -> FeatureNet:
         name="oracle",
         dim=NUM_FEATURES,
         sha256=sha256,
-        function=lambda images: oracle.features(from_uint8(images)),
+        function=lambda images: oracle.features(from_uint8(images.cpu())),  # the oracle stays on the CPU
     )
 
 

@@ -36,6 +36,8 @@ from pairgen.store.spec import (
 from pairgen.store.writer import BackgroundWriter, PairWriter
 
 CHECK_BAD_AFTER = 256  # rows; fewer say little about the share of bad rows
+RESIMULATED_ROWS = 8
+"""Rows that `resimulate` samples at once: few enough for a small GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +345,7 @@ def resimulate(folder: Path, count: int, teacher_name: str | None = None) -> flo
     job = open_job(config_from_spec(spec, teacher=name), process_group.init(), folder, spec)
     positions = evenly_spread(len(reader), count)
     worst = 0.0
-    for batch in batched(positions, job.spec.shard_size):
+    for batch in batched(positions, RESIMULATED_ROWS):
         rows = reader.read(batch)
         _, latents, _ = job.rows(rows.index.tolist())
         difference = (latents.cpu() - rows.latents).abs().nan_to_num(nan=math.inf, posinf=math.inf)

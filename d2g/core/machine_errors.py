@@ -54,6 +54,13 @@ def explain_error(error: BaseException) -> str | None:
             f"the GPU cannot be used ({text[:200]}); see `nvidia-smi` for who uses it, choose another with "
             "CUDA_VISIBLE_DEVICES, or hide all with CUDA_VISIBLE_DEVICES="
         )
+    if "no kernel image is available" in text:
+        return (
+            f"this build of PyTorch has no code for this GPU ({text[:200]}); install one that supports it "
+            "(pytorch.org), or hide the GPU with CUDA_VISIBLE_DEVICES="
+        )
+    if "NCCL error" in text:
+        return _explain_nccl(text)
     if isinstance(error, OSError) and error.errno in _SYSTEM:
         file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         return f"{file}{_SYSTEM[error.errno]} ({error.strerror})"
@@ -64,6 +71,15 @@ def explain_error(error: BaseException) -> str | None:
         package = error.name.partition(".")[0]
         return f"the package {package} is not installed; `pip install {package}`"
     return None
+
+
+def _explain_nccl(text: str) -> str:
+    """Explain an error of NCCL, whose own reason comes last, in one line."""
+    reason = (text.partition("Last error:")[2] or text).strip()[:300]
+    remedy = "see `nvidia-smi`, and set NCCL_DEBUG=INFO for details"
+    if "/dev/shm" in reason:
+        remedy = "it needs more shared memory: give a container --shm-size=16g or --ipc=host"
+    return f"the GPUs cannot exchange data ({reason}); {remedy}"
 
 
 class MachineError(UserError):

@@ -50,7 +50,7 @@ def image_grid(images: Tensor, columns: int = 0, gap: int = 2) -> Tensor:
     columns = columns or ceil(sqrt(len(images)))
     rows = ceil(len(images) / columns)
     padded = F.pad(images, (0, gap, 0, gap), value=255)
-    blank = torch.full((rows * columns - len(images), *padded.shape[1:]), 255, dtype=torch.uint8)
+    blank = padded.new_full((rows * columns - len(images), *padded.shape[1:]), 255)
     cells = torch.cat([padded, blank]).unflatten(0, (rows, columns))
     grid: Tensor = cells.permute(2, 0, 3, 1, 4)
     return grid.reshape(3, rows * padded.shape[2], columns * padded.shape[3])

@@ -127,7 +127,8 @@ def _measure_part(
             assert other is not None and other_batch is not None and len(other_batch) == len(batch)
             _check_same_prompts(source, batch, other, other_batch)
             for name, pair in pairs.items():
-                images, other_images = batch.views[pair.size], other_batch.views[pair.size]
+                images = batch.views[pair.size]
+                other_images = other_batch.views[pair.size].to(images.device)  # files are on the CPU
                 _check_sizes(source, images, other, other_images)
                 columns[name].append(pair.function(images, other_images).cpu())
         if work.keep:

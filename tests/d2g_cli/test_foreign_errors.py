@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint_index import read_index
 from d2g.core.json_files import read_json_object
 from d2g.core.machine_errors import MachineError, explain_error
@@ -34,6 +35,13 @@ from stores import FORKS, SPEC, put_store
 pytestmark = FORKS
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = "this is unexpected"
+NCCL_WITHOUT_SHARED_MEMORY = (
+    "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL "
+    "version 2.27.5\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+    "Error while creating shared memory segment /dev/shm/nccl-3fYpQx (size 33030528), error: No space left "
+    "on device (28)"
+)
+"""What each of two ranks says in a container with the usual 64 MB of shared memory."""
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,15 @@ REPORT = "this is unexpected"
             "see `nvidia-smi` for who uses it",
         ),
         (RuntimeError("CUDA error: invalid device ordinal"), "CUDA_VISIBLE_DEVICES"),
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore"),
+            "this build of PyTorch has no code for this GPU",
+        ),
+        (torch.distributed.DistBackendError(NCCL_WITHOUT_SHARED_MEMORY), "--shm-size"),
+        (
+            torch.distributed.DistBackendError("NCCL error in: x.cpp:1, invalid usage\nLast error:\nodd"),
+            "the GPUs cannot exchange data (odd)",
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: the disk is full; free space"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "your quota of the disk is used up"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: no permission"),
@@ -60,6 +77,22 @@ REPORT = "this is unexpected"
 def test_errors_that_a_user_can_fix_have_a_remedy(error: Exception, message: str) -> None:
     text = explain_error(error)
     assert text is not None and message in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        (NCCL_WITHOUT_SHARED_MEMORY, False),
+        (
+            "NCCL error in: x.cpp:1, remote process exited or there was a network error\nncclRemoteError: ..",
+            True,
+        ),
+        ("[Rank 1] Connection closed by peer", True),
+    ],
+)
+def test_an_error_of_nccl_about_this_machine_is_no_lost_process(text: str, lost: bool) -> None:
+    """All ranks have the same error: nobody would print the reason."""
+    assert process_group.lost_peer(torch.distributed.DistBackendError(text)) == lost
 
 
 def test_other_errors_have_no_remedy() -> None:

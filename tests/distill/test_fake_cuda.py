@@ -146,6 +146,21 @@ def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
 
 
 @pytest.mark.long
+def test_drawing_and_comparing_images_does_not_mix_devices(warm_python: str) -> None:
+    """The demo's networks are on the CPU, the images of a folder too, and class labels are on no device."""
+    results = fake_cuda(warm_python, "sampling")
+    names = ["sample", "explore", "serve", "export", "demo", "against", "folder", "latency"]
+    assert list(results) == names and all(results.values()), "the counter counts"
+
+
+@pytest.mark.long
+def test_pair_stores_do_not_mix_devices(warm_python: str) -> None:
+    results = fake_cuda(warm_python, "stores")
+    assert list(results) == ["generate", "auto", "plan", "resimulate", "sheet"]
+    assert all(results.values()), "the counter counts"
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("networks", [["unet_text", "edm"], ["dit", "unet", "cascade"]])
 def test_training_a_teacher_does_not_mix_devices(networks: list[str], warm_python: str) -> None:
     """All stages. The host waits in each step for the finite check; this test does not limit waits."""

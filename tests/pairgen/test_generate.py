@@ -380,6 +380,23 @@ def test_resimulation_reproduces_the_stored_latents(pairs: Path, tmp_path: Path,
         resimulate(pairs, 3, str(tmp_path / "other"))
 
 
+def test_resimulation_takes_small_batches(teacher: Path, tmp_path: Path) -> None:
+    """Whatever the size of a shard: a GPU has no memory for 4,096 rows at once."""
+    store = make_pairs(teacher, tmp_path, num_pairs=40, shard_size=40, steps=1)
+    sizes: list[int] = []
+
+    def count(module: object, args: object, output: object) -> None:
+        if type(module).__name__ == "UNet2DConditionModel":
+            sizes.append(len(output[0]))  # type: ignore[index]
+
+    hook = register_module_forward_hook(count)
+    try:
+        assert resimulate(store, 40) < 1e-2
+    finally:
+        hook.remove()
+    assert sum(sizes) == 2 * 40 and max(sizes) <= 2 * 8
+
+
 def test_resimulation_without_the_prompt_list_says_what_is_missing(pairs: Path, tmp_path: Path) -> None:
     shutil.copytree(pairs, tmp_path / "pairs")
     (tmp_path / "pairs" / "prompts.jsonl").unlink()

@@ -200,8 +200,14 @@ LOST_PEER_ERRORS = (
 )
 
 
+LOST_NCCL_PEER_ERRORS = (*LOST_PEER_ERRORS, "ncclRemoteError", "by remote peer")
+"""What NCCL's errors say where another process is gone. Its other errors are about this machine."""
+
+
 def lost_peer(error: BaseException) -> bool:
     """Whether a communication failed because another process is gone."""
+    if isinstance(error, RuntimeError) and "NCCL error" in str(error):
+        return any(text in str(error) for text in LOST_NCCL_PEER_ERRORS)
     return isinstance(error, td.DistBackendError | td.DistNetworkError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER_ERRORS)
     )
