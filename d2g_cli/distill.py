@@ -1,7 +1,7 @@
 """`d2g distill`: train a one-step student."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,7 +140,8 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
         check_inputs(inputs | {"gan.real": config.gan.real} | weights)
         check_inputs(config_inputs(options, ("validate_reference", "validate_prompts", "validate_weights")))
         check_plan(config)
-        finish_dry_run(config, options.as_json, _plan(config, preset))
+        chosen = "engine.gpus" in _names(options.sets)
+        finish_dry_run(config, options.as_json, _plan(config, preset, chosen))
     from distill.training.train import train
 
     with leave_process_group(Collapse):
@@ -225,9 +226,12 @@ def _validation_hook(config: Any, options: DistillOptions) -> Any:
     return validation_hook(run, config.teacher)
 
 
-def _plan(config: Any, preset: str) -> dict[str, Any]:
+def _plan(config: Any, preset: str, chosen: bool) -> dict[str, Any]:
     """The cost of a run. Raises SettingError for a batch that does not divide over the processes, UserError
     where the run does not fit this machine's GPU.
+
+    chosen: whether the user has set `engine.gpus`. A preset's number does not count in several processes, in
+    which the run itself would have as many GPUs.
     """
     from d2g.core.distributed import process_group
     from d2g.core.environment import inspect_machine
@@ -242,8 +246,10 @@ def _plan(config: Any, preset: str) -> dict[str, Any]:
 
     # Evaluations and memory. A run that does not fit this GPU is refused.
     config = decide_precision(config, process_group.own_device())
-    gpus = config.engine.gpus or process_group.world_size()
-    cost = plan(config, preset, gpus)
+    processes = process_group.world_size()
+    gpus = (config.engine.gpus if chosen or processes == 1 else 0) or processes
+    config = replace(config, engine=replace(config.engine, gpus=gpus))
+    cost = plan(config, preset)
     memory, machine = forecast(config, gpus, DISTILL_PRESETS[preset].model), inspect_machine()
     if memory and machine["cuda"] and (problem := too_large(config, memory["total"], machine["memory_gib"])):
         raise UserError(problem)

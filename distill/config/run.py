@@ -149,7 +149,9 @@ class EngineConfig:
     )
     async_checkpoints: bool = setting(False, "Write checkpoints while the next steps run")
     gpus: int = setting(
-        0, "GPUs that the run is meant for, used by --dry-run's memory plan; 0: those it is started on"
+        0,
+        "GPUs that the run is meant for, used by --dry-run's memory plan; 0: those it is started on, which a "
+        "plan in several processes takes unless you set this",
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from d2g_cli.inputs import CHECKS, check_inputs
-from jobs import make_pairs
+from jobs import d2g_ranks, make_pairs
 from tiny_teachers import save_dit, save_edm
 
 MISSING = [
@@ -153,3 +153,16 @@ def test_an_unfinished_teacher_is_refused_in_a_dry_run(teacher: Path, tmp_path: 
     for words in (("pairs", "generate"), ("distill", "ode"), ("eval", "run"), ("sample", "--prompt", "a")):
         error = d2g(*words, "--teacher", folder, "--dry-run").error
         assert "its training is not finished" in error
+
+
+@pytest.mark.parametrize(("settings", "gpus"), [((), 2), (("--set", "engine.gpus=64"), 64)])
+def test_a_plan_is_for_the_processes_that_it_is_started_in(
+    teacher: Path, tmp_path: Path, settings: tuple[str, ...], gpus: int
+) -> None:
+    """`d2g launch --gpus 2 -- ... --dry-run`: memory and rows of two GPUs, not of those that the preset is
+    meant for."""
+    words = ["distill", "ode", "--preset", "sd15-cfg3", "--teacher", str(teacher), "--dry-run", "--json"]
+    first, second = d2g_ranks([*words, *settings], tmp_path)
+    plan = first.json
+    assert (plan["gpus"], plan["rows_per_gpu"]) == (gpus, 256 // gpus)
+    assert second.code == 0
