@@ -18,11 +18,12 @@ from distill.export.output import DTYPES as DTYPES
 from distill.export.output import (
     check_out,
     check_parity,
+    is_export,
     max_abs_diff,
     parse_dtype,
     save_tensors,
 )
-from distill.export.to_comfyui import export_comfyui
+from distill.export.to_comfyui import CHECKPOINT, export_comfyui
 from distill.export.to_diffusers import export_lora as export_lora
 from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
@@ -42,15 +43,27 @@ WRITERS = {"diffusers": export_pipeline, "lora": export_lora, "comfyui": export_
 """Formats whose weights may be stored in half precision, with a model card."""
 
 
+MAIN_FILES = {
+    "safetensors": "student.json",
+    "diffusers": "model_index.json",
+    "lora": "pytorch_lora_weights.safetensors",
+    "comfyui": CHECKPOINT,
+    "onnx": "student.onnx",
+}
+"""A file of each format that no other one writes."""
+
+
 def export(config: ExportConfig, out: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Export a student in the configured format. Returns `out` and `parity_max_abs_err`.
 
     `parity_max_abs_err` is the largest difference between the exported and the training code's student; see
-    the function of each format. Raises UserError if `out` holds a run, the student or the teacher, and if the
-    parity is not finite, or above `PARITY_BOUND` in fp32. `out` is left unchanged on every error.
+    the function of each format. Raises UserError if `out` holds a run, the student, the teacher or an export
+    in another format, and if the parity is not finite, or above `PARITY_BOUND` in fp32. `out` is left
+    unchanged on every error.
     """
     if not config.student:
         raise SettingError("student is not set; give --student")
+    _expect_no_other_format(config, out)
     if config.format != "safetensors" and not kind_settings(config.student).is_diffusion:
         kind = kind_settings(config.student).kind
         raise UserError(
@@ -68,6 +81,19 @@ def export(config: ExportConfig, out: Path, device: torch.device | str = "cpu") 
         return export_weights(
             config.student, out, config.dtype or "fp32", config.teacher, config.card, device
         )
+
+
+def _expect_no_other_format(config: ExportConfig, out: Path) -> None:
+    """Raise UserError if `out` holds an export in another format: the weights of two students could mix."""
+    for name, file in MAIN_FILES.items():
+        if name == config.format or not (out / file).is_file():
+            continue
+        # Other pipelines are refused by the format's own checks.
+        if name != "diffusers" or is_export(out):
+            raise UserError(
+                f"--out {out} holds an export in the format {name} ({file}), and --format is "
+                f"{config.format}; choose another --out, or remove the folder first"
+            )
 
 
 def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None = None) -> dict[str, Any]:

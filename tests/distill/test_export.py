@@ -291,6 +291,19 @@ def test_code_on_the_model_card_runs(exported: tuple[Path, float]) -> None:
     assert names["image"].size == (16, 16)
 
 
+def test_an_export_in_another_format_is_not_mixed_with_this_one(run: str, tmp_path: Path) -> None:
+    """The folder held files of both, under the card of the last one."""
+    config = ExportConfig(student=run, format="diffusers")
+    export(config, tmp_path / "out")
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(
+        UserError, match=r"an export in the format diffusers \(model_index\.json\), and --format"
+    ):
+        export(replace(config, format="safetensors"), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    export(config, tmp_path / "out")
+
+
 def test_an_exported_student_can_be_exported_again(run: str, tmp_path: Path) -> None:
     export_student(run, tmp_path / "small", "fp32")
     assert export_pipeline(str(tmp_path / "small"), tmp_path / "out")["parity_max_abs_err"] <= 1e-4
