@@ -1,6 +1,6 @@
 """An evaluation session: protocol, prompts, networks and reference, loaded once for all points of a curve."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -430,7 +430,7 @@ class EvalSession:
             else Floor()
         )
         first = _first_note(source, len(evaluation.rows))
-        more = (self.prompts_note, first, floor.note, self._guidance_note())
+        more = (self.prompts_note, first, floor.note, _sides_note(result.counts), self._guidance_note())
         notes = [*result.notes, *self.left_out, *filter(None, more)]
         result = replace(result, notes=notes, floor=dict(floor.numbers))
         return source, replace(evaluation, result=result)
@@ -474,6 +474,20 @@ class EvalSession:
             "metrics": sorted(self.metrics),
             "part": part,
         }
+
+
+def _sides_note(counts: Mapping[str, int]) -> str:
+    """Return a note if precision and recall compare unequal numbers of images, on which they depend; else
+    ""."""
+    generated, real = counts.get("pr_images"), counts.get("pr_reference")
+    if generated == real:
+        return ""
+    log_once(
+        note
+        := f"precision, recall and their like compare {generated:,} generated with {real:,} real images; "
+        "results of other numbers differ by that alone"
+    )
+    return note
 
 
 def _first_note(source: ImageSource, measured: int) -> str:

@@ -98,6 +98,16 @@ def test_a_killed_run_resumes_to_the_same_numbers(job: Path, teacher: Path, tmp_
     assert other.code == 1 and "holds parts of another evaluation: source.steps (2 -> 3)" in other.error
 
 
+def test_unequal_sides_of_precision_and_recall_are_noted(job: Path, teacher: Path) -> None:
+    """Both depend on the numbers of images."""
+    few = run_evaluation(config(job, teacher=str(teacher), num=8))
+    assert few["counts"]["pr_images"] == 8 < few["counts"]["pr_reference"]
+    assert any("compare 8 generated with" in note for note in few["notes"])
+    count = few["counts"]["pr_reference"]
+    equal = run_evaluation(config(job, teacher=str(teacher), num=count))
+    assert not any("generated with" in note for note in equal["notes"])
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_several_processes_give_the_same_result_and_rank_0_prints_it(
     job: Path, teacher: Path, tmp_path: Path, ranks: int
