@@ -46,6 +46,11 @@ class OneStepSampler:
     psi: float = 1.0
     """Truncation in [0, 1], for a student with styles; 1 is none."""
 
+    def drop_weights(self) -> None:
+        """Free the memory of all networks. What describes the student stays."""
+        for network in (self.student, self.conditioner, self.vae):
+            network.to("meta")
+
     def __call__(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
         """Sample one image per prompt: uint8 [N, 3, H, W], CPU. Image i uses the noise of (seed, i)."""
         return torch.cat([images for images, _ in self.sample(prompts, seed)])

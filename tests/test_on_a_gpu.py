@@ -26,9 +26,11 @@ from d2g.core.config import override
 from d2g.core.distributed import process_group
 from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
+from distill.config.export import ExportConfig
 from distill.config.presets import preset
 from distill.config.run import DistillConfig
 from distill.exploration import Walk, open_student
+from distill.export.export import export
 from distill.sampling import load_student
 from distill.training.train import train
 from eval.runner.run import run_evaluation
@@ -303,6 +305,20 @@ def test_a_cascade_trains_here(device: torch.device, tmp_path: Path) -> None:
     for part in summary.parts:
         for line in losses_of(tmp_path / "cascade" / "training" / part):
             assert all(torch.tensor(value).isfinite() for value in line.values())
+
+
+# Exports.
+
+
+@pytest.mark.parametrize("form", ["safetensors", "diffusers", "comfyui"])
+def test_an_export_draws_here_what_the_student_draws(form: Any, device: torch.device, tmp_path: Path) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    config = ExportConfig(student="miniature", format=form, dtype="fp32")
+    assert export(config, tmp_path / "out", device)["parity_max_abs_err"] < 1e-3
+    if device.type == "cuda":
+        assert torch.cuda.max_memory_allocated() > before + 2**22, "the GPU was not used"
 
 
 # Evaluation.

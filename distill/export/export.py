@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
 from d2g.core.config import to_json
@@ -72,7 +73,7 @@ def export(config: ExportConfig, out: Path, device: torch.device | str = "cpu") 
         )
     with exact_fp32(torch.device(device)):  # the rounding of TF32 would dominate the parity
         if config.format == "safetensors":
-            return export_student(config.student, out, config.dtype or "fp16", config.teacher)
+            return export_student(config.student, out, config.dtype or "fp16", config.teacher, device)
         if config.format == "onnx":
             if config.dtype not in (None, "fp32"):
                 raise SettingError(f"dtype is {config.dtype!r}; the format onnx is written in fp32")
@@ -96,7 +97,13 @@ def _expect_no_other_format(config: ExportConfig, out: Path) -> None:
             )
 
 
-def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None = None) -> dict[str, Any]:
+def export_student(
+    run: str,
+    out: Path,
+    dtype: str = "fp16",
+    teacher: str | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
     """Write the EMA weights of a student, adapters merged, to OUT/ema.safetensors and OUT/student.json.
 
     `teacher`: the name to record, if not the one that the run names. Returns `out` and `parity_max_abs_err`:
@@ -127,10 +134,16 @@ def export_student(run: str, out: Path, dtype: str = "fp16", teacher: str | None
         write_atomically(folder / "student.json", json.dumps(facts, indent=1))
         save_tensors(cast, folder / "ema.safetensors", {k: str(v) for k, v in facts.items()})
         # Compare the latents of the run's student with those of the written one.
-        original, exported = (load_student(name, teacher) for name in (run, str(folder)))
-        inputs = (noise(0, range(2), original.student.noise_shape), original.examples, original.example_prior)
-        parity = max_abs_diff((original.latents(*inputs), exported.latents(*inputs)))
+        original, exported = (_example_latents(name, teacher, device) for name in (run, str(folder)))
+        parity = max_abs_diff((original, exported))
         check_parity(parity, saved_dtype)
         if teacher is not None:
             write_atomically(folder / "student.json", json.dumps({**facts, "teacher": teacher}, indent=1))
     return {"out": str(out), "parity_max_abs_err": parity}
+
+
+def _example_latents(name: str, teacher: str | None, device: torch.device | str) -> Tensor:
+    """Latents of a student for its example prompts and two noises, on the CPU."""
+    sampler = load_student(name, teacher, device)
+    inputs = (noise(0, range(2), sampler.student.noise_shape), sampler.examples, sampler.example_prior)
+    return sampler.latents(*inputs).cpu()

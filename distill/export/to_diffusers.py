@@ -136,6 +136,7 @@ def _write_text_pipeline(
         add_guidance_embedding(sampler.student.network)
     own_text = dict(sampler.conditioner.models) if sampler.own_text else {}
     save_one_step(source, sampler.student.network, schedule, timestep, folder, dtype, own_text)
+    sampler.drop_weights()  # the exported ones need the room
     exported = sample_pipeline(folder, latents_noise, sampler.examples, settings, sampler.device)
     return max_abs_diff(*zip(expected, exported, strict=True))
 
@@ -149,6 +150,7 @@ def _write_noiseless_pipeline(
     expected = _decode_images(sampler, sampler.latents(latents_noise, sampler.examples))
     save_one_step(source, sampler.student.network, schedule, sampler.student.timestep, folder, dtype)
     labels = [int(prompt) for prompt in sampler.examples] if sampler.conditioner.kind == "label" else None
+    sampler.drop_weights()
     exported = sample_own_noise(folder, labels, len(latents_noise), sampler.device)
     return max_abs_diff((exported, expected))
 
@@ -188,6 +190,7 @@ def export_lora(
     latents_noise = noise(0, range(2), sampler.student.latent_shape)
     latents = sampler.latents(latents_noise, sampler.examples)
     expected = latents.cpu(), _decode_images(sampler, latents)
+    sampler.drop_weights()  # the pipeline with adapters needs the room
     with staged(out, "exports to") as folder:
         save_scheduler(schedule, sampler.student.timestep, folder / "scheduler")
         cast = {name: value.to(saved_dtype) for name, value in adapters.items()}

@@ -1,5 +1,6 @@
 """distill.export.export: plain diffusers samples the student from the exported folder in one step."""
 
+import gc
 import json
 import math
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
@@ -120,6 +121,29 @@ def test_parity_detects_another_network(exported: tuple[Path, float], tmp_path: 
     facts = json.loads(scheduler.read_text())
     scheduler.write_text(json.dumps(facts | {"prediction_type": "v_prediction"}))
     assert (sample_with_diffusers(other, z) - sample_with_diffusers(out, z)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("form", ["safetensors", "diffusers", "lora"])
+def test_an_export_holds_one_student_at_a_time(
+    form: Any, lora: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of FLUX in fp32 do not fit the largest GPU."""
+    counts, forward = list[int](), UNet2DConditionModel.forward
+
+    def counted(unet: Any, *args: Any, **settings: Any) -> Any:
+        counts.append(unets_with_weights() - before)
+        return forward(unet, *args, **settings)
+
+    before = unets_with_weights()
+    monkeypatch.setattr(UNet2DConditionModel, "forward", counted)
+    export(ExportConfig(student=lora, format=form), tmp_path / "out")
+    assert len(counts) >= 2 and set(counts) == {1}
+
+
+def unets_with_weights() -> int:
+    """Number of U-Nets in memory that are not on torch's meta device."""
+    unets = [o for o in gc.get_objects() if type(o) is UNet2DConditionModel]
+    return sum(next(unet.parameters()).device.type != "meta" for unet in unets)
 
 
 def test_export_contains_no_local_paths(exported: tuple[Path, float], teacher: Path) -> None:
