@@ -26,11 +26,13 @@ def consistency_step(
             # The image with noise, and one step of the teacher towards it.
             sigma = consistency.sigmas[level]
             noisy = microbatch.target + sigma.view(-1, 1, 1, 1) * microbatch.consistency_noise
-            with context.autocast():
+            with torch.no_grad(), context.autocast():
                 earlier = consistency.previous(noisy, level, microbatch.cond)
-                with torch.no_grad():
-                    target = student(earlier, microbatch.cond, None, consistency.sigmas[level - 1])
-                # The student comes last: recomputation in its backward pass reads its time input again.
+                target = student(earlier, microbatch.cond, None, consistency.sigmas[level - 1])
+            # The student comes last: recomputation in its backward pass reads its time input again. It has an
+            # autocast context of its own: before torch 2.11 it would take the target's weights, which were
+            # cast without a gradient.
+            with context.autocast():
                 generated = student(noisy, microbatch.cond, None, sigma)
             microbatch.generated = generated
             loss, values = context.regression(generated, target, microbatch.transforms)

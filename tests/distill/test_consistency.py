@@ -207,6 +207,17 @@ def test_evaluations_are_four_per_row(teacher: str, store: Path) -> None:
     assert predict(config, 1).frozen > predict(replace(config, stage="ode"), 1).frozen
 
 
+def test_bf16_has_the_gradients_of_fp32(teacher: str, store: Path, tmp_path: Path) -> None:
+    """torch before 2.11 keeps the weights that autocast casts without a gradient, for the target, and takes
+    them for the student's pass in the same context, too."""
+    for precision in ("fp32", "bf16"):
+        train(
+            config_of(teacher, store, f"train.precision={precision}", "train.images=4"), tmp_path / precision
+        )
+    (expected,), (rounded,) = (losses(tmp_path / precision) for precision in ("fp32", "bf16"))
+    assert rounded["grad/g"] == pytest.approx(expected["grad/g"], rel=0.05)
+
+
 def test_a_dry_run_and_a_run_from_the_command_line(teacher: str, store: Path, tmp_path: Path) -> None:
     arguments = command(teacher, store, tmp_path / "run", *SETTINGS, "train.images=8")
     planned = d2g([*arguments, "--dry-run", "--json"], tmp_path / "log")
