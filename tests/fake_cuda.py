@@ -423,7 +423,23 @@ def evaluation() -> None:
         with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
             run_evaluation(eval_jobs.config(folder, **source))
         results[name] = dict(mode.waits)
+    results["plan"] = waits_of_a_plan(folder)
     print(json.dumps(results))
+
+
+def waits_of_a_plan(folder: Path) -> dict[str, int]:
+    """Where the host waits while `d2g run` times the feature network."""
+    from teacher_training.full_run.config import FULL_RUN_PRESETS
+    from teacher_training.full_run.plan import feature_seconds
+
+    (folder / "own_features.py").write_text("def mean(images):\n    return images.float().mean((2, 3))\n")
+    sys.path.insert(0, str(folder))
+    data = str(folder / "photographs")
+    config = replace(FULL_RUN_PRESETS["quick"], data=data, features="own_features:mean")
+    mode = FakeCuda()
+    with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
+        feature_seconds(config)
+    return dict(mode.waits)
 
 
 def sampling() -> None:
@@ -615,14 +631,24 @@ def teachers(*names: str) -> None:
 
 
 def metric() -> None:
-    """Train a LatentLPIPS on fresh and on cached latents, calibrate one, and overfit latents to it."""
+    """Train a LatentLPIPS on fresh and on cached latents, calibrate and score one, overfit latents to it, and
+    make judgments with a decoder."""
     import labeled
     import tiny
     from latent_lpips.config import CalibrateConfig
     from latent_lpips.training.calibrate import calibrate_folder
     from latent_lpips.training.classifier import train_classifier
-    from latent_lpips.training.config import ClassifyConfig, HeadsConfig, OverfitConfig, PatchConfig
+    from latent_lpips.training.config import (
+        ClassifyConfig,
+        HeadsConfig,
+        OverfitConfig,
+        PatchConfig,
+        ScoreConfig,
+        TripletsConfig,
+    )
+    from latent_lpips.training.make_triplets import make_triplets
     from latent_lpips.training.overfit import overfit_latents
+    from latent_lpips.training.score import score_folder
 
     root = Path(tempfile.mkdtemp())
     teacher = tiny.save_teacher(root / "teacher")
@@ -636,12 +662,18 @@ def metric() -> None:
     heads = CalibrateConfig(epochs=2, batch=8, held_out=0.25)
     patch = PatchConfig(batch=5)
     judged = HeadsConfig(data=str(root / "judgments"), heads=heads, patch=patch, **inputs)
+    asked = ScoreConfig(
+        data=str(root / "judgments"), baselines=("l2", "ssim"), patch=patch, resamples=20, **inputs
+    )
+    triplets = TripletsConfig(data=data, decoders=(teacher,), kinds=("decoder",), size=16)
     points: dict[str, Any] = {"count": 2, "size": 32, "steps": 4, "report_steps": 2, "checkpoint_steps": 2}
     trainings: dict[str, Callable[[Path], object]] = {
         "fresh": lambda out: train_classifier(fresh, out),
         "cached": lambda out: train_classifier(replace(fresh, crops=1, precision="bf16"), out),
         "calibrate": lambda out: calibrate_folder(judged, out),
         "overfit": lambda out: overfit_latents(OverfitConfig(data=data, **points, **inputs), out),
+        "score": lambda out: score_folder(asked),
+        "triplets": lambda out: make_triplets(triplets, out),
     }
     results = {}
     for name, run in trainings.items():

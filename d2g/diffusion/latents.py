@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from d2g.core.errors import UserError
 
+DECODED_PIXELS = 8 * 512**2
+"""Pixels that are decoded at once: SD's autoencoder takes 6 GiB for them in fp32."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentSpace:
@@ -101,7 +104,19 @@ def encode(
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W] of about [-1, 1], fp32. Differentiable."""
+    """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W] of about [-1, 1], fp32. Differentiable.
+
+    Latents that need no gradient are decoded DECODED_PIXELS at a time.
+    """
+    # Compiled and exported code takes any number of rows at once.
+    if latents.requires_grad or torch.compiler.is_compiling():
+        return _decode_rows(vae, latents)
+    pixels_of_a_row = latents.shape[2] * latents.shape[3] * latent_space(vae).downscale ** 2
+    parts = latents.split(max(1, DECODED_PIXELS // pixels_of_a_row))
+    return torch.cat([_decode_rows(vae, part) for part in parts])
+
+
+def _decode_rows(vae: Any, latents: Tensor) -> Tensor:
     first = next(vae.parameters())
     raw = latents if "Tiny" in type(vae).__name__ else latent_space(vae).raw(latents)
     pixels: Tensor = vae.decode(raw.to(first.device, first.dtype)).sample.float()

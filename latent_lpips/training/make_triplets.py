@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2g.core.config import to_json
+from d2g.core.distributed import process_group
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
 from d2g.core.seeds import Stream, generator
@@ -55,7 +56,8 @@ def make_triplets(config: TripletsConfig, out: Path, progress: Progress = quiet)
     require_set(config, "data")
     # Check the input, and refuse a folder that was started with other settings.
     pictures = open_unlabeled(config.data)
-    vaes = [pretrained.load_autoencoder(name) for name in config.decoders]
+    device = process_group.own_device()
+    vaes = [pretrained.load_autoencoder(name).to(device) for name in config.decoders]
     for vae in vaes:
         check_image_size(vae, config.size)
     hashes = [pretrained.autoencoder_sha256(name) for name in config.decoders]
@@ -167,7 +169,7 @@ def distort_color(x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 def distort_decoder(vaes: list[Any], x: Tensor, strength: float, rng: torch.Generator) -> Tensor:
     """Interpolate towards a random autoencoder's reconstruction, which strength 1 reaches."""
     vae = vaes[int(torch.randint(len(vaes), (), generator=rng))]
-    return x + strength * (decode(vae, encode(vae, x)) - x)
+    return x + strength * (decode(vae, encode(vae, x)).to(x.device) - x)
 
 
 def cut_patch(pictures: LabeledImages, row: int, number: int, config: TripletsConfig) -> Tensor:

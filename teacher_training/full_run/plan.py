@@ -226,7 +226,7 @@ def _measure_in(folder: Path, config: FullRunConfig) -> dict[str, float]:
         seconds[part] = 1 / max(line.get("time/images_per_sec", 0.0) for line in lines)
     # An evaluated image: the teacher draws it; three samplers' images and real pictures are measured.
     measured = 3 + REFERENCE_PICTURES
-    seconds["eval"] = seconds["pairs"] + measured * _feature_seconds(config) / world
+    seconds["eval"] = seconds["pairs"] + measured * feature_seconds(config) / world
     return process_group.gather_objects(seconds)[0]
 
 
@@ -246,7 +246,7 @@ def _timed(options: TrainConfig) -> TrainConfig:
     )
 
 
-def _feature_seconds(config: FullRunConfig) -> float:
+def feature_seconds(config: FullRunConfig) -> float:
     """Seconds per image of the feature network; 0 without one. Loads it, so that a wrong one is refused."""
     run = EvalRun(
         images=config.data,
@@ -260,9 +260,9 @@ def _feature_seconds(config: FullRunConfig) -> float:
         return 0.0
     images = torch.zeros(TIMED_IMAGES, 3, config.teacher.size, config.teacher.size, dtype=torch.uint8)
     network = session.networks.sets["features"]
-    network(images)
+    network(images).cpu()  # waits for the device
     started = time.monotonic()
-    network(images)
+    network(images).cpu()
     return (time.monotonic() - started) / TIMED_IMAGES
 
 

@@ -116,6 +116,25 @@ def test_uint8_round_trip_is_exact() -> None:
     assert from_uint8(images).min() == -1 and from_uint8(images).max() == 1
 
 
+def test_large_images_are_decoded_a_few_at_a_time(kl: Any) -> None:
+    """SD's autoencoder takes 0.75 GiB for an image of 512 px: 64 of them would not fit beside a training."""
+    latents = noise(5, range(10), (4, 128, 128))
+    sizes: list[int] = []
+    hook = kl.decoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    try:
+        with torch.no_grad():
+            pixels = decode(kl, latents)
+            decode(kl, latents[:, :, :4, :4])
+            torch.testing.assert_close(pixels[9:], decode(kl, latents[9:]), atol=1e-3, rtol=1e-3)
+    finally:
+        hook.remove()
+    assert pixels.shape == (10, 3, 512, 512) and sizes == [8, 2, 10, 1]
+    # With a graph all rows stay in memory anyway.
+    small = latents[:2, :, :4, :4].requires_grad_()
+    decode(kl, small).sum().backward()
+    assert small.grad is not None
+
+
 def test_decode_uint8_streams_any_number_of_rows(kl: Any) -> None:
     latents = noise(4, range(5), (4, 4, 4))
     batches = list(decode_uint8(kl, latents, batch_size=2))

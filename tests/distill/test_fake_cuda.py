@@ -133,16 +133,18 @@ def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
 @pytest.mark.long
 def test_training_a_metric_does_not_mix_devices(warm_python: str) -> None:
     results = fake_cuda(warm_python, "metric")
-    assert list(results) == ["fresh", "cached", "calibrate", "overfit"]
-    assert all(results.values()), "the counter counts"
+    assert list(results) == ["fresh", "cached", "calibrate", "overfit", "score", "triplets"]
+    assert all(results.values()), "each of them uses the GPU"
 
 
 @pytest.mark.long
 def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
     """Images and features are read by the host once per batch, so this lists waits and limits nothing."""
     results = fake_cuda(warm_python, "evaluation")
-    assert list(results) == ["teacher", "student"]
+    assert list(results) == ["teacher", "student", "plan"]
     assert all(results.values()), "the counter counts"
+    # A time that ends before the device has computed is none.
+    assert results["plan"]["teacher_training/full_run/plan.py feature_seconds: copies to the host"] == 2
 
 
 @pytest.mark.long
