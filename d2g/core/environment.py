@@ -33,7 +33,9 @@ def inspect_machine() -> dict[str, Any]:
     # Devices and free space, with a problem for each that is too small for real training.
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else ["cpu"]
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    if not cuda:
+    if reason := unusable_gpus():
+        problems.append(reason)
+    elif not cuda:
         problems.append("no CUDA device: the miniature trains here, SD 1.5 would take months")
     if free < 2:
         problems.append(f"{free:.1f} GiB free on this disk; checkpoints of SD 1.5 take 14 GiB each")
@@ -47,6 +49,19 @@ def inspect_machine() -> dict[str, Any]:
         "versions": versions,
         "problems": problems,
     }
+
+
+def unusable_gpus() -> str:
+    """Why PyTorch cannot use the NVIDIA GPUs that the driver lists, and what to do; "" if it can, or if there
+    are none."""
+    count = torch.cuda.device_count()
+    if not count or torch.cuda.is_available():
+        return ""
+    return (
+        f"this machine has {count} NVIDIA GPU{'s' * (count > 1)}, but PyTorch {torch.__version__} cannot use "
+        f"them, as with a driver older than CUDA {torch.version.cuda}; update the driver, or install PyTorch "
+        "for an older CUDA (pytorch.org)"
+    )
 
 
 def usable_cores() -> int:

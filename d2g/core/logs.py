@@ -25,10 +25,10 @@ logger.addFilter(_passes)
 _once_lock, _once_keys = Lock(), set[str]()
 
 
-def log_once(text: str, key: str = "") -> None:
+def log_once(text: str, key: str = "", level: int = logging.INFO) -> None:
     """Log a line, unless this process has logged it before, or one with the same `key`."""
     with _once_lock:
         if (key or text) in _once_keys:
             return
         _once_keys.add(key or text)
-    logger.info("%s", text)
+    logger.log(level, "%s", text)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from d2g.core.distributed import process_group
 from d2g.core.environment import REQUIRED_PACKAGES, inspect_machine, usable_cores
 
 
@@ -40,6 +41,20 @@ def test_bf16_that_a_gpu_emulates_does_not_count(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     machine = inspect_machine()
     assert machine["devices"] == ["Tesla T4"] and machine["bf16"] is False
+
+
+def test_gpus_that_torch_cannot_use_are_a_problem(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with a driver older than the CUDA of this build of torch: everything would run on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    (problem,) = [p for p in inspect_machine()["problems"] if "GPU" in p]
+    assert "8 NVIDIA GPUs" in problem and "driver" in problem
+    with caplog.at_level("WARNING", "d2g"):
+        for _ in range(2):
+            assert process_group.own_device().type == "cpu"
+    (message,) = [record.message for record in caplog.records]
+    assert problem in message and "CPU" in message
 
 
 def test_problems_describe_missing_components() -> None:

@@ -7,6 +7,7 @@ import of torch that it needs would delay `--help` by seconds.
 """
 
 import ctypes
+import logging
 import os
 import sys
 import time
@@ -23,7 +24,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket, HashStore, PrefixStore, Store, TCPStore
 
 from d2g.core.allocator import keep_freed_memory
+from d2g.core.environment import unusable_gpus
 from d2g.core.errors import UserError
+from d2g.core.logs import log_once
 from d2g.core.precision import set_exact_fp32
 from d2g.core.signals import StopFlag
 
@@ -65,6 +68,8 @@ def own_device() -> torch.device:
 
 def _gpu_or_cpu() -> torch.device:
     if not torch.cuda.is_available():
+        if reason := unusable_gpus():
+            log_once(f"computing on the CPU: {reason}", level=logging.WARNING)
         return torch.device("cpu")
     if "LOCAL_RANK" not in os.environ and world_size() > 1:
         raise UserError(
