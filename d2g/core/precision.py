@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from logging import WARNING
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ def set_training_arithmetic(device: torch.device, bf16: bool) -> None:
         return
     _allow_tf32(bf16)
     torch.backends.cudnn.benchmark = True
+    if bf16 and not supports_bf16(device):
+        log_once(
+            "this GPU emulates bf16, which is slower than fp32: set the precision to fp32", level=WARNING
+        )
     log_once(
         "CUDA arithmetic: networks in bf16; what stays in fp32 may use TF32, except R1 and LatentLPIPS' fp32 "
         "layers, which are exact"

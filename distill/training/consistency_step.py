@@ -30,7 +30,7 @@ def consistency_step(
                 earlier = consistency.previous(noisy, level, microbatch.cond)
                 target = student(earlier, microbatch.cond, None, consistency.sigmas[level - 1])
             # The student comes last: recomputation in its backward pass reads its time input again. It has an
-            # autocast context of its own: before torch 2.11 it would take the target's weights, which were
+            # autocast context of its own: with torch 2.9 it would take the target's weights, which were
             # cast without a gradient.
             with context.autocast():
                 generated = student(noisy, microbatch.cond, None, sigma)

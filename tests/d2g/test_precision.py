@@ -37,6 +37,19 @@ def test_a_training_run_decides_once(bf16: bool, caplog: pytest.LogCaptureFixtur
     assert torch.get_float32_matmul_precision() == ("high" if bf16 else "highest")
 
 
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_a_gpu_that_emulates_bf16_is_named(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """bf16 is the default, and slower than fp32 there (V100, T4)."""
+    answer = lambda including_emulation=True: including_emulation or has_bf16  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
+    with caplog.at_level(logging.WARNING, "d2g"):
+        for bf16 in (False, True, True):
+            set_training_arithmetic(CUDA, bf16)
+    assert len([r for r in caplog.records if "emulates bf16" in r.message]) == (not has_bf16)
+
+
 def test_exact_arithmetic_ends_with_its_context() -> None:
     set_training_arithmetic(CUDA, bf16=True)
     with pytest.raises(ZeroDivisionError), exact_fp32(CUDA):

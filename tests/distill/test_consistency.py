@@ -208,7 +208,7 @@ def test_evaluations_are_four_per_row(teacher: str, store: Path) -> None:
 
 
 def test_bf16_has_the_gradients_of_fp32(teacher: str, store: Path, tmp_path: Path) -> None:
-    """torch before 2.11 keeps the weights that autocast casts without a gradient, for the target, and takes
+    """torch 2.9 keeps the weights that autocast casts without a gradient, for the target, and takes
     them for the student's pass in the same context, too."""
     for precision in ("fp32", "bf16"):
         train(
