@@ -19,7 +19,8 @@ def tf32() -> tuple[bool, bool]:
 
 
 @pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
+def restore(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     before, benchmark = tf32(), torch.backends.cudnn.benchmark
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
