@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from d2g.core.errors import UserError
 
-DECODED_PIXELS = 8 * 512**2
-"""Pixels that are decoded at once: SD's autoencoder takes 6 GiB for them in fp32."""
+PIXELS_AT_ONCE = 8 * 512**2
+"""Pixels that are encoded or decoded at once: SD's autoencoder takes 6 GiB for them in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +89,22 @@ def encode(
     """Pixels [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, H/f, W/f], fp32, computed in the VAE's dtype
     and on its device.
 
-    The mean of the posterior; with a generator, or one per row, a sample of it.
+    The mean of the posterior; with a generator, or one per row, a sample of it. Pixels that need no gradient
+    are encoded PIXELS_AT_ONCE at a time, unless one generator draws for all rows.
     """
+    if isinstance(generator, torch.Generator):
+        return _encode_rows(vae, pixels, generator)
+    rows, first = list[Tensor](), 0
+    for part in _few_rows(pixels):
+        own = None if generator is None else generator[first : first + len(part)]
+        rows.append(_encode_rows(vae, part, own))
+        first += len(part)
+    return _joined(rows)
+
+
+def _encode_rows(
+    vae: Any, pixels: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Tensor:
     pixels = pixels / 2 + 0.5 if _unit_range(vae) else pixels
     first = next(vae.parameters())
     output = vae.encode(pixels.to(first.device, first.dtype))
@@ -106,14 +120,23 @@ def encode(
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W] of about [-1, 1], fp32. Differentiable.
 
-    Latents that need no gradient are decoded DECODED_PIXELS at a time.
+    Latents that need no gradient are decoded PIXELS_AT_ONCE at a time.
     """
-    # Compiled and exported code takes any number of rows at once.
-    if latents.requires_grad or torch.compiler.is_compiling():
-        return _decode_rows(vae, latents)
-    pixels_of_a_row = latents.shape[2] * latents.shape[3] * latent_space(vae).downscale ** 2
-    parts = latents.split(max(1, DECODED_PIXELS // pixels_of_a_row))
-    return torch.cat([_decode_rows(vae, part) for part in parts])
+    parts = _few_rows(latents, latent_space(vae).downscale)
+    return _joined([_decode_rows(vae, part) for part in parts])
+
+
+def _few_rows(x: Tensor, downscale: int = 1) -> Sequence[Tensor]:
+    """Split x [B, C, h, w] into batches of PIXELS_AT_ONCE, with `downscale` pixels per place along a side."""
+    # Where there is a graph, all rows stay in memory. Compiled and exported code takes any number of rows.
+    if x.requires_grad or torch.compiler.is_compiling():
+        return [x]
+    rows = max(1, PIXELS_AT_ONCE // (x.shape[2] * x.shape[3] * downscale**2))
+    return list(torch.split(x, rows))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _decode_rows(vae: Any, latents: Tensor) -> Tensor:

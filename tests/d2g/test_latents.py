@@ -135,6 +135,28 @@ def test_large_images_are_decoded_a_few_at_a_time(kl: Any) -> None:
     assert small.grad is not None
 
 
+def test_large_images_are_encoded_a_few_at_a_time(kl: Any) -> None:
+    """As they are decoded: 64 images of 1024 px take SD's autoencoder 160 GiB."""
+    pixels = noise(5, range(10), (3, 512, 512)).clamp(-1, 1)
+    sizes: list[int] = []
+    hook = kl.encoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(row) for row in range(10)]
+
+    try:
+        with torch.no_grad():
+            latents = encode(kl, pixels)
+            sampled = encode(kl, pixels, generators())
+            last = encode(kl, pixels[9:], generators()[9:])
+            encode(kl, pixels, torch.Generator())
+    finally:
+        hook.remove()
+    assert latents.shape == (10, 4, 128, 128) and not torch.equal(latents, sampled)
+    torch.testing.assert_close(sampled[9:], last, atol=1e-3, rtol=1e-3)
+    assert sizes == [8, 2, 8, 2, 1, 10], "one generator draws for all rows at once"
+
+
 def test_decode_uint8_streams_any_number_of_rows(kl: Any) -> None:
     latents = noise(4, range(5), (4, 4, 4))
     batches = list(decode_uint8(kl, latents, batch_size=2))
