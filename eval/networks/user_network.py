@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 from d2g.core.config import nearest
 from d2g.core.errors import SettingError, UserError, first_line
@@ -136,7 +137,8 @@ def _open_program(file: Path, device: Device) -> FileNetwork:
             # torch 2.9 warns of the read-only memory of the weights, which nothing writes to.
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
             program = torch.export.load(str(file))
-        module: Any = program.module().to(device)
+        # Also what the program itself makes, such as positions, which an export on a CPU leaves there.
+        module: Any = move_to_device_pass(program, torch.device(device)).module()
         names = program.graph_signature.user_inputs
         (shape,) = [
             node.meta["val"].shape

@@ -56,6 +56,25 @@ def test_a_program_gets_its_pixels_and_its_batch(images: Tensor, tmp_path: Path,
     torch.testing.assert_close(net(images), expected(images, 16, "half"), rtol=1e-5, atol=1e-5)
 
 
+def test_a_program_that_makes_tensors_makes_them_on_its_device(images: Tensor, tmp_path: Path) -> None:
+    """An export on a CPU notes the CPU for positions and constants. Here the other device is
+    meta, which has no values."""
+
+    class Positions(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            positions = torch.arange(3, device=pixels.device) + torch.tensor([1.0, 2.0, 3.0])
+            return pixels.mean((2, 3)) * positions
+
+    file = tmp_path / "positions.pt2"
+    shapes = ({0: torch.export.Dim("rows")},)
+    example = (torch.zeros(2, 3, 16, 16),)
+    torch.export.save(torch.export.export(Positions(), example, dynamic_shapes=shapes), str(file))
+    on_cpu = load_user_network(str(file), "16,unit")(images)
+    assert on_cpu.shape == (5, 3) and on_cpu.device.type == "cpu"
+    elsewhere = load_user_network(str(file), "16,unit", "meta")(images)
+    assert elsewhere.shape == (5, 3) and elsewhere.device.type == "meta"
+
+
 def test_an_onnx_file(images: Tensor, tmp_path: Path) -> None:
     """A graph made by hand: the mean of each channel."""
     from onnx import TensorProto, helper, save
