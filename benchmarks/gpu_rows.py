@@ -64,7 +64,11 @@ class Rows:
             traceback.print_exc()
             values = {"error": f"{type(error).__name__}: {first_line(error)}"}
         print({**key, **values}, flush=True)
-        write_atomically(self.file, json.dumps([*self.read(), {**key, **values}], indent=1))
+        self.add({**key, **values})
+
+    def add(self, row: Row) -> None:
+        """Add a row."""
+        write_atomically(self.file, json.dumps([*self.read(), row], indent=1))
 
     def finish(self, notes: Sequence[str], goals: Sequence[Row] = ()) -> Result:
         """The item's result. With `error` if rows could not be measured: then a goal is reached so far."""
