@@ -55,14 +55,11 @@ class Rows:
         there is such a row already."""
         if any(key.items() <= row.items() for row in self.read()):
             return
-        try:
-            try:
-                values = measurement()
-            finally:
-                free_memory()  # which fails too after some errors of a GPU
-        except Exception as error:
-            traceback.print_exc()
-            values = {"error": f"{type(error).__name__}: {first_line(error)}"}
+        values = _values_or_error(measurement)
+        # Only now: the error of a measurement holds all that it had on the GPU. After some errors of a GPU
+        # this fails, too.
+        freed = _values_or_error(free_memory)
+        values = values if "error" in values else freed or values
         print({**key, **values}, flush=True)
         self.add({**key, **values})
 
@@ -83,6 +80,15 @@ class Rows:
         """A column of the rows with these values in other columns, without what was not measured."""
         rows = [row for row in self.read() if where.items() <= row.items()]
         return [row[column] for row in rows if row.get(column, NAN) == row.get(column, NAN)]
+
+
+def _values_or_error(call: Callable[[], Row | None]) -> Row:
+    """What the call returns, or its `error`."""
+    try:
+        return call() or {}
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def goal(

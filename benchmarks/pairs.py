@@ -59,7 +59,7 @@ def matmul_peak(dtype: torch.dtype, size: int = 4096) -> float:
     for the device hardly counts.
     """
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    count = max(1, 20 * 4096**3 // size**3) if DEVICE == "cuda" else 1
+    count = products_in_a_row(size) if DEVICE == "cuda" else 1
 
     def products() -> None:
         for _ in range(count):
@@ -67,6 +67,12 @@ def matmul_peak(dtype: torch.dtype, size: int = 4096) -> float:
 
     seconds = compare({"mm": products}, repeats=7, warm_up=2)["mm"]
     return count * 2 * size**3 / min(seconds)
+
+
+def products_in_a_row(size: int) -> int:
+    """Products of this size that a GPU computes in some milliseconds; of small ones, at most 1000, whose
+    launches take as long."""
+    return min(1000, max(1, 20 * 4096**3 // size**3))
 
 
 def sd15_folder(folder: Path) -> str:

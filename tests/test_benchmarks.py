@@ -9,11 +9,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from threading import Timer
+from weakref import ref
 
 import pytest
 
 from benchmarks import gpu, gpu_steps
-from benchmarks.gpu_rows import Options, Result, Rows, goal
+from benchmarks.gpu_rows import Options, Result, Row, Rows, goal
+from benchmarks.pairs import products_in_a_row
 from benchmarks.scaling import LATENT_LPIPS, metric_flops
 from distill.config.presets import TABLE_A1
 from distill.config.regression import RegressionConfig
@@ -79,6 +81,31 @@ def test_the_share_of_r1_needs_equal_batches(tmp_path: Path) -> None:
     other = Rows(tmp_path, "other")
     other.restart([{**row, "batch": number} for number, row in enumerate(rows.read())])
     assert gpu_steps._share_of_r1(other) != gpu_steps._share_of_r1(other), "NaN"
+
+
+def test_tiny_matrix_products_do_not_keep_a_gpu_for_minutes() -> None:
+    """Launching one takes about 5 microseconds, and a peak takes nine rounds of them."""
+    assert products_in_a_row(4096) == 20 and products_in_a_row(16384) == 1
+    assert 9 * products_in_a_row(128) * 5e-6 < 0.1
+
+
+def test_a_row_that_fails_leaves_its_memory_to_the_next_one(tmp_path: Path) -> None:
+    """A training state holds itself in a circle of references, and the error held the state."""
+
+    class State:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def too_large() -> Row:
+        state = State()
+        states.append(ref(state))
+        raise RuntimeError("out of memory")
+
+    states: list[ref[State]] = []
+    rows = Rows(tmp_path, "steps")
+    rows.measure({"batch": 2}, too_large)
+    assert rows.read() == [{"batch": 2, "error": "RuntimeError: out of memory"}]
+    assert states[0]() is None
 
 
 @pytest.mark.parametrize(("alone", "row", "rows"), [(10.0, 1.0, 32), (30.0, 2.0, 16), (90.0, 2.0, 0)])
