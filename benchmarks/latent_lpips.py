@@ -145,7 +145,7 @@ def accuracy(weights: Path, size: int) -> list[str]:
     for pair, target in targets.items():
         distance, exact_gradient = with_gradient(exact, pred.double(), target.double())
         for precision in ("fp32", "bf16"):
-            quick = load_lpips(weights, precision=precision).to(DEVICE)
+            quick = load_lpips(weights, precision=precision, device=DEVICE)
             result, gradient = (x.cpu() for x in with_gradient(quick, pred.to(DEVICE), target.to(DEVICE)))
             error = (result / distance - 1).abs().max().item()
             cosine = torch.cosine_similarity(gradient.double().flatten(), exact_gradient.flatten(), 0).item()

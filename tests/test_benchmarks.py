@@ -13,10 +13,11 @@ from weakref import ref
 
 import pytest
 
-from benchmarks import gpu, gpu_steps
+from benchmarks import gpu, gpu_items, gpu_steps
 from benchmarks.gpu_rows import Options, Result, Row, Rows, goal
 from benchmarks.pairs import products_in_a_row
 from benchmarks.scaling import LATENT_LPIPS, metric_flops
+from d2g.diffusion.pretrained import SHIPPED
 from distill.config.presets import TABLE_A1
 from distill.config.regression import RegressionConfig
 from distill.config.run import DistillConfig
@@ -177,6 +178,28 @@ def runs(stat: Path) -> bool:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@pytest.mark.slow
+def test_a_miniature_that_has_trained_is_only_scored(tmp_path: Path) -> None:
+    """Scores that failed, or were stopped, do not cost another five minutes of training."""
+    (tmp_path / "miniature").mkdir()
+    (tmp_path / "miniature" / "ode").symlink_to(SHIPPED["miniature"] / "student")
+    rows = Rows(tmp_path, "miniature-1")
+    trained = {"stage": "ode", "part": "training", "images": 64}
+    rows.restart([trained, {"stage": "ode", "part": "scores", "error": "no memory"}])
+    result = gpu_items._miniature("ode", Options(out=tmp_path, tiny=True), rows)
+    assert "error" not in result
+    kept, scores = rows.read()
+    assert kept == trained and scores["part"] == "scores" and 0.5 < scores["caption_accuracy"] <= 1
+
+    # A new folder has the rows, but not the run: it trains again, here without pairs.
+    (tmp_path / "new").mkdir()
+    rows = Rows(tmp_path / "new", "miniature-1")
+    rows.restart([trained])
+    gpu_items._miniature("ode", Options(out=tmp_path / "new", tiny=True), rows)
+    training, _ = rows.read()
+    assert training["part"] == "training" and "error" in training
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ The golden curves on a GPU are in tests/distill/test_train.py. With D2G_GPU_TEST
 a CPU, which shows only that they run.
 """
 
+import gc
 import json
 import os
 from dataclasses import replace
@@ -313,6 +314,7 @@ def test_a_cascade_trains_here(device: torch.device, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["safetensors", "diffusers", "comfyui"])
 def test_an_export_draws_here_what_the_student_draws(form: Any, device: torch.device, tmp_path: Path) -> None:
     if device.type == "cuda":
+        gc.collect()  # what earlier tests have left would be freed in the middle of this one
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     config = ExportConfig(student="miniature", format=form, dtype="fp32")
