@@ -34,9 +34,19 @@ pytestmark = [
 
 
 def fake_cuda(python: str, *arguments: str) -> dict[str, Any]:
-    """What tests/fake_cuda.py prints. A process of its own, because it changes torch."""
+    """What tests/fake_cuda.py prints."""
+    return printed_by("fake_cuda.py", python, *arguments)
+
+
+def fake_cuda_command(python: str, *arguments: str) -> dict[str, Any]:
+    """What tests/fake_cuda_commands.py prints."""
+    return printed_by("fake_cuda_commands.py", python, *arguments)
+
+
+def printed_by(script: str, python: str, *arguments: str) -> dict[str, Any]:
+    """The JSON object that a script in tests/ prints. A process of its own, because it changes torch."""
     done = subprocess.run(
-        [python, str(ROOT / "tests" / "fake_cuda.py"), *arguments],
+        [python, str(ROOT / "tests" / script), *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
         capture_output=True,
@@ -132,7 +142,7 @@ def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
 
 @pytest.mark.long
 def test_training_a_metric_does_not_mix_devices(warm_python: str) -> None:
-    results = fake_cuda(warm_python, "metric")
+    results = fake_cuda_command(warm_python, "metric")
     assert list(results) == ["fresh", "cached", "calibrate", "overfit", "score", "triplets"]
     assert all(results.values()), "each of them uses the GPU"
 
@@ -140,7 +150,7 @@ def test_training_a_metric_does_not_mix_devices(warm_python: str) -> None:
 @pytest.mark.long
 def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
     """Images and features are read by the host once per batch, so this lists waits and limits nothing."""
-    results = fake_cuda(warm_python, "evaluation")
+    results = fake_cuda_command(warm_python, "evaluation")
     assert list(results) == ["teacher", "student", "plan"]
     assert all(results.values()), "the counter counts"
     # A time that ends before the device has computed is none.
@@ -150,14 +160,14 @@ def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
 @pytest.mark.long
 def test_drawing_and_comparing_images_does_not_mix_devices(warm_python: str) -> None:
     """The demo's networks are on the CPU, the images of a folder too, and class labels are on no device."""
-    results = fake_cuda(warm_python, "sampling")
+    results = fake_cuda_command(warm_python, "sampling")
     names = ["sample", "explore", "serve", "export", "demo", "against", "folder", "latency"]
     assert list(results) == names and all(results.values()), "the counter counts"
 
 
 @pytest.mark.long
 def test_pair_stores_do_not_mix_devices(warm_python: str) -> None:
-    results = fake_cuda(warm_python, "stores")
+    results = fake_cuda_command(warm_python, "stores")
     assert list(results) == ["generate", "auto", "plan", "resimulate", "sheet"]
     assert all(results.values()), "the counter counts"
 
@@ -166,7 +176,7 @@ def test_pair_stores_do_not_mix_devices(warm_python: str) -> None:
 @pytest.mark.parametrize("networks", [["unet_text", "edm"], ["dit", "unet", "cascade"]])
 def test_training_a_teacher_does_not_mix_devices(networks: list[str], warm_python: str) -> None:
     """All stages. The host waits in each step for the finite check; this test does not limit waits."""
-    results = fake_cuda(warm_python, "teachers", *networks)
+    results = fake_cuda_command(warm_python, "teachers", *networks)
     assert list(results) == networks
     for waits in results.values():
         assert any(line.startswith("teacher_training/loop.py _update: reads") for line in waits)
