@@ -135,6 +135,7 @@ def test_large_images_are_decoded_a_few_at_a_time(kl: Any) -> None:
     assert small.grad is not None
 
 
+@pytest.mark.slow
 def test_large_images_are_encoded_a_few_at_a_time(kl: Any) -> None:
     """As they are decoded: 64 images of 1024 px take SD's autoencoder 160 GiB."""
     pixels = noise(5, range(10), (3, 512, 512)).clamp(-1, 1)
