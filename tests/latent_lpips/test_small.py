@@ -29,6 +29,7 @@ from latent_lpips.training.synthetic_triplets import (
     caption_targets,
     synthetic_triplets,
 )
+from latent_lpips.vgg import VGG16
 
 NETWORK = LPIPSConfig(width=1 / 16)
 TRUNK = TrunkTrainConfig(
@@ -98,27 +99,23 @@ def test_a_stopped_trunk_goes_on_exactly(tmp_path: Path) -> None:
         train_trunk(NETWORK, latents, labels, config, progress=stop, checkpoints=folder)
     torch.rand(7)  # another start has another random state
     seen: list[int] = []
-    resumed, scores = train_trunk(
-        NETWORK,
-        latents,
-        labels,
-        config,
-        progress=lambda _, done, total: seen.append(done),
-        checkpoints=folder,
-    )
+
+    def go_on() -> tuple[VGG16, dict[str, float]]:
+        seen.clear()
+        return train_trunk(
+            NETWORK,
+            latents,
+            labels,
+            config,
+            progress=lambda label, done, total: seen.append(done),
+            checkpoints=folder,
+        )
+
+    resumed, scores = go_on()
     assert seen[0] == 128 and scores == expected_scores
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), expected.parameters(), strict=True))
-    # A finished training makes no further step.
-    seen.clear()
-    train_trunk(
-        NETWORK,
-        latents,
-        labels,
-        config,
-        progress=lambda _, done, total: seen.append(done),
-        checkpoints=folder,
-    )
-    assert seen == []
+    go_on()
+    assert seen == [], "a finished training makes no further step"
 
 
 def test_limits_in_images_and_minutes() -> None:
