@@ -18,7 +18,7 @@ whether fp32 products may use TF32 after each step; images/s and MFU of an H100.
 on a vision transformer, and CLIP guidance; `validation` draws previews and measures FID. `families` samples
 pairs and trains both stages of tiny teachers (the kinds of tests/tiny_teachers.py; a cascade's prior before
 its decoder), and prints such an object by kind and stage;
-`pairs`: waits of a second batch. tests/fake_cuda_commands.py does so with what comes before and after.
+`pairs`: waits of a second batch. tests/fake_cuda_commands.py runs the other commands.
 `memory` takes two steps of a preset at the size of its published model, with R1, and prints GiB at the peak:
 `tracked` (storages that live at once) and `forecast` (distill.planning.memory), both without text encoders;
 `flop_per_step`, recomputed layers among them; and `operators_per_step`, views among them.
@@ -339,9 +339,9 @@ def families(*kinds: str) -> None:
         results[kind] = {"pairs": dict(mode.waits)}
         for stage in ("ode", "gan"):
             chosen = tiny_teachers.stage_settings(kind, stage)
-            # E-LatentLPIPS is in the mode `ode`; FLOP, which a known card's MFU takes, are in test_flops.py.
+            # E-LatentLPIPS is in stage 1. FLOP, which a known card's MFU takes, are in test_flops.py.
             CARDS.append("unknown")
-            chosen += ["regression.losses=mse:1"]
+            chosen += ["regression.losses=mse:1"] if stage == "gan" else []
             arguments = (config.teacher, folder / "pairs", stage, chosen)
             results[kind][stage] = waits_of_training(folder / stage, *arguments, steps=2)
     print(json.dumps(results))

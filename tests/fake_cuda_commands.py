@@ -1,4 +1,4 @@
-"""Runs what comes before and after the training of students on fake CUDA tensors (tests/fake_cuda.py).
+"""Runs commands other than `d2g distill` on fake CUDA tensors, as tests/fake_cuda.py runs the training step.
 
     PYTHONPATH=.:tests python tests/fake_cuda_commands.py evaluation
     PYTHONPATH=.:tests python tests/fake_cuda_commands.py sampling
@@ -8,8 +8,9 @@
 
 `evaluation` evaluates a teacher and a student. `sampling` draws with students and a teacher as `d2g sample`,
 `explore`, `serve`, `eval export` and the demo do, and compares their images with those of folders. `stores`
-makes, checks and plans pair stores. `teachers` trains tiny teachers of these networks, all stages, with their
-plan and verdict, and `metric` LatentLPIPS. Each prints one JSON object: for each part, where the host waits.
+makes, checks and plans pair stores. `teachers` plans, trains and judges tiny teachers of these networks.
+`metric` trains, calibrates and scores LatentLPIPS. Each prints one JSON object: where the host waits in each
+part.
 """
 
 import json
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from fake_cuda import FakeCuda, GpuAttention, begin
 
 
 def evaluation() -> None:
-    """Evaluate a teacher and a student by FID, precision, recall and CLIP score on three batches of four."""
+    """Evaluate a teacher and a student by FID, precision, recall and CLIP score on three batches of four, and
+    time the feature network as the plan of `d2g run` does."""
     from PIL import Image
 
     import eval_jobs
@@ -35,6 +38,8 @@ def evaluation() -> None:
     import tiny
     from distill.training.train import train
     from eval.runner.run import run_evaluation
+    from teacher_training.full_run.config import FULL_RUN_PRESETS
+    from teacher_training.full_run.plan import feature_seconds
 
     folder = Path(tempfile.mkdtemp())
     teacher = Path(tiny.save_teacher(folder / "teacher"))
@@ -44,33 +49,18 @@ def evaluation() -> None:
     (folder / "photographs").mkdir()
     for number in range(12):
         Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(folder / "photographs" / f"{number:02}.png")
-    begin()
-    results = {}
-    for name, source in (
-        ("teacher", {"teacher": str(teacher)}),
-        ("student", {"student": str(folder / "run")}),
-    ):
-        mode = FakeCuda()
-        with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
-            run_evaluation(eval_jobs.config(folder, **source))
-        results[name] = dict(mode.waits)
-    results["plan"] = waits_of_a_plan(folder)
-    print(json.dumps(results))
-
-
-def waits_of_a_plan(folder: Path) -> dict[str, int]:
-    """Where the host waits while `d2g run` times the feature network."""
-    from teacher_training.full_run.config import FULL_RUN_PRESETS
-    from teacher_training.full_run.plan import feature_seconds
-
     (folder / "own_features.py").write_text("def mean(images):\n    return images.float().mean((2, 3))\n")
     sys.path.insert(0, str(folder))
     data = str(folder / "photographs")
-    config = replace(FULL_RUN_PRESETS["quick"], data=data, features="own_features:mean")
-    mode = FakeCuda()
-    with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
-        feature_seconds(config)
-    return dict(mode.waits)
+    full_run = replace(FULL_RUN_PRESETS["quick"], data=data, features="own_features:mean")
+    begin()
+    print_waits(
+        {
+            "teacher": lambda: run_evaluation(eval_jobs.config(folder, teacher=str(teacher))),
+            "student": lambda: run_evaluation(eval_jobs.config(folder, student=str(folder / "run"))),
+            "plan": lambda: feature_seconds(full_run),
+        }
+    )
 
 
 def sampling() -> None:
@@ -95,8 +85,8 @@ def sampling() -> None:
     student, texts = str(folder / "run"), ["a red cube", "a blue cone"]
     train(jobs.distill_config(teacher, pairs, "train.images=4"), folder / "run")
     jobs.make_clip(teacher, folder / "clip")
-    kept, csv = str(folder / "kept"), folder / "dpg_bench.csv"
-    run_evaluation(eval_jobs.config(folder, teacher=str(teacher), metrics=("clip",), keep=kept))
+    images, csv = str(folder / "images"), folder / "dpg_bench.csv"
+    run_evaluation(eval_jobs.config(folder, teacher=str(teacher), metrics=("clip",), keep=images))
     (folder / "twelve.txt").write_text("\n".join(f"a red cube {n}" for n in range(12)))
     csv.write_text("item_id,text\n" + "".join(f"{n},{text}\n" for n, text in enumerate(texts)))
     # A generator with styles for a teacher of classes.
@@ -139,9 +129,9 @@ def sampling() -> None:
         "serve": draw_pages,
         "export": export,
         "demo": evaluate_demo,
-        "against": evaluate(student=student, metrics=("psnr",), against=kept),
+        "against": evaluate(student=student, metrics=("psnr",), against=images),
         "folder": evaluate(
-            images=kept, metrics=("psnr",), against=str(teacher), prompts=str(folder / "twelve.txt")
+            images=images, metrics=("psnr",), against=str(teacher), prompts=str(folder / "twelve.txt")
         ),
         "latency": evaluate(student=student, metrics=("clip",), latency=True, latency_repeats=1),
     }
@@ -244,21 +234,20 @@ def teachers(*names: str) -> None:
 
     root, data = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
     own_pictures.class_folders(data)
+    terms: dict[str, Any] = {"perceptual_weight": 1.0, "adversarial_weight": 0.5, "adversarial_start": 0.0}
+    vae = replace(own_pictures.CLASSES.vae, **terms)
     begin()
-    results = {}
-    for name in names:
-        mode = FakeCuda()
-        with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
-            if name == "cascade":
-                train_cascade(replace(own_pictures.CASCADE, data=str(data)), root / name)
-            else:
-                terms = {"perceptual_weight": 1.0, "adversarial_weight": 0.5, "adversarial_start": 0.0}
-                vae = replace(own_pictures.CLASSES.vae, **terms)
-                config = replace(own_pictures.CLASSES, data=str(data), network=name, vae=vae)
-                plan_teacher(config, root / name, check_stages(config, None), Request())
-                train_teacher(config, root / name)
-        results[name] = dict(mode.waits)
-    print(json.dumps(results))
+
+    def train(name: str) -> None:
+        if name == "cascade":
+            train_cascade(replace(own_pictures.CASCADE, data=str(data)), root / name)
+            return
+        network: Any = name
+        config = replace(own_pictures.CLASSES, data=str(data), network=network, vae=vae)
+        plan_teacher(config, root / name, check_stages(config, None), Request())
+        train_teacher(config, root / name)
+
+    print_waits({name: partial(train, name) for name in names})
 
 
 def metric() -> None:
@@ -293,26 +282,24 @@ def metric() -> None:
     heads = CalibrateConfig(epochs=2, batch=8, held_out=0.25)
     patch = PatchConfig(batch=5)
     judged = HeadsConfig(data=str(root / "judgments"), heads=heads, patch=patch, **inputs)
-    asked = ScoreConfig(
+    scored = ScoreConfig(
         data=str(root / "judgments"), baselines=("l2", "ssim"), patch=patch, resamples=20, **inputs
     )
     triplets = TripletsConfig(data=data, decoders=(teacher,), kinds=("decoder",), size=16)
     points: dict[str, Any] = {"count": 2, "size": 32, "steps": 4, "report_steps": 2, "checkpoint_steps": 2}
-    trainings: dict[str, Callable[[Path], object]] = {
-        "fresh": lambda out: train_classifier(fresh, out),
-        "cached": lambda out: train_classifier(replace(fresh, crops=1, precision="bf16"), out),
-        "calibrate": lambda out: calibrate_folder(judged, out),
-        "overfit": lambda out: overfit_latents(OverfitConfig(data=data, **points, **inputs), out),
-        "score": lambda out: score_folder(asked),
-        "triplets": lambda out: make_triplets(triplets, out),
-    }
-    results = {}
-    for name, run in trainings.items():
-        mode = FakeCuda()
-        with torch.autograd.set_multithreading_enabled(False), mode, GpuAttention():
-            run(root / name)
-        results[name] = dict(mode.waits)
-    print(json.dumps(results))
+    cached = replace(fresh, crops=1, precision="bf16")
+    print_waits(
+        {
+            "fresh": lambda: train_classifier(fresh, root / "fresh"),
+            "cached": lambda: train_classifier(cached, root / "cached"),
+            "calibrate": lambda: calibrate_folder(judged, root / "calibrate"),
+            "overfit": lambda: overfit_latents(
+                OverfitConfig(data=data, **points, **inputs), root / "overfit"
+            ),
+            "score": lambda: score_folder(scored),
+            "triplets": lambda: make_triplets(triplets, root / "triplets"),
+        }
+    )
 
 
 if __name__ == "__main__":

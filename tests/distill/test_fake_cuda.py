@@ -153,13 +153,13 @@ def test_an_evaluation_does_not_mix_devices(warm_python: str) -> None:
     results = fake_cuda_command(warm_python, "evaluation")
     assert list(results) == ["teacher", "student", "plan"]
     assert all(results.values()), "the counter counts"
-    # A time that ends before the device has computed is none.
+    # A timing waits for the device.
     assert results["plan"]["teacher_training/full_run/plan.py feature_seconds: copies to the host"] == 2
 
 
 @pytest.mark.long
 def test_drawing_and_comparing_images_does_not_mix_devices(warm_python: str) -> None:
-    """The demo's networks are on the CPU, the images of a folder too, and class labels are on no device."""
+    """The caption oracle and the images of a folder are on the CPU. Class labels start there, too."""
     results = fake_cuda_command(warm_python, "sampling")
     names = ["sample", "explore", "serve", "export", "demo", "against", "folder", "latency"]
     assert list(results) == names and all(results.values()), "the counter counts"
