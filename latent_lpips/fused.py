@@ -131,7 +131,7 @@ def _tap_pairs(
     layers: Sequence[ConvLayer], pred: Tensor, target: Tensor, records: list[LayerRecord] | None = None
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Return the tapped feature maps of `pred` and `target`, and append a record of every layer of `pred`."""
-    if any(layer.apart for layer in layers):
+    if any(layer.by_difference for layer in layers):
         return _tap_pairs_by_difference(layers, pred, target, records)
     target_taps = _taps(layers, target)
     return zip(_taps(layers, pred, records), target_taps, strict=True)
@@ -142,11 +142,11 @@ def _tap_pairs_by_difference(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the pairs of `_tap_pairs` one by one, so that only one is in memory. For CPUs.
 
-    From the first layer that asks for it on, the target's features and the differences pred - target are
-    convolved apart, which is possible because convolutions are linear. Rounding is then relative to the
-    difference, and small distances keep their relative precision.
+    From the first layer with `by_difference` on, the target's features and the differences pred - target are
+    convolved, which is possible because convolutions are linear. Rounding is then relative to the difference,
+    and small distances keep their relative precision.
     """
-    first = next(k for k, layer in enumerate(layers) if layer.apart)
+    first = next(k for k, layer in enumerate(layers) if layer.by_difference)
     # Layers before it: both inputs as they are.
     for layer in layers[:first]:
         (target,), (pred,) = (

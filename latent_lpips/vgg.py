@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError
-from d2g.core.precision import has_bf16_tiles, supports_bf16
+from d2g.core.precision import has_amx, supports_bf16
 from latent_lpips.config import LPIPSConfig, Precision
 from latent_lpips.winograd import MIN_CHANNELS, transform_weight
 
@@ -24,15 +24,16 @@ the error, because it flips ReLUs, and with them gradients, in every later layer
 class ConvLayer(NamedTuple):
     """A convolution of a trunk without norms, followed by ReLU.
 
-    pool: a 2x2 max-pool follows. tap: the distance uses its output. apart: it convolves features and their
-    differences apart (latent_lpips/fused.py). winograd: its transformed weight, where that is faster.
+    pool: a 2x2 max-pool follows. tap: the distance uses its output. by_difference: convolve the target's
+    features and the differences to them, not two features (latent_lpips/fused.py). winograd: its transformed
+    weight, where that is faster.
     """
 
     weight: Tensor
     bias: Tensor
     pool: bool
     tap: bool
-    apart: bool = False
+    by_difference: bool = False
     winograd: Tensor | None = None
 
 
@@ -95,15 +96,15 @@ class VGG16(nn.Module):
         for position, module in enumerate(self.features, start=1):
             if isinstance(module, nn.Conv2d):
                 assert module.bias is not None
-                # On a GPU, and where layers are traced, wide ones are like the others.
-                apart = (
+                # Only wide layers in bf16 on a CPU, which are not traced.
+                by_difference = (
                     module.weight.device.type == "cpu"
                     and not torch.compiler.is_compiling()
                     and module.weight.dtype == torch.bfloat16
                     and _is_wide(module)
                 )
-                winograd = getattr(module, "winograd", None) if apart else None
-                layers.append(ConvLayer(module.weight, module.bias, False, False, apart, winograd))
+                winograd = getattr(module, "winograd", None) if by_difference else None
+                layers.append(ConvLayer(module.weight, module.bias, False, False, by_difference, winograd))
             # The end of a stage marks the last convolution as a tap.
             if position in self.ends:
                 layers[-1] = layers[-1]._replace(pool=isinstance(module, nn.MaxPool2d), tap=True)
@@ -166,8 +167,8 @@ def fold_batch_norms(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
         assert conv.bias is not None
         conv.bias.copy_(bias)
         conv.to(dtype if position >= FP32_CONVS else torch.float32)
-        # On a CPU without tiles, wide bf16 convolutions have fewer multiplications.
-        slow = device.type == "cpu" and not has_bf16_tiles()
+        # On a CPU without AMX, wide bf16 convolutions take Winograd's fewer multiplications.
+        slow = device.type == "cpu" and not has_amx()
         if conv.weight.dtype == torch.bfloat16 and slow and _is_wide(conv):
             conv.register_buffer("winograd", transform_weight(weight), persistent=False)
     result: VGG16 = plain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

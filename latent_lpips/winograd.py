@@ -4,8 +4,8 @@ in bf16 on a CPU.
 Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray 2016, section 4.1): blocks of 4x4 inputs, which
 overlap by two, and the weights are transformed, multiplied, and transformed back, Y = A^T [(G w G^T) * (B^T d
 B)] A. The products of all blocks are 16 matrix products over channels. Direct convolutions already run at the
-peak of a CPU's bf16 units, so only fewer multiplications are faster: 1.5 times from 256 channels on. With
-tiles (Intel's AMX) the transforms take longer than the multiplications that they save.
+peak of a CPU's bf16 units, so only fewer multiplications are faster: 1.5 times from 256 channels on. On
+CPUs with AMX the transforms take longer than the multiplications that they save.
 
 The rounding error is larger, 0.6 % of the output instead of 0.2 %. It would move distances by more than 1 %
 where the latents are nearly equal, so a forward pass convolves differences of latents apart from the latents

@@ -27,8 +27,8 @@ def supports_bf16(device: torch.device) -> bool:
     return False
 
 
-def has_bf16_tiles() -> bool:
-    """Whether this CPU multiplies tiles of bf16 matrices (Intel's AMX), several times as fast as vectors."""
+def has_amx() -> bool:
+    """Whether this CPU multiplies bf16 matrices by Intel's AMX, several times as fast as by vectors."""
     capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
     return bool(capabilities.get("amx_bf16"))
 

@@ -61,16 +61,14 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
 
 
-@pytest.fixture(params=[True, False], ids=["tiles", "vectors"])
-def bf16_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """A CPU that multiplies bf16 matrices in tiles, and one that does not."""
-    found = {"avx512_bf16": True, "amx_bf16": request.param}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    tiles: bool = request.param
-    return tiles
+@pytest.fixture(params=[True, False], ids=["AMX", "no AMX"])
+def bf16_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with AMX, and one without, by what torch says of it."""
+    capabilities = {"avx512_bf16": True, "amx_bf16": request.param}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
 
 
-@pytest.mark.usefixtures("bf16_tiles")
+@pytest.mark.usefixtures("bf16_cpu")
 @pytest.mark.parametrize(("noise", "width"), [(math.inf, 0.5), (1.0, 0.5), (0.1, 0.5), (0.1, 1.0)])
 def test_fast_path_agrees_with_float64(narrow_metric: LatentLPIPS, noise: float, width: float) -> None:
     """For unrelated to similar latents: relative errors of 1e-5 in fp32 and 1e-2 in bf16, cosine of the
@@ -88,7 +86,7 @@ def test_fast_path_agrees_with_float64(narrow_metric: LatentLPIPS, noise: float,
         assert (gradient.norm() / slope.norm()).item() == pytest.approx(1, abs=10 * error)
 
 
-@pytest.mark.usefixtures("bf16_tiles")
+@pytest.mark.usefixtures("bf16_cpu")
 @pytest.mark.parametrize("noise", [0.03, 0.003])
 def test_nearly_equal_latents_keep_their_relative_precision_in_bf16(noise: float) -> None:
     """On a CPU, wide layers convolve the difference of the features apart. All in bf16 are wide here."""
@@ -102,7 +100,7 @@ def test_nearly_equal_latents_keep_their_relative_precision_in_bf16(noise: float
     torch.testing.assert_close(metric(pred, target), distance)
 
 
-@pytest.mark.usefixtures("bf16_tiles")
+@pytest.mark.usefixtures("bf16_cpu")
 def test_gradients_of_unrelated_latents_in_bf16(tmp_path: Path) -> None:
     """At full width, with the largest error of 18 pairs of latents and trunks (docs/LOG.md)."""
     weights = authors.tuned_file(tmp_path / "tuned.pth", 4, seed=1)
@@ -125,7 +123,9 @@ def test_differences_through_a_trunk_equal_two_passes(
     trunk = fold_batch_norms(copy.deepcopy(randomized_metric(1 / 16).trunk)).double()
     plain = trunk.layers()
     layers = [
-        layer._replace(apart=True, winograd=transform_weight(layer.weight, torch.float64)) if k > 4 else layer
+        layer._replace(by_difference=True, winograd=transform_weight(layer.weight, torch.float64))
+        if k > 4
+        else layer
         for k, layer in enumerate(plain)
     ]
     pred, target = latents(2, 4, *size).double(), latents(2, 4, *size, seed=1).double()

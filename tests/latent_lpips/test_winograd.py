@@ -58,15 +58,15 @@ def test_error_in_bf16_is_below_one_percent() -> None:
     assert (result.double() - exact).norm() < 1e-2 * exact.norm()
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-def test_only_wide_bf16_convolutions_of_a_cpu_without_tiles_take_it(
-    tiles: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("amx", [False, True])
+def test_only_wide_bf16_convolutions_of_a_cpu_without_amx_take_it(
+    amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {"avx512_bf16": True, "amx_bf16": tiles}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    capabilities = {"avx512_bf16": True, "amx_bf16": amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     for width, precision, wide in ((0.5, "bf16", 5), (0.5, "fp32", 0), (0.25, "bf16", 0)):
         trunk = fold_batch_norms(VGG16(LPIPSConfig(width=width)), precision)  # type: ignore[arg-type]
         layers = trunk.layers()
-        assert sum(layer.apart for layer in layers) == wide
-        assert sum(layer.winograd is not None for layer in layers) == (0 if tiles else wide)
+        assert sum(layer.by_difference for layer in layers) == wide
+        assert sum(layer.winograd is not None for layer in layers) == (0 if amx else wide)
         assert len(trunk.state_dict()) == 2 * len(layers), "transformed weights are not saved"
