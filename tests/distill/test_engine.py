@@ -89,15 +89,14 @@ ENGINE_OPTIONS = {
     "offload": ["engine.offload_optimizer=true"],
     "fused": ["optim.name=adamw_fused", "gan.optim.name=adamw_fused"],
 }
+SLOW_OPTIONS = dict.fromkeys(("own-passes", "async", "offload", "fused"), (pytest.mark.slow,)) | {
+    "compile": (pytest.mark.slow, pytest.mark.long)
+}
 
 
 @pytest.mark.parametrize(
     "case",
-    [
-        *("accumulate", "recompute", "fsdp", "cache"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("own-passes", "async", "offload", "fused")),
-        pytest.param("compile", marks=(pytest.mark.slow, pytest.mark.long)),
-    ],
+    [pytest.param(name, marks=SLOW_OPTIONS.get(name, ())) for name in ENGINE_OPTIONS],
 )
 def test_engine_options_do_not_change_training(
     case: str, config: DistillConfig, plain: Path, tmp_path: Path

@@ -41,15 +41,16 @@ def test_pictures_without_a_difference_are_refused_before_the_first_stage(tmp_pa
 
 
 SOURCES = {"an image folder": image_folder, "class-named subfolders": class_folders, "parquet": parquet}
-
-
-@pytest.mark.parametrize(
+EACH_SOURCE = pytest.mark.parametrize(
     "source",
     [
-        "an image folder",
-        *(pytest.param(source, marks=pytest.mark.slow) for source in ("class-named subfolders", "parquet")),
+        pytest.param(source, marks=() if source == "an image folder" else pytest.mark.slow)
+        for source in SOURCES
     ],
 )
+
+
+@EACH_SOURCE
 def test_training_a_teacher_from_captioned_images(source: str, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "teacher"
     data.mkdir()
@@ -289,13 +290,7 @@ def sort_by_class(folder: Path) -> None:
         metadata.write_text("\n".join(map(json.dumps, rows)))
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "an image folder",
-        *(pytest.param(source, marks=pytest.mark.slow) for source in ("class-named subfolders", "parquet")),
-    ],
-)
+@EACH_SOURCE
 def test_a_limit_keeps_the_class_proportions(
     source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
