@@ -140,8 +140,8 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
         check_inputs(inputs | {"gan.real": config.gan.real} | weights)
         check_inputs(config_inputs(options, ("validate_reference", "validate_prompts", "validate_weights")))
         check_plan(config)
-        chosen = "engine.gpus" in _names(options.sets)
-        finish_dry_run(config, options.as_json, _plan(config, preset, chosen))
+        sets_gpus = "engine.gpus" in _names(options.sets)
+        finish_dry_run(config, options.as_json, _plan(config, preset, sets_gpus))
     from distill.training.train import train
 
     with leave_process_group(Collapse):
@@ -226,12 +226,12 @@ def _validation_hook(config: Any, options: DistillOptions) -> Any:
     return validation_hook(run, config.teacher)
 
 
-def _plan(config: Any, preset: str, chosen: bool) -> dict[str, Any]:
+def _plan(config: Any, preset: str, sets_gpus: bool) -> dict[str, Any]:
     """The cost of a run. Raises SettingError for a batch that does not divide over the processes, UserError
     where the run does not fit this machine's GPU.
 
-    chosen: whether the user has set `engine.gpus`. A preset's number does not count in several processes, in
-    which the run itself would have as many GPUs.
+    sets_gpus: whether the user has set `engine.gpus`. Otherwise a run in several processes has as many GPUs,
+    whatever number its preset has.
     """
     from d2g.core.distributed import process_group
     from d2g.core.environment import inspect_machine
@@ -247,7 +247,9 @@ def _plan(config: Any, preset: str, chosen: bool) -> dict[str, Any]:
     # Evaluations and memory. A run that does not fit this GPU is refused.
     config = decide_precision(config, process_group.own_device())
     processes = process_group.world_size()
-    gpus = (config.engine.gpus if chosen or processes == 1 else 0) or processes
+    gpus = config.engine.gpus or processes
+    if processes > 1 and not sets_gpus:
+        gpus = processes
     config = replace(config, engine=replace(config.engine, gpus=gpus))
     cost = plan(config, preset)
     memory, machine = forecast(config, gpus, DISTILL_PRESETS[preset].model), inspect_machine()

@@ -77,7 +77,7 @@ def teacher_train(
     names = check_stages(config, stages.split(",") if stages else None)
     request = Request(minutes=config.minutes or None, images=options.images)
     with leave_process_group(typer.Exit):
-        process_group.init(long_waits=True)  # of rank 0, which alone trains LatentLPIPS and CLIP
+        process_group.init(long_waits=True)  # for rank 0, which alone trains LatentLPIPS and CLIP
         # The folder is refused before the plan is measured, which takes a while.
         with nullcontext() if options.dry_run else sole_owner(out, "trains in"):
             config, plan = plan_teacher(config, out, names, request)

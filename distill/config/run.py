@@ -150,8 +150,8 @@ class EngineConfig:
     async_checkpoints: bool = setting(False, "Write checkpoints while the next steps run")
     gpus: int = setting(
         0,
-        "GPUs that the run is meant for, used by --dry-run's memory plan; 0: those it is started on, which a "
-        "plan in several processes takes unless you set this",
+        "GPUs for which --dry-run plans; 0: those it is started on. In several processes a preset's number "
+        "does not count",
     )
 
     def __post_init__(self) -> None:
