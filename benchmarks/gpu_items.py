@@ -58,8 +58,8 @@ def gpu_tests(options: Options, rows: Rows) -> Result:
         for line in pytest.stdout:  # at once, so that the log of a test that hangs names it
             print(line, end="", flush=True)
             lines.append(line.strip())
-            if found := re.match(r"(tests/.+?) PASSED\b", line):
-                rows.add({"test": found[1], "passed": "yes"})
+            if match := re.match(r"(tests/.+?) PASSED\b", line):
+                rows.add({"test": match[1], "passed": "yes"})
     if pytest.returncode and not (pytest.returncode == NO_TESTS_LEFT and passed):
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         raise RuntimeError(f"pytest: {'; '.join([*failed, lines[-1]])}")

@@ -109,7 +109,7 @@ def train_clip(
     scores = {
         "retrieval_top1": top1,
         "retrieval_chance": chance,
-        "loss": torch.stack(losses[-max(1, len(losses) // 10) :]).mean().item(),
+        "loss": torch.tensor(losses[-max(1, len(losses) // 10) :]).mean().item(),
         "params": float(sum(p.numel() for p in model.parameters())),
         "images": float(len(losses) * config.batch_size),
         "seconds": seconds,
@@ -131,14 +131,14 @@ def _optimize(
     config: ClipConfig,
     progress: Progress,
     checkpoints: Path | None,
-) -> tuple[list[Tensor], float]:
+) -> tuple[list[float], float]:
     """Train `model` in place on the rows `train`; returns the loss of every step, and the seconds."""
     device = device_of(model)
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98)
     )
     with LoopCheckpoints(checkpoints, "train CLIP", model, optimizer) as state:
-        losses = state.values.setdefault("losses", list[Tensor]())
+        losses = state.values.setdefault("losses", list[float]())
         while state.nimg < config.images and not _time_over(state.seconds, config):
             # Loss of a batch.
             rows = train[permuted_batch(config.seed, len(train), state.nimg, config.batch_size)]
@@ -159,7 +159,7 @@ def _optimize(
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
-            losses.append(loss.detach().cpu())
+            losses.append(loss.item())
             state.nimg += config.batch_size
             progress("train CLIP", min(state.nimg, config.images), config.images)
             state.step_done()

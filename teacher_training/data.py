@@ -127,11 +127,11 @@ def _caption_of(picture: Path, captions: Mapping[Path, str]) -> str:
     return captions[picture] if picture in captions else png_text(picture).get("prompt", "")
 
 
-def warn_of_changed_pictures(config: TeacherConfig, prompts: Sequence[str], kept: Path) -> None:
+def warn_of_changed_pictures(config: TeacherConfig, prompts: Sequence[str], cache: Path) -> None:
     """Warn on rank 0 if the pictures in `config.data` have changed since a training read them.
 
-    `kept`: the file or folder with the pictures that it read; `prompts`: their captions. The number of
-    pictures and the captions are compared, not the pixels.
+    cache: the file or folder with the pictures of the first start. prompts: their captions or classes.
+    The number of pictures and the captions are compared, not the pixels.
     """
     if process_group.rank() != 0 or config.data in _SOURCES or not Path(config.data).exists():
         return
@@ -145,7 +145,7 @@ def warn_of_changed_pictures(config: TeacherConfig, prompts: Sequence[str], kept
         logger.warning(
             "%s has other pictures or captions than at the first start (%d pictures); the %d pictures in %s "
             "are used; give another --out to use the new ones",
-            *(config.data, count, len(prompts), kept),
+            *(config.data, count, len(prompts), cache),
         )
 
 

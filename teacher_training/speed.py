@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2g.core.distributed import process_group
+from d2g.core.seeds import fork_rng
 from d2g.core.transfer import device_of, to_device
 from d2g.diffusion.latents import encode, from_uint8, latent_space
 from eval.networks.registry import clip_tokenizer, new_clip
@@ -48,8 +49,7 @@ class Speed:
 def measure_speed(config: TeacherConfig, stages: Sequence[str], device: torch.device = CPU) -> Speed:
     """Measure the stages on random pictures. The random state of the caller stays as it is."""
     speed, kind = Speed(), network_of(config)
-    forked = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked), TemporaryDirectory() as folder:
+    with fork_rng(device), TemporaryDirectory() as folder:
         torch.manual_seed(0)
         images = torch.randint(256, (TIMED_ROWS, 3, config.size, config.size), dtype=torch.uint8)
         pictures = _random_pictures(kind, images)

@@ -127,7 +127,7 @@ def train_teacher(
     given other settings, and while another process trains in OUT.
     """
     started = time.monotonic()
-    device = process_group.init(long_waits=True)  # of rank 0, which alone trains LatentLPIPS and CLIP
+    device = process_group.init(long_waits=True)  # for rank 0, which alone trains LatentLPIPS and CLIP
     set_training_arithmetic(device, trains_in_bf16(config, device))
     stages = check_stages(config, stages)
     check_start(config)
@@ -314,8 +314,9 @@ def _run_stage(stage: str, job: TeacherJob, log: RunLog, scores_file: Path) -> N
         facts = {"length": stage_length(job.config, stage), "seconds": times.seconds[stage]}
         write_atomically(scores_file, json.dumps({**result, **facts}))
         # These stages are never trained further.
-        if stage in ("lpips", "clip"):
-            shutil.rmtree(scores_file.parent / "checkpoints", ignore_errors=True)
+        checkpoints = scores_file.parent / "checkpoints"
+        if stage in ("lpips", "clip") and checkpoints.is_dir():
+            shutil.rmtree(checkpoints)
     process_group.barrier()
 
 

@@ -190,8 +190,8 @@ def test_a_miniature_that_has_trained_is_only_scored(tmp_path: Path) -> None:
     rows.restart([trained, {"stage": "ode", "part": "scores", "error": "no memory"}])
     result = gpu_items._miniature("ode", Options(out=tmp_path, tiny=True), rows)
     assert "error" not in result
-    kept, scores = rows.read()
-    assert kept == trained and scores["part"] == "scores" and 0.5 < scores["caption_accuracy"] <= 1
+    training, scores = rows.read()
+    assert training == trained and scores["part"] == "scores" and 0.5 < scores["caption_accuracy"] <= 1
 
     # A new folder has the rows, but not the run: it trains again, here without pairs.
     (tmp_path / "new").mkdir()

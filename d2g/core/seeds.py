@@ -7,6 +7,7 @@ docs/pair-format.md specifies the same arithmetic for other readers: change both
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from enum import IntEnum, unique
 from math import factorial, prod
 from operator import index as as_integer
@@ -238,6 +239,13 @@ def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
     """A torch generator whose seed mixes all of `key` (see seed_sequence)."""
     state = seed_sequence(*key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))
+
+
+def fork_rng(device: str | torch.device) -> AbstractContextManager[None]:
+    """Context that restores torch's global random state of the CPU and of `device` at its end. Without
+    devices, torch.random.fork_rng reads that of every GPU of the machine, and warns of it."""
+    device = torch.device(device)
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def seed_step(seed: int, rank: int, nimg: int) -> torch.Generator:

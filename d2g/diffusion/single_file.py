@@ -56,7 +56,8 @@ def import_single_file(file: Path, out: Path, config: str | None = None) -> dict
     dtype = _common_dtype(tensors)
     size = sum(value.numel() for name, value in tensors.items() if name.startswith(NETWORK))
     has_autoencoder = any(name.startswith(AUTOENCODER) for name in tensors)
-    has_average = _has_average(file, tensors)
+    if has_average := _has_average(file, tensors):
+        logger.info("%s holds the U-Net's weights and their moving average, which is imported", file)
     del tensors  # diffusers reads the file again
 
     with staged(out, "imports into", "OUT") as written:
@@ -155,10 +156,6 @@ def _has_average(file: Path, tensors: Mapping[str, Tensor]) -> bool:
     averaged = (AVERAGE + name.replace(".", "") for name in network)
     if missing := sorted(name for name in averaged if name not in tensors):
         raise UserError(f"{file} holds a part of a moving average (no {missing[0]}); {COPY_AGAIN}")
-    logger.info(
-        "%s holds the U-Net's training weights and their moving average, which is imported: it draws better",
-        file,
-    )
     return True
 
 

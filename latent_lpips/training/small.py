@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from d2g.core.distributed.loop_checkpoints import LoopCheckpoints
 from d2g.core.errors import UserError
 from d2g.core.progress import Progress, quiet
-from d2g.core.seeds import Stream, generator
+from d2g.core.seeds import Stream, fork_rng, generator
 from d2g.core.shuffle import permuted_batch
 from latent_lpips import augment
 from latent_lpips.config import (
@@ -160,8 +160,7 @@ def _fraction_done(config: TrunkTrainConfig, nimg: int, seconds: float) -> float
 @contextmanager
 def _temporary_seed(seed: int, device: torch.device | str) -> Iterator[None]:
     """Seed initial weights and dropout with `seed`; restore the caller's random state afterwards."""
-    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with fork_rng(device):
         torch.manual_seed(seed)
         yield
 

@@ -19,6 +19,7 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.logs import logger
+from d2g.core.seeds import fork_rng
 from d2g.core.tracking.run_directory import read_stats
 from distill.config.run import TrainConfig
 from distill.training.train import train
@@ -185,9 +186,7 @@ def measure_parts(config: FullRunConfig) -> dict[str, float]:
     """
     folder = Path(process_group.gather_objects(tempfile.mkdtemp() if process_group.rank() == 0 else "")[0])
     try:
-        device = process_group.own_device()
-        forked = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=forked), _without_log():
+        with fork_rng(process_group.own_device()), _without_log():
             return _measure_in(folder, config)
     except Interrupted as error:
         raise Interrupted("stopped while the plan was measured; run the same command again") from error

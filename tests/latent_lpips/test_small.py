@@ -98,24 +98,24 @@ def test_a_stopped_trunk_goes_on_exactly(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match=r"trunk stopped; safe on disk: .*000000096; run the same command"):
         train_trunk(NETWORK, latents, labels, config, progress=stop, checkpoints=folder)
     torch.rand(7)  # another start has another random state
-    seen: list[int] = []
+    images_done: list[int] = []
 
     def go_on() -> tuple[VGG16, dict[str, float]]:
-        seen.clear()
+        images_done.clear()
         return train_trunk(
             NETWORK,
             latents,
             labels,
             config,
-            progress=lambda label, done, total: seen.append(done),
+            progress=lambda label, done, total: images_done.append(done),
             checkpoints=folder,
         )
 
     resumed, scores = go_on()
-    assert seen[0] == 128 and scores == expected_scores
+    assert images_done[0] == 128 and scores == expected_scores
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), expected.parameters(), strict=True))
     go_on()
-    assert seen == [], "a finished training makes no further step"
+    assert images_done == [], "a finished training makes no further step"
 
 
 def test_limits_in_images_and_minutes() -> None:
