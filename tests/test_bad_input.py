@@ -364,8 +364,13 @@ def test_a_signal_while_the_input_is_read(teacher: Path, tmp_path: Path, log: Pa
             return False
         return True
 
+    def command_sleeps() -> bool:
+        return "State:\tS" in Path(f"/proc/{running.pid}/status").read_text()
+
     running = Running(generate(teacher, pipe, tmp_path / "pairs"), log)
     running.wait_for(command_has_opened_the_pipe)
+    # Python does not see a signal that comes between its last look for one and the read.
+    running.wait_for(command_sleeps)
     running.send(signal.SIGINT)
     ended = running.wait()
     os.close(write_ends[0])
