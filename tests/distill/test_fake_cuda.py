@@ -8,6 +8,7 @@ tests/d2g/test_engine.py.
 import json
 import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -120,17 +121,17 @@ def test_a_validation_leaves_the_arithmetic_of_training_alone(warm_python: str) 
 
 
 @pytest.mark.long
-def test_no_family_mixes_devices_or_waits(warm_python: str) -> None:
+def test_no_family_mixes_devices_or_waits() -> None:
     """Pairs and both stages of every kind but Stable Diffusion's, which the tests above have.
 
-    In two processes that take equally long. One has all stages of cascades, because stage B reads the
+    In two new processes that take equally long. One has all stages of cascades, because stage B reads the
     pairs of stage C.
     """
     first_part = ["sdxl", "ldm", *tiny_teachers.STAGES]
     others = (kind for kind in tiny_teachers.UNETS if kind not in ("sd", *first_part))
     parts = (first_part, [*tiny_teachers.TRANSFORMERS, *others])
     with ThreadPoolExecutor() as pool:
-        first, second = pool.map(lambda kinds: fake_cuda(warm_python, "families", *kinds), parts)
+        first, second = pool.map(lambda kinds: fake_cuda(sys.executable, "families", *kinds), parts)
     results = first | second
     assert list(results) == [*parts[0], *parts[1]]
     for kind, result in results.items():
