@@ -122,13 +122,13 @@ def test_a_validation_leaves_the_arithmetic_of_training_alone(warm_python: str) 
 
 @pytest.mark.long
 def test_no_family_mixes_devices_or_waits() -> None:
-    """Pairs and both stages of every kind but Stable Diffusion's, which the tests above have.
+    """Pairs and both stages of every kind of teacher.
 
     In two new processes that take equally long. One has all stages of cascades, because stage B reads the
     pairs of stage C.
     """
-    first_part = ["sdxl", "ldm", *tiny_teachers.STAGES]
-    others = (kind for kind in tiny_teachers.UNETS if kind not in ("sd", *first_part))
+    first_part = ["edm", "sdxl", "ldm", *tiny_teachers.STAGES]
+    others = (kind for kind in tiny_teachers.UNETS if kind not in first_part)
     parts = (first_part, [*tiny_teachers.TRANSFORMERS, *others])
     with ThreadPoolExecutor() as pool:
         first, second = pool.map(lambda kinds: fake_cuda(sys.executable, "families", *kinds), parts)
