@@ -6,14 +6,15 @@ and then drops the features, so memory does not grow with the batch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latent_lpips import winograd_2x2, winograd_4x4
 from latent_lpips.vgg import ConvLayer
-from latent_lpips.winograd import FORWARD_CHANNELS, conv3x3, conv3x3_transposed
 
 NORM_EPS = 1e-8
 """Added to the squared norm of a feature vector."""
@@ -121,7 +122,7 @@ def _distance_and_gradient(
         if record.indices is not None:
             gradient = _unpool(gradient, record.indices, record.size)
         if layer.winograd is not None:
-            gradient = conv3x3_transposed(gradient, layer.winograd)
+            gradient = _winograd(layer.winograd).conv3x3_transposed(gradient, layer.winograd)
         else:
             gradient = F.conv_transpose2d(gradient, layer.weight.to(dtype), padding=1)
     return distance, gradient
@@ -161,7 +162,9 @@ def _tap_pairs_by_difference(
     del pred, target
     # Winograd's convolutions begin after the first layer of FORWARD_CHANNELS channels, because errors in
     # early layers harm the gradient most.
-    widest = [k for k, layer in enumerate(layers) if min(layer.weight.shape[:2]) >= FORWARD_CHANNELS]
+    widest = [
+        k for k, layer in enumerate(layers) if min(layer.weight.shape[:2]) >= winograd_2x2.FORWARD_CHANNELS
+    ]
     for k, layer in enumerate(layers[first:], first):
         features, differences, record = _by_difference(layer, features, differences, k not in widest[1:])
         if records is not None:
@@ -195,12 +198,18 @@ def _by_difference(
     return features, (total - features).to(features.dtype), LayerRecord(total.bool(), size, indices)
 
 
-def _convolve(x: Tensor, layer: ConvLayer, bias: Tensor | None, direct: bool) -> Tensor:
+def _convolve(x: Tensor, layer: ConvLayer, bias: Tensor | None, direct: bool = False) -> Tensor:
     """Convolve x [B, C, h, w] and add the bias [K], if any: [B, K, h, w]."""
     if layer.winograd is None or direct:
         return F.conv2d(x, layer.weight, bias, padding=1)
     added = torch.zeros_like(layer.bias) if bias is None else bias
-    return conv3x3(x, layer.winograd, at_least_fp32(added).expand(len(x), -1))
+    result: Tensor = _winograd(layer.winograd).conv3x3(x, layer.winograd, at_least_fp32(added))
+    return result
+
+
+def _winograd(transformed: Tensor) -> ModuleType:
+    """The module that has transformed this weight."""
+    return winograd_2x2 if len(transformed) == winograd_2x2.PRODUCTS else winograd_4x4
 
 
 def _taps(layers: Sequence[ConvLayer], x: Tensor, records: list[LayerRecord] | None = None) -> list[Tensor]:
@@ -208,7 +217,7 @@ def _taps(layers: Sequence[ConvLayer], x: Tensor, records: list[LayerRecord] | N
     x = x.contiguous(memory_format=torch.channels_last)
     taps = []
     for layer in layers:
-        x = F.conv2d(x.to(layer.weight.dtype), layer.weight, layer.bias, padding=1).relu_()
+        x = _convolve(x.to(layer.weight.dtype), layer, layer.bias).relu_()
         size, indices = (x.shape[2], x.shape[3]), None
         if layer.pool:
             x, indices = F.max_pool2d(x, 2, return_indices=True)

@@ -1,6 +1,7 @@
 """VGG16 for latents: torchvision's layout and parameter names without the first three max-pools."""
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 from d2g.core.errors import UserError
 from d2g.core.precision import has_amx, supports_bf16
+from latent_lpips import winograd_2x2, winograd_4x4
 from latent_lpips.config import LPIPSConfig, Precision
-from latent_lpips.winograd import MIN_CHANNELS, transform_weight
 
 MIN_LATENT_SIZE = 4
 """Smallest side of a latent in positions: two poolings must leave at least one."""
@@ -21,12 +22,16 @@ FP32_CONVS = 5
 the error, because it flips ReLUs, and with them gradients, in every later layer."""
 
 
+WINOGRAD: dict[torch.dtype, ModuleType] = {torch.bfloat16: winograd_2x2, torch.float32: winograd_4x4}
+"""Winograd's convolutions on a CPU by the type of a trunk's weights."""
+
+
 class ConvLayer(NamedTuple):
     """A convolution of a trunk without norms, followed by ReLU.
 
     pool: a 2x2 max-pool follows. tap: the distance uses its output. by_difference: convolve the target's
-    features and the differences to them, not two features (latent_lpips/fused.py). winograd: its transformed
-    weight, where that is faster.
+    features and the differences to them, not two features (latent_lpips/fused.py). winograd: its weight,
+    transformed by the module of WINOGRAD, where that is faster.
     """
 
     weight: Tensor
@@ -96,15 +101,11 @@ class VGG16(nn.Module):
         for position, module in enumerate(self.features, start=1):
             if isinstance(module, nn.Conv2d):
                 assert module.bias is not None
-                # Only wide layers in bf16 on a CPU, which are not traced.
-                by_difference = (
-                    module.weight.device.type == "cpu"
-                    and not torch.compiler.is_compiling()
-                    and module.weight.dtype == torch.bfloat16
-                    and _is_wide(module)
-                )
-                winograd = getattr(module, "winograd", None) if by_difference else None
-                layers.append(ConvLayer(module.weight, module.bias, False, False, by_difference, winograd))
+                # Both only on a CPU, and where layers are not traced.
+                on_cpu = module.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+                by_difference = on_cpu and module.weight.dtype == torch.bfloat16 and _is_wide(module)
+                transformed = _transformed_weight(module) if on_cpu else None
+                layers.append(ConvLayer(module.weight, module.bias, False, False, by_difference, transformed))
             # The end of a stage marks the last convolution as a tap.
             if position in self.ends:
                 layers[-1] = layers[-1]._replace(pool=isinstance(module, nn.MaxPool2d), tap=True)
@@ -167,16 +168,26 @@ def fold_batch_norms(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
         assert conv.bias is not None
         conv.bias.copy_(bias)
         conv.to(dtype if position >= FP32_CONVS else torch.float32)
-        # On a CPU without AMX, wide bf16 convolutions take Winograd's fewer multiplications.
-        slow = device.type == "cpu" and not has_amx()
-        if conv.weight.dtype == torch.bfloat16 and slow and _is_wide(conv):
-            conv.register_buffer("winograd", transform_weight(weight), persistent=False)
+        # Wide convolutions on a CPU take Winograd's fewer multiplications, but bf16 ones with AMX, and the
+        # fp32 ones of a bf16 trunk, which are narrow.
+        slow = device.type == "cpu" and not (dtype == torch.bfloat16 and has_amx())
+        if conv.weight.dtype == dtype and slow and _is_wide(conv):
+            conv.register_buffer("winograd", WINOGRAD[dtype].transform_weight(weight), persistent=False)
     result: VGG16 = plain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return result
 
 
 def _is_wide(conv: nn.Conv2d) -> bool:
-    return min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
+    """Whether Winograd's convolutions for its type are faster than direct ones."""
+    channels: int = WINOGRAD[conv.weight.dtype].MIN_CHANNELS
+    return min(conv.in_channels, conv.out_channels) >= channels
+
+
+def _transformed_weight(conv: nn.Conv2d) -> Tensor | None:
+    """Its weight for WINOGRAD, unless there is none, or the trunk changed its type after folding."""
+    weight: Tensor | None = getattr(conv, "winograd", None)
+    module = WINOGRAD.get(conv.weight.dtype)
+    return weight if weight is not None and module and len(weight) == module.PRODUCTS else None
 
 
 def convolution_dtype(precision: Precision, device: torch.device) -> torch.dtype:

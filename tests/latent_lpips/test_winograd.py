@@ -1,12 +1,14 @@
-"""Transposed convolutions by Winograd's minimal filtering against direct ones."""
+"""Convolutions by Winograd's minimal filtering against direct ones."""
+
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latent_lpips import winograd
-from latent_lpips.config import LPIPSConfig
+from latent_lpips import winograd_2x2, winograd_4x4
+from latent_lpips.config import LPIPSConfig, Precision
 from latent_lpips.vgg import VGG16, fold_batch_norms
 
 
@@ -15,36 +17,39 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 7), (4, 40), (1, 2)])
-@pytest.mark.parametrize("tiles", [1, 24, 512])
+@pytest.mark.parametrize("blocks", [1, 24, 512])
+@pytest.mark.parametrize("winograd", [winograd_2x2, winograd_4x4])
 def test_equals_direct_convolution(
-    size: tuple[int, int], tiles: int, monkeypatch: pytest.MonkeyPatch
+    winograd: ModuleType, size: tuple[int, int], blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For even and odd sizes, and however images and rows are divided."""
-    monkeypatch.setattr(winograd, "MAX_TILES", tiles)
-    y, weight = random(3, 6, *size), random(6, 4, 3, 3)
-    result = winograd.conv3x3_transposed(y, winograd.transform_weight(weight, torch.float64))
-    torch.testing.assert_close(result, F.conv_transpose2d(y, weight, padding=1))
-    assert result.is_contiguous(memory_format=torch.channels_last)
+    """Both directions, whatever the size, and however images and rows are divided."""
+    monkeypatch.setattr(winograd, "MAX_BLOCKS", blocks)
+    x, y, weight, bias = random(3, 4, *size), random(3, 6, *size), random(6, 4, 3, 3), random(6)
+    transformed = winograd.transform_weight(weight, torch.float64)
+    forward = winograd.conv3x3(x, transformed, bias)
+    torch.testing.assert_close(forward, F.conv2d(x, weight, bias, padding=1))
+    transposed = winograd.conv3x3_transposed(y, transformed)
+    torch.testing.assert_close(transposed, F.conv_transpose2d(y, weight, padding=1))
+    for result in (forward, transposed):
+        assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (5, 7), (4, 40), (1, 2)])
-@pytest.mark.parametrize("tiles", [1, 24, 512])
-def test_forward_equals_direct_convolution(
-    size: tuple[int, int], tiles: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(winograd, "MAX_TILES", tiles)
-    x, weight, bias = random(3, 4, *size), random(6, 4, 3, 3), random(3, 6)
-    result = winograd.conv3x3(x, winograd.transform_weight(weight, torch.float64), bias)
-    torch.testing.assert_close(result, F.conv2d(x, weight, padding=1) + bias[:, :, None, None])
-    assert result.is_contiguous(memory_format=torch.channels_last)
+def test_error_in_fp32_is_that_of_fp32() -> None:
+    x, weight = random(1, 128, 16, 16).relu().float(), random(128, 128, 3, 3)
+    transformed = winograd_4x4.transform_weight(weight)
+    exact = F.conv2d(x.double(), weight, padding=1)
+    result = winograd_4x4.conv3x3(x, transformed, torch.zeros(128))
+    assert result.dtype == torch.float32 and (result - exact).norm() < 4e-6 * exact.norm()
+    exact = F.conv_transpose2d(x.double(), weight, padding=1)
+    assert (winograd_4x4.conv3x3_transposed(x, transformed) - exact).norm() < 4e-6 * exact.norm()
 
 
 def test_sums_in_fp32_have_a_smaller_error() -> None:
     x, weight = random(1, 64, 16, 16).relu().bfloat16(), random(64, 64, 3, 3)
-    exact, transformed = F.conv2d(x.double(), weight, padding=1), winograd.transform_weight(weight)
+    exact, transformed = F.conv2d(x.double(), weight, padding=1), winograd_2x2.transform_weight(weight)
     errors = []
     for dtype in (torch.float32, torch.bfloat16):
-        result = winograd.conv3x3(x, transformed, torch.zeros(1, 64, dtype=dtype))
+        result = winograd_2x2.conv3x3(x, transformed, torch.zeros(64, dtype=dtype))
         assert result.dtype == torch.bfloat16
         errors.append((result.double() - exact).norm() / exact.norm())
     assert errors[0] < 0.9 * errors[1] and errors[0] < 6e-3
@@ -53,20 +58,37 @@ def test_sums_in_fp32_have_a_smaller_error() -> None:
 def test_error_in_bf16_is_below_one_percent() -> None:
     x, weight = random(1, 64, 16, 16).relu().bfloat16(), random(64, 64, 3, 3)
     exact = F.conv_transpose2d(x.double(), weight, padding=1)
-    result = winograd.conv3x3_transposed(x, winograd.transform_weight(weight))
+    result = winograd_2x2.conv3x3_transposed(x, winograd_2x2.transform_weight(weight))
     assert result.dtype == torch.bfloat16
     assert (result.double() - exact).norm() < 1e-2 * exact.norm()
 
 
 @pytest.mark.parametrize("amx", [False, True])
-def test_only_wide_bf16_convolutions_of_a_cpu_without_amx_take_it(
-    amx: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("width", "precision", "in_bf16", "in_fp32"),
+    [(0.5, "bf16", 5, 0), (0.5, "fp32", 0, 8), (0.25, "bf16", 0, 0), (0.25, "fp32", 0, 5)],
+)
+def test_wide_convolutions_of_a_cpu_take_it(
+    width: float, precision: Precision, in_bf16: int, in_fp32: int, amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Not in bf16 with AMX, and not the first five, in fp32, of a bf16 trunk."""
     capabilities = {"avx512_bf16": True, "amx_bf16": amx}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    for width, precision, wide in ((0.5, "bf16", 5), (0.5, "fp32", 0), (0.25, "bf16", 0)):
-        trunk = fold_batch_norms(VGG16(LPIPSConfig(width=width)), precision)  # type: ignore[arg-type]
-        layers = trunk.layers()
-        assert sum(layer.by_difference for layer in layers) == wide
-        assert sum(layer.winograd is not None for layer in layers) == (0 if amx else wide)
-        assert len(trunk.state_dict()) == 2 * len(layers), "transformed weights are not saved"
+    trunk = fold_batch_norms(VGG16(LPIPSConfig(width=width)), precision)
+    layers = trunk.layers()
+    assert sum(layer.by_difference for layer in layers) == in_bf16
+    assert sum(layer.winograd is not None for layer in layers) == in_fp32 + (0 if amx else in_bf16)
+    assert len(trunk.state_dict()) == 2 * len(layers), "transformed weights are not saved"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_trunk_of_another_type_takes_direct_ones(
+    precision: Precision, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form of transformed weights depends on the type."""
+    capabilities = {"avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    trunk = fold_batch_norms(VGG16(LPIPSConfig(width=0.5)), precision).to(dtype)
+    unchanged = dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert any(layer.winograd is not None for layer in trunk.layers()) == unchanged

@@ -9,18 +9,20 @@ CPUs with AMX the transforms take longer than the multiplications that they save
 
 The rounding error is larger, 0.6 % of the output instead of 0.2 %. It would move distances by more than 1 %
 where the latents are nearly equal, so a forward pass convolves differences of latents apart from the latents
-(latent_lpips/fused.py).
+(latent_lpips/fused.py). Convolutions in fp32 take larger blocks: latent_lpips/winograd_4x4.py.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+PRODUCTS = 16
+"""Transformed values of a filter."""
 MIN_CHANNELS = 256
 """Fewer channels leave too little work per transformed value."""
 FORWARD_CHANNELS = 512
 """Forward passes take direct convolutions below it, and in the first layer that has as many (fused.py)."""
-MAX_TILES = 256
+MAX_BLOCKS = 256
 """Blocks per matrix product: transformed inputs of 512 channels then take 4 MiB, which fit a cache."""
 
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
@@ -38,7 +40,7 @@ def transform_weight(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Ten
 
 
 def conv3x3(x: Tensor, transformed: Tensor, bias: Tensor) -> Tensor:
-    """Return F.conv2d(x, weight, padding=1) + bias of x [B, C, h, w] and bias [B, K]: [B, K, h, w],
+    """Return F.conv2d(x, weight, bias, padding=1) of x [B, C, h, w] and bias [K]: [B, K, h, w],
     channels-last. Products are added in the bias' type, fp32 in a trunk: errors of a forward pass flip
     ReLUs."""
     return _convolve(x, transformed, PLAIN, bias)
@@ -57,15 +59,15 @@ def _convolve(x: Tensor, weights: Tensor, order: tuple[int, ...], bias: Tensor |
     border = (1, 1 + 2 * columns - width, 1, 1 + 2 * rows - height)
     padded = F.pad(x, border).permute(0, 2, 3, 1).contiguous()
     result = x.new_empty(batch, 2 * rows, 2 * columns, weights.shape[2])
-    # As many images, or rows of one image, as have MAX_TILES blocks.
-    images, step = max(1, MAX_TILES // (rows * columns)), max(1, min(rows, MAX_TILES // columns))
+    # As many images, or rows of one image, as have MAX_BLOCKS blocks.
+    images, step = max(1, MAX_BLOCKS // (rows * columns)), max(1, min(rows, MAX_BLOCKS // columns))
     for image in range(0, batch, images):
         for row in range(0, rows, step):
             end = min(row + step, rows)
             tiles = _transform_input(padded[image : image + images, 2 * row : 2 * end + 2], order)
             products = torch.bmm(tiles.view(16, -1, x.shape[1]), weights).view(4, 4, *tiles.shape[2:5], -1)
             part = result[image : image + images, 2 * row : 2 * end]
-            _transform_output(products, part, order, None if bias is None else bias[image : image + images])
+            _transform_output(products, part, order, bias)
     return result[:, :height, :width].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
@@ -93,13 +95,13 @@ def _differences(pairs: Tensor, out: list[Tensor], dim: int) -> None:
 
 
 def _transform_output(products: Tensor, out: Tensor, order: tuple[int, ...], bias: Tensor | None) -> None:
-    """Transform products [4, 4, b, r, c, K] to outputs [b, 2r, 2c, K]; with a bias [b, K], in its type."""
+    """Transform products [4, 4, b, r, c, K] to outputs [b, 2r, 2c, K]; with a bias [K], in its type."""
     products = products if bias is None else products.to(bias.dtype)
     half = torch.stack(_sums([products[k] for k in order]))
     blocks = out.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [b, r, 2, c, 2, K]
     for column, values in enumerate(_sums([half[:, k] for k in order])):
         if bias is not None:
-            values += bias[:, None, None]
+            values += bias
         blocks[:, :, :, :, column].copy_(values.permute(1, 2, 0, 3, 4))
 
 
