@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from d2g.core.errors import UserError
-from d2g.core.precision import has_amx, supports_bf16
+from d2g.core.precision import fp32_products_are_exact, has_amx, supports_bf16
 from latent_lpips import winograd_2x2, winograd_4x4
 from latent_lpips.config import LPIPSConfig, Precision
 
@@ -184,10 +184,13 @@ def _is_wide(conv: nn.Conv2d) -> bool:
 
 
 def _transformed_weight(conv: nn.Conv2d) -> Tensor | None:
-    """Its weight for WINOGRAD, unless there is none, or the trunk changed its type after folding."""
+    """Its weight for WINOGRAD. None if there is none, if the trunk changed its type after folding, or if the
+    user lets fp32 matrix products round their inputs: the transforms would multiply the error."""
     weight: Tensor | None = getattr(conv, "winograd", None)
     module = WINOGRAD.get(conv.weight.dtype)
-    return weight if weight is not None and module and len(weight) == module.PRODUCTS else None
+    if weight is None or module is None or len(weight) != module.PRODUCTS:
+        return None
+    return weight if weight.dtype == torch.bfloat16 or fp32_products_are_exact() else None
 
 
 def convolution_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -92,3 +92,16 @@ def test_a_trunk_of_another_type_takes_direct_ones(
     trunk = fold_batch_norms(VGG16(LPIPSConfig(width=0.5)), precision).to(dtype)
     unchanged = dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     assert any(layer.winograd is not None for layer in trunk.layers()) == unchanged
+
+
+def test_rounded_matrix_products_do_not_serve_convolutions() -> None:
+    """PyTorch's "medium" rounds the inputs of fp32 products to bf16 on some CPUs. Transforms would multiply
+    that error to 3 % of a convolution's output."""
+    trunk = fold_batch_norms(VGG16(LPIPSConfig(width=0.5)))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert all(layer.winograd is None for layer in trunk.layers())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert any(layer.winograd is not None for layer in trunk.layers())
