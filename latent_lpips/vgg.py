@@ -190,7 +190,7 @@ def _transformed_weight(conv: nn.Conv2d) -> Tensor | None:
     module = WINOGRAD.get(conv.weight.dtype)
     if weight is None or module is None or len(weight) != module.PRODUCTS:
         return None
-    return weight if weight.dtype == torch.bfloat16 or fp32_products_are_exact() else None
+    return weight if weight.dtype == torch.bfloat16 or fp32_products_are_exact(weight.device) else None
 
 
 def convolution_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -74,10 +74,13 @@ def exact_fp32(device: torch.device) -> AbstractContextManager[None]:
     return _without_tf32()
 
 
-def fp32_products_are_exact() -> bool:
+def fp32_products_are_exact(device: torch.device) -> bool:
     """Whether matrix products in fp32 are IEEE fp32; torch rounds their inputs where the user allows it."""
-    _accept_older_interface()
-    return torch.get_float32_matmul_precision() == "highest"
+    # What a backend answers holds for both of torch's interfaces; `torch.get_float32_matmul_precision` raises
+    # if the user took the newer one.
+    backends: Any = torch.backends
+    backend = backends.cuda if device.type == "cuda" else backends.mkldnn
+    return backend.matmul.fp32_precision in ("none", "ieee")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class CenteredRows:
     def __init__(self, rows: Tensor, center: Tensor) -> None:
         self.exact, self.center = rows, center
         # If the user allows TF32 or bfloat16 products, float32 gives no bound on rounding.
-        self.dtype = torch.float32 if fp32_products_are_exact() else torch.float64
+        self.dtype = torch.float32 if fp32_products_are_exact(rows.device) else torch.float64
         self.centered = torch.cat([self.center_rows(part, self.dtype) for part in blocks(len(rows), PAIRS)])
         self.norms = self.centered.square().sum(1)
 

@@ -1,12 +1,19 @@
 """d2g.core.precision: TF32 is allowed in bf16 training only, and never in what must be exact."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from d2g.core.precision import exact_fp32, set_exact_fp32, set_training_arithmetic
+from d2g.core.precision import (
+    exact_fp32,
+    fp32_products_are_exact,
+    set_exact_fp32,
+    set_training_arithmetic,
+)
+from forks import fork
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32:UserWarning")
 """torch 2.9 says so at the first look at the interface that the project and inductor use."""
@@ -74,3 +81,28 @@ def test_nothing_changes_on_a_cpu() -> None:
     set_exact_fp32(CPU)
     with exact_fp32(CPU):
         assert (tf32(), torch.backends.cudnn.benchmark) == before
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "",
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    ],
+)
+def test_products_that_a_user_lets_torch_round_are_not_exact(statement: str) -> None:
+    """By both of torch's interfaces, of which a process can use one only."""
+
+    def ask() -> None:
+        exec(statement)
+        assert fp32_products_are_exact(CPU) == (not statement)
+
+    assert os.waitpid(fork(ask), 0)[1] == 0
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_rounded_products_on_a_gpu(precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
+    assert fp32_products_are_exact(CUDA) == (precision == "highest")
+    torch.set_float32_matmul_precision("highest")
