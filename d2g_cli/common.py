@@ -270,8 +270,9 @@ def require_solver_options(teacher: str | None, steps: int | None, guidance: flo
             raise SettingError(f"--{name} is {value} without --teacher, whose solver it is for; leave it out")
     if steps is not None:
         require_range(1, 10_000, steps=steps)
-    if guidance is not None:
-        require_range(guidance=guidance)
+    # Below 1 the teacher would draw less of the prompt, and at 0 nothing of it.
+    if guidance is not None and not 1 <= guidance < math.inf:
+        raise SettingError(f"--guidance is {guidance:g}; expected 1 (no guidance) or more")
 
 
 @contextmanager

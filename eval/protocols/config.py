@@ -182,6 +182,11 @@ class CurveRun:
             raise SettingError(
                 f"a curve over {self.setting} needs its values, say --over {self.setting}=1,2,4"
             )
+        names = [Path(folder).name for folder in self.beside]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise SettingError(
+                f"--beside has two folders named {twice[0]!r}; rename one, both names are in the picture"
+            )
         for value in self.values:
             self.at(value)  # refuse a wrong value before the first one is measured
 

@@ -19,6 +19,7 @@ from eval.protocols.metric import number_labels
 from eval.report.charts import Curve, plot_curve
 from eval.report.html import write_report
 from eval.report.page import fid_clip_curve, metrics_of, report_data
+from eval.runner.result_files import write_result
 from eval.runner.samplers import checkpoints
 from eval.runner.session import EvalSession
 
@@ -102,8 +103,9 @@ def _require_same_protocol(folder: str, before: Mapping[str, Any], facts: Mappin
 def run_every(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:
     """Evaluate all checkpoints of a student's run: the newest one's result, and a row for each checkpoint.
 
-    The rows are under `checkpoints`. With an `out` folder, writes result.json of the newest checkpoint,
-    checkpoints.json, report.html with the numbers over training, and each checkpoint's parts.
+    The rows are under `checkpoints`. With an `out` folder, writes result.json and rows.safetensors of the
+    newest checkpoint, checkpoints.json, report.html with the numbers over training, and each checkpoint's
+    parts.
     """
     if config.latency:
         raise SettingError("--latency is of one student; leave --every out")
@@ -116,7 +118,7 @@ def run_every(config: EvalRun, progress: Progress = quiet) -> dict[str, Any]:
                 write_atomically(Path(config.out), json.dumps(facts, indent=1))
             else:
                 out = Path(config.out)
-                write_atomically(out / "result.json", json.dumps(newest, indent=1))
+                write_result(out, points[-1].evaluation)
                 write_atomically(out / "checkpoints.json", json.dumps(facts, indent=1))
                 _write_report(out, points, "images", _over_training(facts))
         process_group.barrier()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from d2g.core.atomic_files import write_atomically
@@ -32,6 +32,7 @@ from eval.report.gallery import Pictures, beside_nearest
 from eval.report.html import write_report
 from eval.report.page import LazyImages, first_images, report_data
 from eval.result import EvalResult, compare
+from eval.runner.result_files import write_result
 from eval.runner.session import EvalSession
 
 NEAREST = 8
@@ -91,15 +92,12 @@ def _write(
     if out is None:
         return
     # A file gets the numbers alone.
-    text = json.dumps(evaluation.result.to_json(), indent=1)
     if out.endswith(".json"):
-        write_atomically(Path(out), text)
+        write_atomically(Path(out), json.dumps(evaluation.result.to_json(), indent=1))
         return
     # A folder also gets the scores of each image, and the report.
-    folder, rows = Path(out), evaluation.rows
-    write_atomically(folder / "result.json", text)
-    scores = {name: values.contiguous() for name, values in rows.values.items() if values.ndim == 1}
-    write_atomically(folder / "rows.safetensors", save(scores, {"prompts": json.dumps(rows.prompts)}))
+    folder = Path(out)
+    write_result(folder, evaluation)
     nearest = []
     if training_rows is not None:
         nearest.append(_nearest_images(session, source, evaluation, training_rows))

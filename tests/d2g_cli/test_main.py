@@ -146,6 +146,15 @@ def test_version_in_a_new_process() -> None:
         ("pairs plan --price -1 --dry-run", "--price is -1.0; expected 0 or more"),
         ("demo --seed 9223372036854775808", "seed is 9223372036854775808; give an integer from 0 to 2^63"),
         ("sample --prompt a --guidance 0", "guidance is 0.0; expected 1 (no guidance) or more"),
+        (
+            "eval export --for geneval --out x --teacher miniature --guidance 0",
+            "--guidance is 0; expected 1 (no guidance) or more",
+        ),
+        ("serve --teacher miniature --guidance 0.5", "--guidance is 0.5; expected 1 (no guidance) or more"),
+        (
+            "eval curve --student x --out x --over noise_scale=1 --beside a/c --beside b/c",
+            "--beside has two folders named 'c'; rename one, both names are in the picture",
+        ),
         ("pairs stats x --cells 1025", "--cells is 1025; expected 1 to 1024"),
         ("lpips distance a b --teacher x --draws 0", "--draws is 0; expected 1 or more"),
         ("doctor --gpus 0 --preset miniature", "--gpus is 0; expected 1 or more"),

@@ -340,6 +340,9 @@ def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
     assert results["checkpoints"][0]["fid"] != results["checkpoints"][1]["fid"]
     assert "images trained on" in (tmp_path / "out" / "report.html").read_text()
     assert EvalResult.load(tmp_path / "out").fid == results["fid"]
+    # The scores of each image are those of the newest checkpoint, also in a folder of an earlier evaluation.
+    scores = load_file(tmp_path / "out" / "rows.safetensors")["clip_score"]
+    assert scores.mean().item() == pytest.approx(results["clip_score"])
     points = replace(run, every=False, metrics=("fid", "clip"), out=str(tmp_path / "curve"))
     curve = run_curve(CurveRun(run=points, setting="checkpoints", values=(8.0,)))
     assert curve["points"][0]["fid"] == pytest.approx(results["checkpoints"][0]["fid"])
