@@ -85,10 +85,12 @@ def score(run: Path, count: int) -> dict[str, float]:
     return score_sampler(lambda request: one_step_source(str(run), student, request), count)
 
 
-def score_sampler(sampler: Callable[[SamplingRequest], ImageSource], count: int) -> dict[str, float]:
-    """Scores of any sampler: the function makes a source of the images of a request."""
+def score_sampler(
+    sampler: Callable[[SamplingRequest], ImageSource], count: int, seed: int = 0
+) -> dict[str, float]:
+    """Scores of any sampler: the function makes a source of the images of a request. seed: of its noise."""
     references, texts, protocol = _reference(count)
-    source = _drawn(sampler(SamplingRequest(prompts=texts, seed=0, device="cpu")), count)
+    source = _drawn(sampler(SamplingRequest(prompts=texts, seed=seed, device="cpu")), count)
     scores: dict[str, float] = {}
     for network, net in _networks().items():
         # The oracle also measures precision, recall and captions.
