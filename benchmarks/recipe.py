@@ -47,6 +47,9 @@ FIRST = {
     ),
     "e_latent_lpips, 1e-3": ("regression.losses=e_latent_lpips", "optim.lr=1e-3", *SCHEDULE),
     "pseudo_huber": ("regression.losses=pseudo_huber", "optim.lr=1e-3", *SCHEDULE),
+    "pseudo_huber, linear decay": (
+        "regression.losses=pseudo_huber", "optim.lr=1e-3", *SCHEDULE, "optim.decay=linear"
+    ),
     "mse": ("regression.losses=mse", "optim.lr=1e-3", *SCHEDULE),
     "latent_lpips": ("regression.losses=latent_lpips", "optim.lr=5e-4", *SCHEDULE),
     "decoder_features": ("regression.losses=decoder_features", "optim.lr=1e-3", *SCHEDULE),
@@ -72,7 +75,12 @@ SECOND = {
     "gan": GAN,
     **{f"gan, weight {weight}": (*GAN, f"gan.weight={weight}") for weight in ("0.05", "1", "4")},
     "gan, constant rate of D": (*GAN, "gan.optim.decay_images=0"),
+    "gan, low constant rate of D": (*GAN, "gan.optim.lr=3e-5", "gan.optim.decay_images=0"),
     "gan, rate of D to a tenth": (*GAN, "gan.optim.final_lr=3e-5"),
+    **{
+        f"gan, adaptive weight {weight}": (*GAN, "gan.adaptive_weight=true", f"gan.weight={weight}")
+        for weight in ("0.25", "1")
+    },
     "gan, coupled Adam": (*GAN, "optim.name=adam", "gan.optim.name=adam"),
     "gan, output head": (*GAN, "gan.output_head=true"),
     "projected": (*GAN, *PROJECTED, "gan.discriminator=projected"),
