@@ -6,11 +6,11 @@ feature networks.
     python benchmarks/recipe.py sheet --out DIR --arm NAME NAME --seed 0 --file FILE.png    their pictures
 
 Pairs come from `d2g pairs generate --preset miniature`; docs/LOG.md, "Adversarial regression (ADM) as a first
-stage", has the commands of the 49,152 pairs and their prompts. Arms of the second stage start from a first stage of
-the same seed, the one that their name ends with ("gan from pseudo_huber"), which is trained when it is not
-there. They have the losses of the preset's stage 2. "regression alone" and "part d" to "part multiscale" are
-rows of method.md "Ablation of the discriminator", whose last row is "gan". The CLIP that guides comes from
-`python benchmarks/text_phase.py clip`.
+stage", has the commands of the 49,152 pairs and their prompts. Arms of the second stage start from a first
+stage of the same seed, the one that their name ends with ("gan from pseudo_huber"), which is trained when it
+is not there. They have the losses of the preset's stage 2. "regression alone" and "part d" to "part
+multiscale" are rows of method.md "Ablation of the discriminator", whose last row is "gan". The CLIP that
+guides comes from `python benchmarks/text_phase.py clip`.
 """
 
 import argparse
