@@ -52,8 +52,9 @@ def ledger_row(
     history = read_history(student)
     specs, missing = pair_stores(history)
     training, results = history.device_hours, own_results(student, scores)
-    # The pairs are part of the cost where there are some, known or not.
-    makes_pairs = bool(specs or missing)
+    # The pairs are part of the cost where there are some, known or not. An exported student records none.
+    makes_pairs = bool(specs or missing or not history.stages)
+    knows_pairs = bool(history.stages) and not missing
     if makes_pairs and pair_hours is None:
         hours = None
     else:
@@ -66,8 +67,8 @@ def ledger_row(
         **{key: _number(results, key, student) for key in SCORES},
         "protocols": _protocols(results),
         "samples": sum(stage.config.train.images for stage in history.stages) or None,
-        "pairs": sum(spec.num_pairs for spec in specs) if not missing else None,
-        "pair_evaluations": teacher_evaluations(specs) if not missing else None,
+        "pairs": sum(spec.num_pairs for spec in specs) if knows_pairs else None,
+        "pair_evaluations": teacher_evaluations(specs) if knows_pairs else None,
         "device_hours": training,
         "pair_hours": pair_hours if makes_pairs else 0.0,
         "kg_co2": None if hours is None else kg_co2(hours, options),

@@ -24,10 +24,10 @@ the last timestep of an epsilon teacher it is multiplied by 14.6.
 
 
 def check_out(out: Path, student: str, teacher: str, replaced: Iterable[str] = ()) -> None:
-    """Raise UserError if `out` holds a run, the student, the teacher, a pipeline that no export wrote, or
-    without an export one of the entries `replaced`, which this one would replace.
+    """Raise UserError if `out` holds a run, a checkpoint, the student, the teacher, a pipeline that no export
+    wrote, or without an export one of the entries `replaced`, which this one would replace.
     """
-    if files := [name for name in ("config.json", "checkpoints") if (out / name).exists()]:
+    if files := [name for name in ("config.json", "checkpoints", "meta.json") if (out / name).exists()]:
         raise UserError(f"--out {out} holds a run or a model ({', '.join(files)}); choose another --out")
     for role, source in (("student", student), ("teacher", teacher)):
         folder = SHIPPED[source] / role if source in SHIPPED else Path(source)

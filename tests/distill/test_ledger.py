@@ -55,6 +55,7 @@ def test_what_nobody_recorded_is_not_counted(run: Path, tmp_path: Path) -> None:
     rows = ledger_rows([str(run), str(tmp_path / "exported")], [], CardOptions())
     assert rows[0]["device_hours"] > 0 and rows[0]["kg_co2"] is None and rows[0]["pairs_share"] is None
     assert rows[1]["device_hours"] is None and rows[1]["samples"] is None and rows[1]["kg_co2"] is None
+    assert all(rows[1][key] is None for key in ("pairs", "pair_evaluations", "pair_hours"))
     assert "not recorded" in rows[1]["gap"] and rows[1]["parameters"] == rows[0]["parameters"]
 
 

@@ -19,6 +19,7 @@ from distill.config.export import CardOptions, ExportConfig
 from distill.config.student import StudentConfig
 from distill.export.export import export
 from distill.export.output import PARITY_BOUND, check_parity, max_abs_diff
+from distill.student_files import student_folder
 from exported import save_lora_run, save_run
 
 FORMATS = ("safetensors", "diffusers", "lora", "comfyui", "onnx")
@@ -34,7 +35,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("where", ["run", "another run", "teacher", "pipeline", "component"])
+@pytest.mark.parametrize("where", ["run", "another run", "checkpoint", "teacher", "pipeline", "component"])
 def test_an_export_over_a_run_or_its_sources_is_refused(
     where: str, form: Any, run: str, teacher: Path, tmp_path: Path
 ) -> None:
@@ -47,6 +48,7 @@ def test_an_export_over_a_run_or_its_sources_is_refused(
     out, message = {
         "run": (student, r"holds a run or a model \(config.json, checkpoints\)"),
         "another run": (tmp_path / "new", r"holds a run or a model \(checkpoints\)"),
+        "checkpoint": (student_folder(str(student))[0], r"holds a run or a model \(meta.json\)"),
         "teacher": (tmp_path / "other" / ".." / "teacher", "is the teacher itself"),
         "pipeline": (tmp_path / "other", "holds a pipeline that no export wrote"),
         "component": (own / "unet", r"holds a run or a model \(config.json\)"),
