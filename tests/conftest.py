@@ -2,12 +2,14 @@
 
 import atexit
 import os
+import random
 import shutil
 import signal
 import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from zlib import crc32
 
 if sys.dont_write_bytecode:
     # Otherwise every process would compile PyTorch and diffusers again, and take twice as long to start.
@@ -30,10 +32,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests do not download from a model hub
 os.environ["D2G_CACHE"] = tempfile.mkdtemp(prefix="d2g-cache-")  # tests do not use the user's cache
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -105,6 +108,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     counts = Counter(item.path for item in items)
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (places.get(item.path, len(places)), -counts[item.path]))
+
+
+def _seed(name: str) -> None:
+    seed = crc32(name.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    """Seed each fixture by its name: its random numbers do not depend on the tests that ran before."""
+    _seed(fixturedef.argname)
+    return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Seed each test by its name, after its fixtures."""
+    _seed(item.nodeid)
 
 
 @pytest.fixture(scope="session")

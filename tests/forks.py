@@ -28,11 +28,22 @@ def fork(work: Callable[[], object]) -> int:
         os._exit(code)
 
 
+def reserve_port() -> int:
+    """A free port of 127.0.0.1, which no other process gets by chance until this one ends.
+
+    A socket stays bound to it that does not listen: a server with SO_REUSEADDR may listen there all the same.
+    """
+    reservation = socket.socket()
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.bind(("127.0.0.1", 0))
+    port: int = reservation.getsockname()[1]
+    reservation.detach()
+    return port
+
+
 def environments(ranks: int) -> list[dict[str, str]]:
     """The environment variables that torchrun sets for each rank of a group on one machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(reserve_port())
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
     return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "timeout"
         time.sleep(0.01)
@@ -90,8 +90,9 @@ def test_a_folder_of_a_silent_remote_process_is_taken_over_after_a_timeout(
 
 def test_a_remote_process_with_heartbeats_keeps_the_folder(tmp_path: Path) -> None:
     child = start_owner(tmp_path, place="elsewhere", patience=0.8)
+    # The refusal comes with the next heartbeat that this process sees, however late it is.
     with pytest.raises(UserError, match=rf"process {child.pid}, already trains in"):
-        FolderOwner(tmp_path, "trains in", patience=0.8).__enter__()
+        FolderOwner(tmp_path, "trains in", patience=120.0).__enter__()
     child.kill()
     child.join()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import d2g.core.object_store
+from clocks import Clock
 from d2g.core.errors import UserError
 from d2g.core.object_claims import ObjectClaims
 from d2g.core.object_store import MissingObject, ObjectStore
@@ -204,7 +205,7 @@ def claims_of(store: ObjectStore, patience: float = 120.0) -> ObjectClaims:
     return ObjectClaims(store, "claims", "pairs", patience)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -232,23 +233,33 @@ def test_a_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(store: 
         assert claims.take([3]) == 3 and not claims.lost(3)
 
 
-def test_a_silent_claim_of_another_machine_is_taken_over_after_the_patience(store: ObjectStore) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock by which claims are dead. Their heartbeats have the real one."""
+    clock = Clock()
+    monkeypatch.setattr("d2g.core.claims.time", clock)
+    return clock
+
+
+def test_a_silent_claim_of_another_machine_is_taken_over_after_the_patience(
+    store: ObjectStore, clock: Clock
+) -> None:
     write_dead_claim(store, 0)
-    with claims_of(store, 0.6) as claims:
-        start = time.monotonic()
-        while claims.take([0]) is None:
-            assert claims.undecided([0]) == [0]
-            time.sleep(0.02)
-        assert 0.6 <= time.monotonic() - start < 5
+    with claims_of(store, 10.0) as claims:
+        for clock.now in (0.0, 5.0, 9.0):
+            assert claims.take([0]) is None and claims.undecided([0]) == [0]
+        clock.now = 11.0
+        assert claims.take([0]) == 0
 
 
-def test_a_claim_with_heartbeats_is_kept(store: ObjectStore) -> None:
-    with Elsewhere(store, 1.0) as owner, claims_of(store, 1.0) as other:
-        assert owner.take([0]) == 0
-        end = time.monotonic() + 2.5
-        while time.monotonic() < end:
+def test_a_claim_with_heartbeats_is_kept(store: ObjectStore, clock: Clock) -> None:
+    with Elsewhere(store, 0.4) as owner, claims_of(store, 10.0) as other:
+        assert owner.take([0]) == 0 and other.take([0]) is None
+        for _ in range(4):
+            before = store.list("claims")
+            wait_until(lambda before=before: store.list("claims") != before)  # type: ignore[misc]
+            clock.now += 9.0
             assert other.take([0]) is None
-            time.sleep(0.05)
         assert other.undecided([0]) == [], "a live owner is not undecided"
         assert not owner.lost(0)
 
@@ -291,30 +302,35 @@ def test_leaving_without_a_network_logs_the_claims_that_stay(
 
 
 @pytest.mark.parametrize("abandoned", [False, True], ids=["free", "abandoned"])
-def test_jobs_race_for_numbers(abandoned: bool, store: ObjectStore, url: str) -> None:
+def test_jobs_race_for_numbers(abandoned: bool, store: ObjectStore, url: str, clock: Clock) -> None:
     if abandoned:
         for number in range(12):
             write_dead_claim(store, number)
     taken: dict[int, list[int]] = {job: [] for job in range(4)}
-    got: dict[int, list[int]] = {}
-    everybody = threading.Barrier(4)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
+
+    def patience_is_over() -> None:
+        clock.now = 61.0
+
+    everybody = threading.Barrier(4, patience_is_over, timeout=120)
 
     def work(job: int) -> None:
-        with claims_of(ObjectStore(url), 2.0) as claims:
+        with claims_of(ObjectStore(url), 60.0) as claims:
             claims.place = f"machine {job}"
+            # All find the abandoned claims at once, after none of them has increased for so long.
+            if abandoned:
+                assert claims.take(range(12)) is None
+            everybody.wait()
             while len({number for numbers in taken.values() for number in numbers}) < 12:
                 assert time.monotonic() < end, taken
                 if (number := claims.take(range(12))) is not None:
                     taken[job].append(number)
                 time.sleep(0.01)
-            everybody.wait(60)
-            got[job] = [number for number in taken[job] if not claims.lost(number)]
-            everybody.wait(60)
+            everybody.wait()
 
     threads = [threading.Thread(target=work, args=(job,)) for job in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(number for numbers in got.values() for number in numbers) == list(range(12))
+    assert sorted(number for numbers in taken.values() for number in numbers) == list(range(12))

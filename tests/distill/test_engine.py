@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig
 from distill.training.train import train
+from forks import environments
 from jobs import Running, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 from pairgen.generate import generate_pairs
 
@@ -169,13 +169,9 @@ def test_two_ranks_resume_a_run_of_one_rank(config: DistillConfig, plain: Path, 
 
 
 def start_ranks(arguments: list[str], folder: Path) -> list[Running]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     return [
-        Running(arguments, folder / f"rank{r}", {**group, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
+        Running(arguments, folder / f"rank{rank}", environment)
+        for rank, environment in enumerate(environments(2))
     ]
 
 

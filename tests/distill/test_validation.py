@@ -1,7 +1,6 @@
 """distill.training.validation and distill.training.preview: results do not depend on batch size or ranks."""
 
 import math
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from distill.training.validation import (
     sample_across_ranks,
     use_ema_weights,
 )
+from forks import reserve_port
 from jobs import make_pairs
 from latent_lpips.distance import ELatentLPIPS
 from latent_lpips.weights import load_lpips
@@ -142,12 +142,9 @@ def test_ranks_share_the_rows_and_sample_equally_often(
     teacher: Path, reader: PairReader, distance: ELatentLPIPS, tmp_path: Path
 ) -> None:
     """Seven rows on three ranks. With FSDP2 a rank with fewer batches would make the others wait forever."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     torch.multiprocessing.start_processes(
         _measure_on_rank,
-        (port, str(reader.folder), str(teacher), str(tmp_path)),
+        (reserve_port(), str(reader.folder), str(teacher), str(tmp_path)),
         nprocs=3,
         start_method="fork",
     )

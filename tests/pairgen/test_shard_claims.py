@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+import d2g.core.claims
+from clocks import Clock
+from d2g.core.atomic_files import write_atomically
 from pairgen.shard_claims import Claims
 from pairgen.store.spec import write_through_scratch
 from stale import StaleHandles
@@ -40,8 +43,16 @@ def start_process(job: Callable[..., None], *arguments: Any) -> BaseProcess:
     return child
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the claims of this process. Their heartbeats, and processes forked before, have the real one."""
+    clock = Clock()
+    monkeypatch.setattr("d2g.core.claims.time", clock)
+    return clock
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
@@ -106,14 +117,18 @@ def test_an_empty_claim_is_taken_over_after_a_timeout(folder: Path) -> None:
         assert claims.take([0]) == 0
 
 
-def test_a_remote_job_with_heartbeats_keeps_its_shard(folder: Path) -> None:
-    child = start_process(hold_claim, folder, 0, "elsewhere", 0.8)
+def test_a_remote_job_with_heartbeats_keeps_its_shard(folder: Path, request: pytest.FixtureRequest) -> None:
+    child = start_process(hold_claim, folder, 0, "elsewhere", 0.4)
     wait_until((folder / "held").exists)
-    with Claims(folder, patience=0.8) as claims:
-        end = time.monotonic() + 2
-        while time.monotonic() < end:
+    clock: Clock = request.getfixturevalue("clock")
+    path = folder / "claims" / "pairs-00000.json"
+    with Claims(folder, patience=10.0) as claims:
+        assert claims.take([0]) is None
+        for _ in range(4):
+            counter = path.stat().st_mtime_ns
+            wait_until(lambda counter=counter: path.stat().st_mtime_ns > counter)  # type: ignore[misc]
+            clock.now += 9.0
             assert claims.take([0]) is None
-            time.sleep(0.02)
         assert claims.undecided([0]) == [], "a live owner is not undecided"
     child.kill()
     child.join()
@@ -133,16 +148,17 @@ def test_a_suspended_job_notices_the_loss_of_its_shard(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", [0.0, 4102444800.0], ids=["1970", "2100"])
-def test_file_times_have_no_effect(folder: Path, moment: float) -> None:
+def test_file_times_have_no_effect(folder: Path, moment: float, clock: Clock) -> None:
     """Clocks of file server and machine may be wrong: only heartbeats that stop count."""
     path = write_foreign_claim(folder, 0)
-    with Claims(folder, patience=0.6) as claims:
+    with Claims(folder, patience=10.0) as claims:
         assert claims.take([0]) is None
         for beat in range(8):
             os.utime(path, (moment + beat, moment + beat))
-            time.sleep(0.1)
+            clock.now += 9.0
             assert claims.take([0]) is None, "it beats, whatever date its beats bear"
-        wait_until(lambda: claims.take([0]) == 0)
+        clock.now += 11.0
+        assert claims.take([0]) == 0
         for when in (0.0, 4102444800.0):
             os.utime(path, (when, when))
             assert not claims.lost(0)
@@ -150,17 +166,25 @@ def test_file_times_have_no_effect(folder: Path, moment: float) -> None:
 
 def claim_all(folder: Path, shards: int, kind: type[Claims], number: int) -> None:
     """Claim as many shards as possible, record each, and hold them until the other processes finish."""
-    with kind(folder, patience=0.3) as claims:
+
+    def wait_for_all(step: str, content: list[int]) -> None:
+        write_atomically(folder / f"{step}-{number}.json", json.dumps(content))
+        wait_until(lambda: len(list(folder.glob(f"{step}-*.json"))) == 4)
+
+    clock = d2g.core.claims.time = Clock()  # type: ignore[assignment]  # of this process
+    with kind(folder, patience=60.0) as claims:
         claims.place = f"machine {number}"
-        end = time.monotonic() + 1.5
+        # All find the abandoned claims at once, after none of them has increased for so long.
+        assert claims.take(range(shards)) is None
+        wait_for_all("seen", [])
+        clock.now += 61.0
         got = []
-        while time.monotonic() < end:
+        while not all(claims._read(shard).get("place", "").startswith("machine") for shard in range(shards)):
             shard = claims.take(range(shards))
             if shard is not None:
                 got.append(shard)
-        still_held = [shard for shard in got if not claims.lost(shard)]
-        (folder / f"got-{number}.json").write_text(json.dumps(still_held))
-        wait_until(lambda: len(list(folder.glob("got-*.json"))) == 4)
+        wait_for_all("taken", got)
+        wait_for_all("got", [shard for shard in got if not claims.lost(shard)])
 
 
 @pytest.fixture(params=[Claims, Lockless])
