@@ -32,7 +32,7 @@ FLAGS = (
     "--remote-debugging-pipe",
 )
 
-TIMEOUT = 60  # seconds to wait for a message from the browser; a busy machine takes a few
+TIMEOUT = 240  # seconds to wait for a message from the browser; a busy machine takes many
 
 # JavaScript that inspects the page. It loads images with loading="lazy" at once, because nobody scrolls.
 INSPECT = r"""(async () => {

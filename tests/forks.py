@@ -2,10 +2,12 @@
 
 import os
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -46,6 +48,22 @@ def environments(ranks: int) -> list[dict[str, str]]:
     port = str(reserve_port())
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
     return [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is neither gone nor a zombie. Who adopts an orphan may reap it late, or never."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until_ended(pid: int) -> None:
+    """Wait until a process that was killed has ended, which takes as long as a busy machine takes."""
+    end = time.monotonic() + 120
+    while is_running(pid):
+        assert time.monotonic() < end, f"process {pid} still runs"
+        time.sleep(0.02)
 
 
 def on_ranks(ranks: int, work: Callable[[int], object]) -> None:

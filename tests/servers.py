@@ -67,7 +67,7 @@ class PlainFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
     def _request(self, path: str, headers: dict[str, str]) -> bytes:
         parts = urlsplit(path)
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120)
         try:
             connection.request("GET", parts.path, headers=headers)
             answer = connection.getresponse()

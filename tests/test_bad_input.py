@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
-from d2g.core.distributed import sharded_checkpoint
+from d2g.core.distributed import process_group, sharded_checkpoint
 from d2g.core.distributed.checkpoint import open_checkpoint
-from d2g.core.distributed.process_group import GRACE
 from d2g.core.shuffle import permuted_batch
 from d2g.core.tracking.run_directory import read_stats
 from distill.training.train import train
@@ -504,12 +504,17 @@ def test_unknown_settings_are_refused(teacher: Path, job: Path, tmp_path: Path, 
 
 
 @pytest.fixture
-def torchrun() -> Iterator[dict[str, str]]:
-    """A TCPStore like torchrun's, and the environment variables that point to it."""
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A TCPStore like torchrun's, and the environment variables that point to it.
+
+    A rank waits for the error of rank 0 for as long as a busy machine may need to start it.
+    """
+    monkeypatch.setattr(process_group, "GRACE", GRACE)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
 
 
+GRACE = timedelta(seconds=100)
 INVALID_COMMAND = ["distill", "ode", "--set", "optim.lr=Infinity"]
 
 
@@ -553,8 +558,9 @@ def test_a_usage_error_of_rank_1_only_is_printed(torchrun: dict[str, str], log: 
 
 
 def test_an_error_of_all_ranks_after_init_is_printed_by_rank_0_only(
-    teacher: Path, tmp_path: Path, torchrun: dict[str, str], log: Path
+    teacher: Path, tmp_path: Path, torchrun: dict[str, str], log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(process_group, "GRACE_IN_STEP", GRACE)
     arguments = distill_arguments(distill_config(teacher, tmp_path / "none"), tmp_path / "run")
     first, second = d2g_ranks(arguments, log, environment=torchrun)
     # Gloo of torch 2.9 writes lines of its own.
@@ -592,7 +598,7 @@ def test_a_file_missing_on_one_rank_is_reported_at_once_and_first(
     ended = second.wait()
     assert time.monotonic() - start < GRACE.total_seconds() and str(missing) in ended.error
     assert "is gone (process 0 lost it); its own message says why" in first.wait().error and ended.code == 1
-    assert second.err.stat().st_mtime_ns < first.err.stat().st_mtime_ns
+    assert second.err.stat().st_mtime_ns <= first.err.stat().st_mtime_ns
 
 
 def catches_sigterm(running: Running) -> bool:
@@ -614,7 +620,6 @@ def test_an_error_of_one_rank_only_is_printed(torchrun: dict[str, str], log: Pat
     assert d2g(INVALID_COMMAND, log, environment={**environments(2)[0], **torchrun, **again}).code == 2
     second = start_rank_1(INVALID_COMMAND, log / "again", {**torchrun, "TORCHELASTIC_RESTART_COUNT": "2"})
     second.wait_for(lambda: catches_sigterm(second))
-    time.sleep(0.2)
     second.send(signal.SIGTERM)
     start = time.monotonic()
     ended = second.wait()

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from threading import Timer
+from threading import Thread
 from weakref import ref
 
 import pytest
@@ -21,6 +21,7 @@ from d2g.diffusion.pretrained import SHIPPED
 from distill.config.presets import TABLE_A1
 from distill.config.regression import RegressionConfig
 from distill.config.run import DistillConfig
+from forks import wait_until_ended
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,31 +119,39 @@ def test_the_batch_of_a_step_fits_by_its_forecast(alone: float, row: float, rows
 @pytest.mark.parametrize("ended_by", ["its time", "SIGTERM"])
 def test_a_stopped_item_ends_with_all_its_processes(ended_by: str, tmp_path: Path) -> None:
     """Otherwise they would keep the GPU's memory from what runs after it."""
-    script = tmp_path / "item.py"
+    script, started = tmp_path / "item.py", tmp_path / "child"
     script.write_text(
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
-        "time.sleep(60)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(started)!r}, 'w').write(f'{{child.pid}}\\n')\n"
+        "time.sleep(600)\n"
     )
     command, log = [sys.executable, str(script)], tmp_path / "log"
+
+    def has_started() -> bool:
+        return started.exists() and started.read_text().endswith("\n")
+
+    def stop_after_the_start() -> None:
+        for _ in range(5_000):
+            if has_started():
+                return os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.02)
+
     if ended_by == "its time":
-        assert gpu.run_process_group(command, log, 2.0) is None
+        # A busy machine may take longer to start it.
+        for seconds in (1.0, 10.0, 100.0):
+            if not has_started():
+                assert gpu.run_process_group(command, log, seconds) is None
     else:
         before = signal.getsignal(signal.SIGTERM)
         gpu.exit_on_sigterm()
-        Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        Thread(target=stop_after_the_start, daemon=True).start()
         try:
             with pytest.raises(SystemExit, match="143"):
-                gpu.run_process_group(command, log, 60.0)
+                gpu.run_process_group(command, log, 300.0)
         finally:
             signal.signal(signal.SIGTERM, before)
-    # A killed process ends when a busy machine gets to it.
-    child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
-    deadline = time.monotonic() + 30
-    while runs(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not runs(child)
+    wait_until_ended(int(started.read_text()))
 
 
 def test_a_battery_that_was_stopped_keeps_the_rows_of_its_item(
@@ -170,14 +179,6 @@ def test_a_battery_that_was_stopped_keeps_the_rows_of_its_item(
     # The same folder does not take results of full sizes.
     with pytest.raises(SystemExit, match="has results of cpu, tiny sizes, this is cpu; give another --out"):
         gpu.main(["--out", str(tmp_path)], items)
-
-
-def runs(stat: Path) -> bool:
-    """Whether a process is alive, by its /proc/PID/stat: neither gone nor a zombie."""
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_on_disk(arguments: list[str], disk: Path, kib: int, log: Path) -> Ended:
     """Run a command while `disk` is a disk of `kib` KiB."""
-    return Running(arguments, log, disks={disk: kib << 10}).wait(seconds=120)
+    return Running(arguments, log, disks={disk: kib << 10}).wait()
 
 
 def check(ended: Ended, kib: int) -> None:
@@ -96,7 +96,7 @@ def test_a_small_shared_memory_ends_a_run_with_one_line(
     """Loader processes pass batches through /dev/shm."""
     config = distill_config(teacher, pairs, "train.loader_workers=2")
     arguments = distill_arguments(config, tmp_path / "run")
-    ended = Running(arguments, tmp_path / "log", disks={Path("/dev/shm"): kib << 10}).wait(seconds=120)
+    ended = Running(arguments, tmp_path / "log", disks={Path("/dev/shm"): kib << 10}).wait()
     assert ended.code in (0, 1), ended
     if kib == 4:
         assert ended.code == 1 and "loader process" in ended.error and "/dev/shm" in ended.error

@@ -17,7 +17,7 @@ from d2g.core.distributed.process_count import (
     saved_process_count,
 )
 from d2g.core.errors import UserError
-from forks import fork
+from forks import fork, wait_until_ended
 
 
 @pytest.mark.parametrize(
@@ -45,20 +45,39 @@ def test_processes_are_taken_if_they_compute_more(
     assert words in measurement.line() and measurement.line().endswith("--processes chooses")
 
 
-def test_processes_of_one_core_share_it() -> None:
-    """Processes that were not timed at once would seem to do twice as much. Other programs may use the core:
-    then two processes get a larger share of it than one.
-    """
-    if not hasattr(os, "sched_setaffinity"):
-        pytest.skip("this system has no affinities")
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        measurements = [measure_processes(2, 0.2) for _ in range(2)]
-    finally:
-        os.sched_setaffinity(0, cores)
-    assert all(min(one.alone, *one.together) > 0 for one in measurements)
-    assert min(one.gain for one in measurements) < 1.7
+def test_the_rates_are_those_of_real_products() -> None:
+    measurement = measure_processes(2, 0.1)
+    assert len(measurement.together) == 2 and min(measurement.alone, *measurement.together) > 0
+
+
+MEETING = """
+import os, sys, time
+from pathlib import Path
+folder = Path({folder!r})
+print("ready", flush=True)
+for seconds in sys.stdin:
+    if not (folder / "alone").exists():
+        assert len(list((folder / "asked").iterdir())) == 0
+        (folder / "alone").write_text(seconds)
+        print(100, flush=True)
+        continue
+    (folder / "asked" / str(os.getpid())).touch()
+    end = time.monotonic() + 120
+    while len(list((folder / "asked").iterdir())) < 3:
+        assert time.monotonic() < end, "the others are not asked"
+        time.sleep(0.01)
+    print(50, flush=True)
+"""
+
+
+def test_processes_are_timed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise those of one core would not share it. Here none answers before all are asked."""
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "work.py").write_text(MEETING.format(folder=str(tmp_path)))
+    monkeypatch.setattr(timed_products, "__file__", str(tmp_path / "work.py"))
+    measurement = measure_processes(3, 0.25)
+    assert measurement == Measurement(alone=100, together=[50, 50, 50])
+    assert (tmp_path / "alone").read_text() == "0.25\n"
 
 
 def test_a_worker_that_cannot_start_is_an_error_with_its_last_line(
@@ -88,10 +107,7 @@ def test_ctrl_c_ends_the_workers_at_once() -> None:
     os.killpg(parent, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == 0 and len(workers) == 2
     for worker in workers:
-        ended = time.monotonic() + 5  # an orphan is reaped by another process, a moment later
-        while Path(f"/proc/{worker}").exists() and time.monotonic() < ended:
-            time.sleep(0.02)
-        assert not Path(f"/proc/{worker}").exists()
+        wait_until_ended(int(worker))
 
 
 def test_the_work_is_counted_per_second() -> None:

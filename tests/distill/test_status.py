@@ -108,18 +108,18 @@ def test_once_and_png_options(run: Path, tmp_path: Path, capfd: pytest.CaptureFi
 def test_a_live_view_follows_the_run_to_its_end(run: Path, tmp_path: Path) -> None:
     log = RunLog(run, json.loads((run / "config.json").read_text()))
     running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
-    running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)
+    running.wait_for(lambda: "40 of 100" in running.out.read_text())
     log.write(70, LINE)
     log.write(100, LINE)
-    ended = running.wait(30)
+    ended = running.wait()
     assert ended.code == 0 and "100 of 100 images, finished" in ended.stdout
 
 
 def test_ctrl_c_ends_the_view_without_an_error(run: Path, tmp_path: Path) -> None:
     running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
-    running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)
+    running.wait_for(lambda: "40 of 100" in running.out.read_text())
     running.send(signal.SIGINT)
-    ended = running.wait(30)
+    ended = running.wait()
     assert ended.code == 0 and "error" not in ended.stderr
 
 
@@ -199,9 +199,9 @@ def test_a_clock_that_was_set_back_is_no_silence(run: Path, capfd: pytest.Captur
 
 def test_a_live_view_exits_when_the_run_fails(run: Path, tmp_path: Path) -> None:
     running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
-    running.wait_for(lambda: "40 of 100" in running.out.read_text(), 30)
+    running.wait_for(lambda: "40 of 100" in running.out.read_text())
     RunLog(run, json.loads((run / "config.json").read_text())).end("failed", "loss/g is nan at image 40")
-    ended = running.wait(30)
+    ended = running.wait()
     expected = " ".join(ended.stdout.split())
     assert ended.code == 0 and "40.0%, it failed" in expected and "loss/g is nan" in expected
 

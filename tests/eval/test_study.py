@@ -209,7 +209,7 @@ def test_the_server_refuses_what_no_page_sends(models: Contestants, tmp_path: Pa
             data = None if body is None else json.dumps(body).encode()
             request = urllib.request.Request(address + path, data, {"Content-Type": kind})
             try:
-                with urllib.request.urlopen(request, timeout=10) as response:
+                with urllib.request.urlopen(request, timeout=120) as response:
                     return int(response.status)
             except urllib.error.HTTPError as error:
                 error.close()

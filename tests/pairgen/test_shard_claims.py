@@ -45,7 +45,7 @@ def start_process(job: Callable[..., None], *arguments: Any) -> BaseProcess:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of the claims of this process. Their heartbeats, and processes forked before, have the real one."""
+    """The clock by which claims are dead here. Heartbeats, and processes forked before, have the real one."""
     clock = Clock()
     monkeypatch.setattr("d2g.core.claims.time", clock)
     return clock

@@ -4,8 +4,10 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from threading import Semaphore
 
 import h5py
 import pytest
@@ -393,18 +395,27 @@ def test_a_store_that_cannot_be_repaired_is_reported(store: Path) -> None:
         repair_store(store)
 
 
-def test_threads_keep_order_and_stop_at_an_error() -> None:
-    started = list[int]()
+def test_threads_keep_order_and_stop_at_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, dropped, cancel = list[int](), Semaphore(0), Future.cancel
+
+    def cancel_and_tell(future: Future[int]) -> bool:
+        cancelled = cancel(future)
+        dropped.release()
+        return cancelled
 
     def call(number: int) -> int:
         started.append(number)
-        time.sleep(0.5 if number > 20 else 0.001 * (number % 3))
+        # What starts beside the error ends after the caller has dropped the two calls behind it.
+        for _ in range(2 if number > 20 else 0):
+            dropped.acquire(timeout=60)
+        time.sleep(0.001 * (number % 3))
         if number == 20:
             raise ValueError("twenty")
         return number * number
 
     assert list(in_threads(call, range(20), 3)) == [n * n for n in range(20)]
     started.clear()
+    monkeypatch.setattr(Future, "cancel", cancel_and_tell)
     with pytest.raises(ValueError, match="twenty"):
         list(in_threads(call, range(10_000), 1))
     assert started in ([*range(21)], [*range(22)])  # item 22 was still queued and is dropped
