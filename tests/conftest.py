@@ -42,6 +42,7 @@ import torch
 
 import tiny
 from fork_server import ForkServer
+from forks import forget_logged_lines
 
 atexit.register(shutil.rmtree, os.environ["D2G_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # in case a pytest plugin imported torch before this file
@@ -124,6 +125,12 @@ def pytest_fixture_setup(
     """Seed each fixture by its name: its random numbers do not depend on the tests that ran before."""
     _seed(fixturedef.argname)
     return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a test logs does not depend on the tests that ran before."""
+    forget_logged_lines()
 
 
 @pytest.hookimpl(tryfirst=True)

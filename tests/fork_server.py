@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from forks import fork
+from forks import forget_logged_lines, fork
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 SIZE = 8
@@ -174,6 +174,7 @@ def _become(request: dict[str, Any], files: list[int]) -> NoReturn:
         warnings.resetwarnings()
         warnings.simplefilter("ignore")
         random.seed()
+        forget_logged_lines()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         from d2g_cli.common import reporter
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from d2g.core import logs
+
 
 def fork(work: Callable[[], object]) -> int:
     """Run `work()` in a forked process and return the process id. Exit code: 0 if `work` returns, else 1."""
@@ -28,6 +30,11 @@ def fork(work: Callable[[], object]) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def forget_logged_lines() -> None:
+    """Lines that a process logs once are logged again, as in a process that has just started."""
+    logs._once_keys.clear()
 
 
 def reserve_port() -> int:

@@ -23,7 +23,7 @@ from d2g_cli import main as cli
 from d2g_cli.common import reporter
 from distill.config.run import DistillConfig, TrainConfig
 from eval.networks.registry import new_clip, save_clip
-from forks import environments
+from forks import environments, forget_logged_lines
 from pairgen.generate import generate_pairs
 
 BATCH = 4
@@ -205,6 +205,7 @@ class Running:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.environ.update(environment)
             torch.set_num_threads(1)  # OpenMP's pool does not survive a fork
+            forget_logged_lines()
             reporter.__init__()  # type: ignore[misc]  # a new reporter: the progress bars of the old one belong to the parent
             if disks:
                 _mount_disks(disks)

@@ -47,7 +47,7 @@ def test_gpus_that_torch_cannot_use_are_a_problem(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As with a driver older than the CUDA of this build of torch: everything would run on the CPU."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)  # a number of its own: lines are logged once
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
     (problem,) = [p for p in inspect_machine()["problems"] if "GPU" in p]
     assert "7 NVIDIA GPUs" in problem and "driver" in problem
     with caplog.at_level("WARNING", "d2g"):
