@@ -1,6 +1,7 @@
 """eval.runner.run, session and curves: evaluations of tiny models, resuming, several processes, curves."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from distill.config.student import StudentConfig
 from distill.export.export import export_student
 from distill.student_files import guiding_clip
 from eval.measure.reference import Reference
+from eval.measure.rows import MeasuredRows, save_part
 from eval.networks.registry import load_clip
 from eval.protocols.config import CurveRun, EvalRun
 from eval.protocols.protocol import PROTOCOLS
@@ -32,7 +34,7 @@ from eval.runner.samplers import SamplingRequest, student_source
 from eval.runner.session import EvalSession, read_list
 from eval_jobs import config
 from exported import save_run
-from jobs import Running, d2g, d2g_ranks
+from jobs import d2g, d2g_ranks
 
 
 def arguments(job: Path, teacher: Path, **options: Any) -> list[str]:
@@ -81,16 +83,23 @@ def test_the_files_of_an_out_folder(job: Path, tmp_path: Path) -> None:
     assert json.loads(single.read_text()) == again == result and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_numbers(
+    job: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL when one part is written, again when two are written; the third start finishes."""
     uninterrupted = d2g(arguments(job, teacher), tmp_path / "uninterrupted").json
     out = tmp_path / "out"
+
+    def save_and_die(path: Path, part: MeasuredRows) -> None:
+        save_part(path, part)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     for parts in (1, 2):
-        running = Running(arguments(job, teacher, out=out), tmp_path / f"killed{parts}")
-        running.wait_for(lambda parts=parts: len(list((out / "work" / "parts").glob("0*"))) >= parts)  # type: ignore[misc]
-        running.send(signal.SIGKILL)
-        assert running.wait().code == -signal.SIGKILL
-        assert not (out / "result.json").exists()
+        with monkeypatch.context() as patch:
+            patch.setattr("eval.measure.measure.save_part", save_and_die)
+            killed = d2g(arguments(job, teacher, out=out), tmp_path / f"killed{parts}")
+        assert killed.code == -signal.SIGKILL and not (out / "result.json").exists()
+        assert len(list((out / "work" / "parts").glob("0*"))) == parts
     ended = d2g(arguments(job, teacher, out=out), tmp_path / "end")
     assert ended.code == 0, ended.stderr
     assert numbers(ended.json) == numbers(uninterrupted), "bit for bit"
