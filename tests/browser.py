@@ -34,6 +34,9 @@ FLAGS = (
 
 TIMEOUT = 240  # seconds to wait for a message from the browser; a busy machine takes many
 
+# JavaScript that waits until the page and its images have loaded.
+LOADED = "document.readyState === 'complete' || new Promise(done => { window.onload = () => done(true); })"
+
 # JavaScript that inspects the page. It loads images with loading="lazy" at once, because nobody scrolls.
 INSPECT = r"""(async () => {
   const images = [...document.images];
@@ -132,6 +135,8 @@ class Browser:
         self.call("Page.navigate", url=address)
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._read_message()
+        # A slow browser reports late that the page before this one was loaded.
+        self.evaluate(LOADED)
         layout = self.evaluate(INSPECT)
         return PageState(
             title=layout["title"],

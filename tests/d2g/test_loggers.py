@@ -82,8 +82,13 @@ def test_wandb_stores_the_reports_and_a_restart_continues_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    messages = []
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")  # seconds in which its writer process must start
+    messages: list[tuple[str, list[dict[str, float]]]] = []
+    files: list[Path] = []
     for number, config in enumerate((CONFIG, {**CONFIG, "length": {"images": 200}}, {**CONFIG, "seed": 2})):
+        # The folder of a run is named by the second in which it starts.
+        while files and f"-run-{time.strftime('%Y%m%d_%H%M%S')}-" in files[-1].parent.name:
+            time.sleep(0.05)
         logger = WandB(tmp_path, config, 0)
         logger.write(10 + number, {"loss/g": 0.5})
         logger.picture(10 + number, "pairs", torch.zeros(3, 8, 8, dtype=torch.uint8))
