@@ -3,9 +3,11 @@
 import os
 import random
 import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,20 +183,33 @@ def test_merge_refuses_a_shard_without_its_quarantine_record(tmp_path: Path) -> 
         merge_stores([few], tmp_path / "out")
 
 
-def test_a_killed_merge_is_finished_by_the_same_command(tmp_path: Path) -> None:
+def test_a_killed_merge_is_finished_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = replace(SPEC, num_pairs=96)
     unmerged = make_store(tmp_path / "all", spec, bad=(3, 70), shards=tuple(range(12)))
     few = make_store(tmp_path / "few", spec, bad=(3, 50, 70), shards=(0, 3, 6, 8, 9))
     words = ["pairs", "merge", str(few), str(unmerged), "--out", str(tmp_path / "out"), "--json"]
-    moments, unfinished = random.Random(4), 0
+    moments, replace_file, calls = random.Random(4), os.replace, 0
+
+    def die_before_the_fifth(*arguments: Any, **settings: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die_before_the_fifth)
+        assert d2g(words, tmp_path / "log").code == -signal.SIGKILL
+    assert 0 < len(list((tmp_path / "out" / "shards").iterdir())) < 12
+    # The same at any time; a quick merge may have ended before.
     for _ in range(5):
         running = Running(words, tmp_path / "log")
         time.sleep(moments.uniform(0.02, 0.15))
-        running.send(9)
-        unfinished += running.wait().code == -9
-        if (tmp_path / "out" / "store.json").exists():
-            assert verify_store(tmp_path / "out").bad_shards == []
-    assert unfinished > 0
+        running.send(signal.SIGKILL)
+        running.wait()
+        assert verify_store(tmp_path / "out").bad_shards == []
     ended = d2g(words, tmp_path / "log")
     assert ended.code == 0 and ended.json["pairs"] == 94, ended.stderr
     scratch = {name for name in file_contents(tmp_path / "out") if name.startswith("partial")}
