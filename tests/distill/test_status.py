@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from clocks import Clock
 from d2g.core.errors import UserError
 from d2g.core.tracking.run_directory import RunLog, read_stats
 from d2g_cli import main as cli
@@ -213,7 +214,7 @@ def test_a_damaged_ended_json_is_reported(run: Path, capfd: pytest.CaptureFixtur
 
 
 def test_a_run_without_new_reports_is_reported_as_silent(
-    run: Path, capfd: pytest.CaptureFixture[str]
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A killed run writes no ended.json. After reports every 0.5 s, ten minutes without one are silence."""
     last = (run / "stats.jsonl").stat().st_mtime
@@ -222,8 +223,9 @@ def test_a_run_without_new_reports_is_reported_as_silent(
     assert read_status(run, now=last + 590).seconds_left == 3
     status = read_status(run, now=last + 14 * 60)
     assert status.silent_minutes == 14 and status.seconds_left is None and not status.over
-    for file in ("stats.jsonl", "config.json"):
-        os.utime(run / file, (last - 1000, last - 1000))
+    clock = Clock()
+    clock.now = last + 1000
+    monkeypatch.setattr("distill.monitoring.status.time", clock)
     code, out, _ = watch(capfd, run, "--once")
     out = " ".join(out.split())
     assert code == 0 and "40.0%, no report for 16 minutes" in out and "left" not in out
