@@ -11,7 +11,7 @@ from torch import Tensor
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
-from d2g.diffusion.conditioning import Conditioner, Conditioning
+from d2g.diffusion.conditioning import Conditioner, Conditioning, require_list
 from d2g.diffusion.families.registry import FAMILIES
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.pipelines import family_of
@@ -127,6 +127,7 @@ class OneStepSampler:
 
         Image i uses the noise of (seed, start + i), whatever the batch size.
         """
+        require_list(prompts)
         for begin in range(0, len(prompts), batch_size):
             batch = list(prompts[begin : begin + batch_size])
             numbers = range(start + begin, start + begin + len(batch))

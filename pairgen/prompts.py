@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
 from d2g.core.json_files import parse_json
+from d2g.core.logs import log_once
 from d2g.core.machine_errors import raise_machine_error
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from pairgen.store.spec import write_through_scratch, writing
@@ -133,10 +134,21 @@ def read_prompts(path: Path, column: str | None = None) -> PromptList:
     missing, empty, not UTF-8, without a prompt column, damaged or of another kind.
     """
     path = Path(path)
-    texts = (prompt_text(path, cell) for cell in prompt_cells(path, column))
-    prompts = distinct(text for text in texts if text)
+    read = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal read
+        for cell in prompt_cells(path, column):
+            if text := prompt_text(path, cell):
+                read += 1
+                yield text
+
+    prompts = distinct(texts())
     if not prompts:
         raise UserError(f"{path} holds no prompts, expected at least one; check --prompts")
+    # A prompt's number is then not that of its line.
+    if repeats := read - len(prompts):
+        log_once(f"{path}: left out {repeats:,} of {read:,} prompts, which repeat earlier ones")
     return prompts
 
 

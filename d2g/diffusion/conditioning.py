@@ -122,6 +122,11 @@ class Conditioning:
 torch.export.register_dataclass(Conditioning)
 
 
+def require_list(prompts: Sequence[str]) -> None:
+    """Assert that prompts are no string, whose characters would be taken for prompts."""
+    assert not isinstance(prompts, str), f"prompts is the string {prompts[:40]!r}; give a list of prompts"
+
+
 class Conditioner(nn.Module):
     """Computes the conditioning of prompts for one teacher.
 

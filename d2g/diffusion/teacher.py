@@ -11,7 +11,7 @@ from d2g.core.errors import SettingError, UserError, first_line
 from d2g.core.machine_errors import raise_machine_error
 from d2g.core.transfer import to_device
 from d2g.diffusion import pretrained
-from d2g.diffusion.conditioning import Conditioner, Conditioning, ConditioningKind
+from d2g.diffusion.conditioning import Conditioner, Conditioning, ConditioningKind, require_list
 from d2g.diffusion.edm import EDMSchedule
 from d2g.diffusion.families.base import EMBEDDED, SCHEDULE_NAMES, Family, Pipeline
 from d2g.diffusion.latents import LatentSpace, latent_space
@@ -111,6 +111,7 @@ class Teacher:
 
         Text is encoded on the encoders' device. Raises UserError for prompts that this teacher cannot take.
         """
+        require_list(prompts)
         return self.conditioner.encode(prompts, null=True).to(self.device)
 
     def denoiser(self, cond: Conditioning, guidance: float, guidance_rescale: float = 0.0) -> Denoise:

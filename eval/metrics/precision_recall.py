@@ -29,7 +29,7 @@ def precision_recall(real: Tensor, fake: Tensor, *, k: int, chunk: int = 2048) -
     `real` [N, D], `fake` [M, D]. The ball around a row reaches to its k-th nearest neighbor in its own set,
     the row itself not counted. Precision is the share of fake rows inside some real ball, recall the share of
     real rows inside some fake ball. Needs O(chunk^2) memory beside the rows. Raises UserError unless both
-    sets have more than k rows.
+    sets have more than k rows, and for rows that are not finite.
 
     >>> import torch
     >>> real = torch.arange(10.0)[:, None]
@@ -50,6 +50,12 @@ def precision_recalls(
             f"precision and recall with k = {largest} need more than {largest} images, "
             f"got {len(real)} and {len(fake)}"
         )
+    for side, features in (("real", real), ("generated", fake)):
+        if len(broken := (~features.isfinite()).any(1).nonzero()):
+            raise UserError(
+                f"row {int(broken[0])} of the {side} features is not finite; look for a broken image or "
+                "broken weights"
+            )
     # Squared radii of the balls of both sets, each set centered around its own mean.
     center = real.double().mean(0)
     real_rows = CenteredRows(real, center)

@@ -36,6 +36,13 @@ def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "ode"
 
 
+def test_a_string_is_no_list_of_prompts(run: Path, teacher: Path) -> None:
+    """Its characters would be the prompts."""
+    for call in (load_student(str(run)), load_teacher(str(teacher)).encode):
+        with pytest.raises(AssertionError, match="prompts is the string 'a bear'; give a list of prompts"):
+            call("a bear")
+
+
 def test_an_image_depends_on_seed_and_index_only(run: Path) -> None:
     one = load_student(str(run))
 

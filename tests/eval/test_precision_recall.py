@@ -164,6 +164,16 @@ def test_memory_grows_with_the_chunk_not_with_n_squared() -> None:
     assert 0 < largest < 2000 * 2000 // 8, "less than one bit per pair"
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(value: float) -> None:
+    """No ball holds such a row: every share would be too low."""
+    rows, broken = torch.eye(8), torch.eye(8)
+    broken[3, 2] = value
+    for real, fake, side in ((broken, rows, "real"), (rows, broken, "generated")):
+        with pytest.raises(UserError, match=f"row 3 of the {side} features is not finite"):
+            precision_recall(real, fake, k=3)
+
+
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(UserError, match="k = 3 need more than 3 images, got 3 and 9"):
         precision_recall(points(3, 0), points(9, 1), k=3)

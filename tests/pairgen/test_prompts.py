@@ -64,6 +64,14 @@ def test_blank_lines_spaces_and_duplicates_are_removed_in_order(tmp_path: Path) 
     assert read_prompts(path) == ["b", "a", "c\u2028d", "A"]
 
 
+def test_prompts_that_repeat_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Else the numbers of images are not those of lines, and nobody knows why."""
+    (tmp_path / "twice.txt").write_text("a\n\nb\n a\na\n")
+    with caplog.at_level("INFO", "d2g"):
+        assert read_prompts(tmp_path / "twice.txt") == ["a", "b"]
+    assert "twice.txt: left out 2 of 4 prompts, which repeat earlier ones" in caplog.text
+
+
 def test_null_cells_are_blank(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"prompt": ["a", None, "b"]}), tmp_path / "p.parquet")
     assert read_prompts(tmp_path / "p.parquet") == ["a", "b"]
