@@ -22,6 +22,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from distill.models.generator_student import GeneratorStudent
 from distill.sampling import OneStepSampler, load_student, with_prior, with_psi
+from distill.saved_samples import log_earlier_samples
 from distill.student_files import student_folder
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.weights import load_lpips
@@ -208,6 +209,7 @@ def save_walk(
     # Write frames, strip and animations.
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         save_png(image, out / f"{number:05d}.png", {"label": label})
+    log_earlier_samples(out, len(images))
     save_png(
         captioned_grid(images, labels, f"{Path(name).name}, one step", STRIP_COLUMNS), out / "strip.png", {}
     )
@@ -256,6 +258,7 @@ def save_edits(
         progress("edit", len(images), columns * len(seeds))
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         save_png(image, out / f"{number:05d}.png", {"label": label})
+    log_earlier_samples(out, len(images))
     heading = f"{Path(name).name}, one step: {prompt} (0) to {target} (1)"
     save_png(captioned_grid(torch.stack(images), labels, heading, columns), out / "edit.png", {})
     return {"out": str(out), "images": len(images)}
@@ -393,6 +396,7 @@ def save_mix(
     # Write the images and the grid.
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         save_png(image, out / f"{number:05d}.png", {"label": label})
+    log_earlier_samples(out, len(images))
     grid = captioned_grid(torch.stack(images), labels, f"{Path(name).name}, one step{shared}", len(columns))
     save_png(grid, out / "mix.png", {})
     return {"out": str(out), "images": len(images), "block_sides": sides}

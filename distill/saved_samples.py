@@ -114,6 +114,7 @@ def save_both_samples(
         across = 2 if len(rows) <= 16 else 8
         rows, titles = rows[:GRID_IMAGES], titles[:GRID_IMAGES]
         save_png(captioned_grid(torch.stack(rows), titles, heading, across), out / "grid.png", {})
+    log_earlier_samples(out, 0)
     return {
         "out": str(out),
         "images": 2 * len(prompts),

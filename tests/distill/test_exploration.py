@@ -110,6 +110,18 @@ def test_the_commands_draw(d2g: Any, tmp_path: Path) -> None:
     assert np.abs(walked - sampled).max() <= 1  # batches of 3 and of 1 round differently
 
 
+def test_images_of_an_earlier_call_are_named(d2g: Any, tmp_path: Path) -> None:
+    """Of a longer walk, and of a student alone where student and teacher draw now."""
+    points = ["--prompt", "a red cube", "--seed", 1, "--seed", 2]
+    d2g("explore", "walk", *points, "--frames", 3, "--out", tmp_path)
+    shorter = d2g("explore", "walk", *points, "--frames", 2, "--out", tmp_path)
+    assert f"{tmp_path} also holds 1 images of an earlier call, from 00002.png on" in shorter.stderr
+    both = ["--student", "miniature", "--teacher", "miniature", "--steps", 1, "--prompt", "a red cube"]
+    assert (
+        f"{tmp_path} also holds 3 images of an earlier call" in d2g("sample", *both, "--out", tmp_path).stderr
+    )
+
+
 def test_an_edit_goes_from_one_prompt_to_the_other_and_beyond(one: OneStepSampler, tmp_path: Path) -> None:
     """The ends are the images of both prompts from the same noise; files are rows of the grid."""
     from distill.exploration import save_edits
