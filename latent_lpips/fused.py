@@ -6,15 +6,14 @@ and then drops the features, so memory does not grow with the batch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latent_lpips import winograd_2x2, winograd_4x4
 from latent_lpips.vgg import ConvLayer
+from latent_lpips.winograd_2x2 import Winograd2x2
 
 NORM_EPS = 1e-8
 """Added to the squared norm of a feature vector."""
@@ -122,7 +121,7 @@ def _distance_and_gradient(
         if record.indices is not None:
             gradient = _unpool(gradient, record.indices, record.size)
         if layer.winograd is not None:
-            gradient = _winograd(layer.winograd).conv3x3_transposed(gradient, layer.winograd)
+            gradient = layer.winograd.conv3x3_transposed(gradient)
         else:
             gradient = F.conv_transpose2d(gradient, layer.weight.to(dtype), padding=1)
     return distance, gradient
@@ -163,7 +162,7 @@ def _tap_pairs_by_difference(
     # Winograd's convolutions begin after the first layer of FORWARD_CHANNELS channels, because errors in
     # early layers harm the gradient most.
     widest = [
-        k for k, layer in enumerate(layers) if min(layer.weight.shape[:2]) >= winograd_2x2.FORWARD_CHANNELS
+        k for k, layer in enumerate(layers) if min(layer.weight.shape[:2]) >= Winograd2x2.FORWARD_CHANNELS
     ]
     for k, layer in enumerate(layers[first:], first):
         features, differences, record = _by_difference(layer, features, differences, k not in widest[1:])
@@ -203,13 +202,7 @@ def _convolve(x: Tensor, layer: ConvLayer, bias: Tensor | None, direct: bool = F
     if layer.winograd is None or direct:
         return F.conv2d(x, layer.weight, bias, padding=1)
     added = torch.zeros_like(layer.bias) if bias is None else bias
-    result: Tensor = _winograd(layer.winograd).conv3x3(x, layer.winograd, at_least_fp32(added))
-    return result
-
-
-def _winograd(transformed: Tensor) -> ModuleType:
-    """The module that has transformed this weight."""
-    return winograd_2x2 if len(transformed) == winograd_2x2.PRODUCTS else winograd_4x4
+    return layer.winograd.conv3x3(x, at_least_fp32(added))
 
 
 def _taps(layers: Sequence[ConvLayer], x: Tensor, records: list[LayerRecord] | None = None) -> list[Tensor]:

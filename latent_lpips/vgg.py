@@ -1,7 +1,6 @@
 """VGG16 for latents: torchvision's layout and parameter names without the first three max-pools."""
 
 import math
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -9,8 +8,9 @@ from torch import Tensor, nn
 
 from d2g.core.errors import UserError
 from d2g.core.precision import fp32_products_are_exact, has_amx, supports_bf16
-from latent_lpips import winograd_2x2, winograd_4x4
 from latent_lpips.config import LPIPSConfig, Precision
+from latent_lpips.winograd_2x2 import Winograd2x2
+from latent_lpips.winograd_4x4 import Winograd4x4
 
 MIN_LATENT_SIZE = 4
 """Smallest side of a latent in positions: two poolings must leave at least one."""
@@ -22,7 +22,10 @@ FP32_CONVS = 5
 the error, because it flips ReLUs, and with them gradients, in every later layer."""
 
 
-WINOGRAD: dict[torch.dtype, ModuleType] = {torch.bfloat16: winograd_2x2, torch.float32: winograd_4x4}
+WINOGRAD: dict[torch.dtype, type[Winograd2x2 | Winograd4x4]] = {
+    torch.bfloat16: Winograd2x2,
+    torch.float32: Winograd4x4,
+}
 """Winograd's convolutions on a CPU by the type of a trunk's weights."""
 
 
@@ -30,8 +33,8 @@ class ConvLayer(NamedTuple):
     """A convolution of a trunk without norms, followed by ReLU.
 
     pool: a 2x2 max-pool follows. tap: the distance uses its output. by_difference: convolve the target's
-    features and the differences to them, not two features (latent_lpips/fused.py). winograd: its weight,
-    transformed by the module of WINOGRAD, where that is faster.
+    features and the differences to them, not two features (latent_lpips/fused.py). winograd: the same
+    convolution with fewer multiplications, where that is faster.
     """
 
     weight: Tensor
@@ -39,7 +42,7 @@ class ConvLayer(NamedTuple):
     pool: bool
     tap: bool
     by_difference: bool = False
-    winograd: Tensor | None = None
+    winograd: Winograd2x2 | Winograd4x4 | None = None
 
 
 class VGG16(nn.Module):
@@ -104,8 +107,8 @@ class VGG16(nn.Module):
                 # Both only on a CPU, and where layers are not traced.
                 on_cpu = module.weight.device.type == "cpu" and not torch.compiler.is_compiling()
                 by_difference = on_cpu and module.weight.dtype == torch.bfloat16 and _is_wide(module)
-                transformed = _transformed_weight(module) if on_cpu else None
-                layers.append(ConvLayer(module.weight, module.bias, False, False, by_difference, transformed))
+                winograd = _winograd(module) if on_cpu else None
+                layers.append(ConvLayer(module.weight, module.bias, False, False, by_difference, winograd))
             # The end of a stage marks the last convolution as a tap.
             if position in self.ends:
                 layers[-1] = layers[-1]._replace(pool=isinstance(module, nn.MaxPool2d), tap=True)
@@ -172,25 +175,25 @@ def fold_batch_norms(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
         # fp32 ones of a bf16 trunk, which are narrow.
         slow = device.type == "cpu" and not (dtype == torch.bfloat16 and has_amx())
         if conv.weight.dtype == dtype and slow and _is_wide(conv):
-            conv.register_buffer("winograd", WINOGRAD[dtype].transform_weight(weight), persistent=False)
+            conv.register_buffer("winograd", WINOGRAD[dtype].transform(weight), persistent=False)
     result: VGG16 = plain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return result
 
 
 def _is_wide(conv: nn.Conv2d) -> bool:
     """Whether Winograd's convolutions for its type are faster than direct ones."""
-    channels: int = WINOGRAD[conv.weight.dtype].MIN_CHANNELS
-    return min(conv.in_channels, conv.out_channels) >= channels
+    return min(conv.in_channels, conv.out_channels) >= WINOGRAD[conv.weight.dtype].MIN_CHANNELS
 
 
-def _transformed_weight(conv: nn.Conv2d) -> Tensor | None:
-    """Its weight for WINOGRAD. None if there is none, if the trunk changed its type after folding, or if the
-    user lets fp32 matrix products round their inputs: the transforms would multiply the error."""
-    weight: Tensor | None = getattr(conv, "winograd", None)
-    module = WINOGRAD.get(conv.weight.dtype)
-    if weight is None or module is None or len(weight) != module.PRODUCTS:
+def _winograd(conv: nn.Conv2d) -> Winograd2x2 | Winograd4x4 | None:
+    """Winograd's form of a convolution. None if there is none, if the trunk changed its type after folding,
+    or if the user lets fp32 matrix products round their inputs: the transforms would multiply the error."""
+    transformed: Tensor | None = getattr(conv, "winograd", None)
+    dtype, form = conv.weight.dtype, WINOGRAD.get(conv.weight.dtype)
+    if transformed is None or form is None or len(transformed) != form.PRODUCTS:
         return None
-    return weight if weight.dtype == torch.bfloat16 or fp32_products_are_exact(weight.device) else None
+    exact = dtype == torch.bfloat16 or fp32_products_are_exact(transformed.device)
+    return form(transformed) if exact else None
 
 
 def convolution_dtype(precision: Precision, device: torch.device) -> torch.dtype:

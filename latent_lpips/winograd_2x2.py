@@ -16,15 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PRODUCTS = 16
-"""Transformed values of a filter."""
-MIN_CHANNELS = 256
-"""Fewer channels leave too little work per transformed value."""
-FORWARD_CHANNELS = 512
-"""Forward passes take direct convolutions below it, and in the first layer that has as many (fused.py)."""
-MAX_BLOCKS = 256
-"""Blocks per matrix product: transformed inputs of 512 channels then take 4 MiB, which fit a cache."""
-
 G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 """Transform of weights along one axis."""
 PLAIN, MIRRORED = (0, 1, 2, 3), (3, 1, 2, 0)
@@ -32,35 +23,52 @@ PLAIN, MIRRORED = (0, 1, 2, 3), (3, 1, 2, 0)
 outer ones."""
 
 
-def transform_weight(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Transform weights [K, C, 3, 3] to [16, C, K], in their own type, and round once to `dtype`."""
-    g = torch.tensor(G, dtype=weight.dtype)
-    transformed = torch.einsum("ia,kcab,jb->ijck", g, weight, g)
-    return transformed.flatten(0, 1).to(dtype).contiguous()
+class Winograd2x2:
+    """A 3x3 convolution with transformed weights [16, C, K], in their type."""
+
+    PRODUCTS = 16
+    """Transformed values of a filter."""
+    MIN_CHANNELS = 256
+    """Fewer channels leave too little work per transformed value."""
+    FORWARD_CHANNELS = 512
+    """Forward passes take direct convolutions below it, and in the first layer of as many (fused.py)."""
+    MAX_BLOCKS = 256
+    """Blocks per matrix product: transformed inputs of 512 channels then take 4 MiB, which fit a cache."""
+
+    def __init__(self, transformed: Tensor) -> None:
+        self.transformed = transformed
+
+    @staticmethod
+    def transform(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Transform weights [K, C, 3, 3] to [16, C, K], in their own type, and round once to `dtype`."""
+        g = torch.tensor(G, dtype=weight.dtype)
+        transformed = torch.einsum("ia,kcab,jb->ijck", g, weight, g)
+        return transformed.flatten(0, 1).to(dtype).contiguous()
+
+    def conv3x3(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Return F.conv2d(x, weight, bias, padding=1) of x [B, C, h, w] and bias [K]: [B, K, h, w],
+        channels-last. Products are added in the bias' type, fp32 in a trunk: errors of a forward pass flip
+        ReLUs."""
+        return _convolve(x, self.transformed, PLAIN, self.MAX_BLOCKS, bias)
+
+    def conv3x3_transposed(self, x: Tensor) -> Tensor:
+        """Return F.conv_transpose2d(x, weight, padding=1) of x [B, K, h, w]: [B, C, h, w], channels-last."""
+        return _convolve(x, self.transformed.transpose(1, 2), MIRRORED, self.MAX_BLOCKS)
 
 
-def conv3x3(x: Tensor, transformed: Tensor, bias: Tensor) -> Tensor:
-    """Return F.conv2d(x, weight, bias, padding=1) of x [B, C, h, w] and bias [K]: [B, K, h, w],
-    channels-last. Products are added in the bias' type, fp32 in a trunk: errors of a forward pass flip
-    ReLUs."""
-    return _convolve(x, transformed, PLAIN, bias)
-
-
-def conv3x3_transposed(x: Tensor, transformed: Tensor) -> Tensor:
-    """Return F.conv_transpose2d(x, weight, padding=1) of x [B, K, h, w]: [B, C, h, w], channels-last."""
-    return _convolve(x, transformed.transpose(1, 2), MIRRORED)
-
-
-def _convolve(x: Tensor, weights: Tensor, order: tuple[int, ...], bias: Tensor | None = None) -> Tensor:
-    """Convolve x [B, in, h, w] with transformed weights [16, in, out], whose rows are in this order."""
+def _convolve(
+    x: Tensor, weights: Tensor, order: tuple[int, ...], blocks: int, bias: Tensor | None = None
+) -> Tensor:
+    """Convolve x [B, in, h, w] with transformed weights [16, in, out], whose rows are in this order, as many
+    blocks at a time."""
     batch, _, height, width = x.shape
     rows, columns = -(-height // 2), -(-width // 2)
     # A border of one, and another row or column where the size is odd.
     border = (1, 1 + 2 * columns - width, 1, 1 + 2 * rows - height)
     padded = F.pad(x, border).permute(0, 2, 3, 1).contiguous()
     result = x.new_empty(batch, 2 * rows, 2 * columns, weights.shape[2])
-    # As many images, or rows of one image, as have MAX_BLOCKS blocks.
-    images, step = max(1, MAX_BLOCKS // (rows * columns)), max(1, min(rows, MAX_BLOCKS // columns))
+    # As many images, or rows of one image, as have so many blocks.
+    images, step = max(1, blocks // (rows * columns)), max(1, min(rows, blocks // columns))
     for image in range(0, batch, images):
         for row in range(0, rows, step):
             end = min(row + step, rows)

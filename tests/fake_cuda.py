@@ -14,7 +14,8 @@ until the host has waited for an event behind it. Attention takes a GPU's kernel
 2.15.0, without a driver. Settings follow the stage, as for --set. Prints one JSON object: `steps`, the waits
 of each step by function of the project; `report`, those of the report at the end; `late`, what the host read
 of each step before; `all_reduces`, gradients that DDP averaged in each step, the first one included; `tf32`,
-whether fp32 products may use TF32 after each step; images/s and MFU of an H100. `pixels` has a discriminator
+whether fp32 products may use TF32 after each step; `contiguous_filters`, convolutions of
+forward passes whose filters are not channels-last; images/s and MFU of an H100. `pixels` has a discriminator
 on a vision transformer, and CLIP guidance; `validation` draws previews and measures FID. `families` samples
 pairs and trains both stages of tiny teachers (the kinds of tests/tiny_teachers.py; a cascade's prior before
 its decoder), and prints such an object by kind and stage;
@@ -176,7 +177,7 @@ class FakeCuda(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits: Counter[str] = Counter()
         self.late: Counter[str] = Counter()
-        self.all_reduces = self.operators = 0
+        self.all_reduces = self.operators = self.contiguous_filters = 0
         self.pinned = set[int]()
         self.queued_copies: list[tuple[Tensor, float]] = []
         self.step = 0
@@ -202,6 +203,9 @@ class FakeCuda(TorchDispatchMode):
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
         if not is_fake and (device is None or device.type != "cuda"):
             return func(*args, **kwargs)
+        in_forward_pass = torch._C._current_graph_task_id() == -1
+        if func is aten.convolution.default and args[1].shape[-1] > 1 and in_forward_pass:
+            self.contiguous_filters += not args[1].is_contiguous(memory_format=torch.channels_last)
         # The host asks for a value: make one up.
         if func is aten._local_scalar_dense.default:
             self.waits[f"{project_line()}: reads a value"] += 1
@@ -449,7 +453,7 @@ def waits_of_training(
     line = json.loads((folder / "out" / "stats.jsonl").read_text().splitlines()[-1])
     speed = {name: line.get(f"time/{name}") for name in ("images_per_sec", "mfu")}
     counts = {"steps": waits[1:], "late": late[1:], "report": dict(mode.waits), "all_reduces": all_reduces}
-    return {**counts, **speed, "tf32": tf32}
+    return {**counts, **speed, "tf32": tf32, "contiguous_filters": mode.contiguous_filters}
 
 
 def live_bytes() -> Any:

@@ -31,6 +31,9 @@ pytestmark = [
         torch.version.cuda is None or torch.torch_version.TorchVersion(torch.__version__) < (2, 11),
         reason="fake CUDA tensors need a CUDA build of torch 2.11 or newer",
     ),
+    pytest.mark.skipif(
+        Path("/dev/nvidiactl").exists(), reason="there is a GPU: pytest -m gpu runs on real CUDA tensors"
+    ),
 ]
 
 
@@ -85,6 +88,7 @@ def test_a_step_never_waits_for_the_device(arguments: str, warm_python: str) -> 
     assert waits["late"] == [{}, *LATE]
     assert waits["report"], "the counter counts"
     assert 0 < waits["mfu"] < 1e-3 * waits["images_per_sec"]
+    assert waits["contiguous_filters"] == 0, "engine.channels_last=auto"
 
 
 @pytest.mark.long

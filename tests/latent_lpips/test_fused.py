@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import authors
-from latent_lpips import fused, load_lpips, winograd_2x2
+from latent_lpips import fused, load_lpips
 from latent_lpips.config import LPIPSConfig, Precision
 from latent_lpips.distance import LatentLPIPS
 from latent_lpips.vgg import FP32_CONVS, convolution_dtype, fold_batch_norms
-from latent_lpips.winograd_2x2 import transform_weight
+from latent_lpips.winograd_2x2 import Winograd2x2
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -125,11 +125,13 @@ def test_differences_through_a_trunk_equal_two_passes(
 ) -> None:
     """In float64, where rounding hides nothing: taps, and records of every layer, with odd sizes and pools.
     Layers of stage 3 take direct convolutions, the others Winograd's."""
-    monkeypatch.setattr(winograd_2x2, "FORWARD_CHANNELS", 32)
+    monkeypatch.setattr(Winograd2x2, "FORWARD_CHANNELS", 32)
     trunk = fold_batch_norms(copy.deepcopy(randomized_metric(1 / 16).trunk)).double()
     plain = trunk.layers()
     layers = [
-        layer._replace(by_difference=True, winograd=transform_weight(layer.weight, torch.float64))
+        layer._replace(
+            by_difference=True, winograd=Winograd2x2(Winograd2x2.transform(layer.weight, torch.float64))
+        )
         if k > 4
         else layer
         for k, layer in enumerate(plain)

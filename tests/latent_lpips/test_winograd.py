@@ -1,15 +1,14 @@
 """Convolutions by Winograd's minimal filtering against direct ones."""
 
-from types import ModuleType
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from latent_lpips import winograd_2x2, winograd_4x4
 from latent_lpips.config import LPIPSConfig, Precision
 from latent_lpips.vgg import VGG16, fold_batch_norms
+from latent_lpips.winograd_2x2 import Winograd2x2
+from latent_lpips.winograd_4x4 import Winograd4x4
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -18,17 +17,20 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 7), (4, 40), (1, 2)])
 @pytest.mark.parametrize("blocks", [1, 24, 512])
-@pytest.mark.parametrize("winograd", [winograd_2x2, winograd_4x4])
+@pytest.mark.parametrize("winograd", [Winograd2x2, Winograd4x4])
 def test_equals_direct_convolution(
-    winograd: ModuleType, size: tuple[int, int], blocks: int, monkeypatch: pytest.MonkeyPatch
+    winograd: type[Winograd2x2 | Winograd4x4],
+    size: tuple[int, int],
+    blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both directions, whatever the size, and however images and rows are divided."""
     monkeypatch.setattr(winograd, "MAX_BLOCKS", blocks)
     x, y, weight, bias = random(3, 4, *size), random(3, 6, *size), random(6, 4, 3, 3), random(6)
-    transformed = winograd.transform_weight(weight, torch.float64)
-    forward = winograd.conv3x3(x, transformed, bias)
+    convolution = winograd(winograd.transform(weight, torch.float64))
+    forward = convolution.conv3x3(x, bias)
     torch.testing.assert_close(forward, F.conv2d(x, weight, bias, padding=1))
-    transposed = winograd.conv3x3_transposed(y, transformed)
+    transposed = convolution.conv3x3_transposed(y)
     torch.testing.assert_close(transposed, F.conv_transpose2d(y, weight, padding=1))
     for result in (forward, transposed):
         assert result.is_contiguous(memory_format=torch.channels_last)
@@ -36,20 +38,20 @@ def test_equals_direct_convolution(
 
 def test_error_in_fp32_is_that_of_fp32() -> None:
     x, weight = random(1, 128, 16, 16).relu().float(), random(128, 128, 3, 3)
-    transformed = winograd_4x4.transform_weight(weight)
+    convolution = Winograd4x4(Winograd4x4.transform(weight))
     exact = F.conv2d(x.double(), weight, padding=1)
-    result = winograd_4x4.conv3x3(x, transformed, torch.zeros(128))
+    result = convolution.conv3x3(x, torch.zeros(128))
     assert result.dtype == torch.float32 and (result - exact).norm() < 4e-6 * exact.norm()
     exact = F.conv_transpose2d(x.double(), weight, padding=1)
-    assert (winograd_4x4.conv3x3_transposed(x, transformed) - exact).norm() < 4e-6 * exact.norm()
+    assert (convolution.conv3x3_transposed(x) - exact).norm() < 4e-6 * exact.norm()
 
 
 def test_sums_in_fp32_have_a_smaller_error() -> None:
     x, weight = random(1, 64, 16, 16).relu().bfloat16(), random(64, 64, 3, 3)
-    exact, transformed = F.conv2d(x.double(), weight, padding=1), winograd_2x2.transform_weight(weight)
+    exact, transformed = F.conv2d(x.double(), weight, padding=1), Winograd2x2.transform(weight)
     errors = []
     for dtype in (torch.float32, torch.bfloat16):
-        result = winograd_2x2.conv3x3(x, transformed, torch.zeros(64, dtype=dtype))
+        result = Winograd2x2(transformed).conv3x3(x, torch.zeros(64, dtype=dtype))
         assert result.dtype == torch.bfloat16
         errors.append((result.double() - exact).norm() / exact.norm())
     assert errors[0] < 0.9 * errors[1] and errors[0] < 6e-3
@@ -58,7 +60,7 @@ def test_sums_in_fp32_have_a_smaller_error() -> None:
 def test_error_in_bf16_is_below_one_percent() -> None:
     x, weight = random(1, 64, 16, 16).relu().bfloat16(), random(64, 64, 3, 3)
     exact = F.conv_transpose2d(x.double(), weight, padding=1)
-    result = winograd_2x2.conv3x3_transposed(x, winograd_2x2.transform_weight(weight))
+    result = Winograd2x2(Winograd2x2.transform(weight)).conv3x3_transposed(x)
     assert result.dtype == torch.bfloat16
     assert (result.double() - exact).norm() < 1e-2 * exact.norm()
 
