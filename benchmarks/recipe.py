@@ -77,10 +77,7 @@ SECOND = {
     "gan, constant rate of D": (*GAN, "gan.optim.decay_images=0"),
     "gan, low constant rate of D": (*GAN, "gan.optim.lr=3e-5", "gan.optim.decay_images=0"),
     "gan, rate of D to a tenth": (*GAN, "gan.optim.final_lr=3e-5"),
-    **{
-        f"gan, adaptive weight {weight}": (*GAN, "gan.adaptive_weight=true", f"gan.weight={weight}")
-        for weight in ("0.25", "1")
-    },
+    "gan, adaptive weight 0.25": (*GAN, "gan.adaptive_weight=true"),
     "gan, coupled Adam": (*GAN, "optim.name=adam", "gan.optim.name=adam"),
     "gan, output head": (*GAN, "gan.output_head=true"),
     "projected": (*GAN, *PROJECTED, "gan.discriminator=projected"),

@@ -226,7 +226,7 @@ def print_waits(calls: dict[str, Callable[[], object]]) -> None:
 
 
 def teachers(*names: str) -> None:
-    """Plan and train all stages of a teacher for each network, and judge it."""
+    """Plan and train all stages of a teacher of each kind of network, with the verdict at the end."""
     import own_pictures
     from teacher_training.cascade.train import train_cascade
     from teacher_training.plan import Request, plan_teacher

@@ -92,7 +92,7 @@ def test_nothing_changes_on_a_cpu() -> None:
     ],
 )
 def test_products_that_a_user_lets_torch_round_are_not_exact(statement: str) -> None:
-    """By both of torch's interfaces, of which a process can use one only."""
+    """Torch has two interfaces for it, and a process can use only one of them."""
 
     def ask() -> None:
         exec(statement)

@@ -61,16 +61,16 @@ def equal(a: Path, b: Path) -> bool:
 def test_training_learns_and_its_folder_can_be_loaded(
     teacher: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    """Other seeds, and the rounding of other CPUs, give 0.73 to 0.9; chance gives 0.33 and at most 0.6."""
+    """Of three classes, with 30 pictures held out."""
     data = save_classes(tmp_path / "data", 40)
-    result = train_classifier(config(data, teacher, epochs=24, **settings), tmp_path / "out")
-    assert result.top1 > 0.6 and result.top5 == 1.0 and (result.train, result.val) == (90, 30)
+    result = train_classifier(config(data, teacher, epochs=40, **settings), tmp_path / "out")
+    assert result.top1 > 0.7 and result.top5 == 1.0 and (result.train, result.val) == (90, 30)
     metric = load_lpips(tmp_path / "out")
     assert metric.config.channels == 4 and all(torch.equal(h, torch.ones_like(h)) for h in metric.heads)
     meta = read_lpips_meta(tmp_path / "out")
     assert meta["top1"] == result.top1 and meta["calibrated"] is False
     assert (meta["scaling_factor"], meta["shift_factor"]) == (0.7, 0.0)
-    repeated = train_classifier(config(data, teacher, epochs=24, **settings), tmp_path / "out")
+    repeated = train_classifier(config(data, teacher, epochs=40, **settings), tmp_path / "out")
     assert (repeated.top1, repeated.images) == (result.top1, result.images)
 
 

@@ -176,7 +176,7 @@ def claim_all(folder: Path, shards: int, kind: type[Claims], number: int) -> Non
         claims.place = f"machine {number}"
         # All find the abandoned claims at once, after none of them has increased for so long.
         assert claims.take(range(shards)) is None
-        wait_for_all("seen", [])
+        wait_for_all("ready", [])
         clock.now += 61.0
         got = []
         while not all(claims._read(shard).get("place", "").startswith("machine") for shard in range(shards)):
