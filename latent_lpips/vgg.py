@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from d2g.core.errors import UserError
 from d2g.core.precision import fp32_products_are_exact, has_amx, supports_bf16
 from latent_lpips.config import LPIPSConfig, Precision
+from latent_lpips.winograd import Winograd
 from latent_lpips.winograd_2x2 import Winograd2x2
 from latent_lpips.winograd_4x4 import Winograd4x4
 
@@ -22,7 +23,7 @@ FP32_CONVS = 5
 the error, because it flips ReLUs, and with them gradients, in every later layer."""
 
 
-WINOGRAD: dict[torch.dtype, type[Winograd2x2 | Winograd4x4]] = {
+WINOGRAD: dict[torch.dtype, type[Winograd]] = {
     torch.bfloat16: Winograd2x2,
     torch.float32: Winograd4x4,
 }
@@ -42,7 +43,7 @@ class ConvLayer(NamedTuple):
     pool: bool
     tap: bool
     by_difference: bool = False
-    winograd: Winograd2x2 | Winograd4x4 | None = None
+    winograd: Winograd | None = None
 
 
 class VGG16(nn.Module):
@@ -175,7 +176,7 @@ def fold_batch_norms(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
         # fp32 ones of a bf16 trunk, which are narrow.
         slow = device.type == "cpu" and not (dtype == torch.bfloat16 and has_amx())
         if conv.weight.dtype == dtype and slow and _is_wide(conv):
-            conv.register_buffer("winograd", WINOGRAD[dtype].transform(weight), persistent=False)
+            conv.register_buffer("winograd", WINOGRAD[dtype].transform(weight, dtype), persistent=False)
     result: VGG16 = plain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return result
 
@@ -185,7 +186,7 @@ def _is_wide(conv: nn.Conv2d) -> bool:
     return min(conv.in_channels, conv.out_channels) >= WINOGRAD[conv.weight.dtype].MIN_CHANNELS
 
 
-def _winograd(conv: nn.Conv2d) -> Winograd2x2 | Winograd4x4 | None:
+def _winograd(conv: nn.Conv2d) -> Winograd | None:
     """Winograd's form of a convolution. None if there is none, if the trunk changed its type after folding,
     or if the user lets fp32 matrix products round their inputs: the transforms would multiply the error."""
     transformed: Tensor | None = getattr(conv, "winograd", None)

@@ -1,20 +1,19 @@
 """3x3 convolutions, and transposed ones, with 36 multiplications instead of 144 for each 4x4 block of
 outputs, in fp32 on a CPU.
 
-Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016, section 4.2): Y = A^T [(G w G^T) * (B^T d B)] A
-for blocks d of 6x6 inputs, which overlap by two. The transforms of blocks are matrix products as well: of the
-36 values of a block with B x B (Kronecker), which is one pass over memory. Transformed weights take four
-times the memory of weights.
+Winograd's F(4x4, 3x3) (Lavin and Gray 2016, section 4.2), from blocks of 6x6 inputs. The transform of a block
+is a matrix product as well, of its 36 values with the Kronecker product of B^T and itself: one pass over
+memory. Transformed filters take four times the memory of filters.
 
 The rounding error is that of fp32, 3e-6 of the output instead of 1e-6. In bf16 it would be too large:
 latent_lpips/winograd_2x2.py.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from latent_lpips.winograd import Winograd
 
 INPUT_TRANSFORM = (
     (4.0, 0.0, -5.0, 0.0, 1.0, 0.0),
@@ -25,15 +24,6 @@ INPUT_TRANSFORM = (
     (0.0, 4.0, 0.0, -5.0, 0.0, 1.0),
 )
 """B^T."""
-FILTER_TRANSFORM = (
-    (1 / 4, 0.0, 0.0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0.0, 0.0, 1.0),
-)
-"""G."""
 OUTPUT_TRANSFORM = (
     (1.0, 1.0, 1.0, 1.0, 1.0, 0.0),
     (0.0, 1.0, -1.0, 2.0, -2.0, 0.0),
@@ -43,36 +33,31 @@ OUTPUT_TRANSFORM = (
 """A^T."""
 
 
-class Winograd4x4:
-    """A 3x3 convolution with transformed weights [36, C, K], in their type."""
+class Winograd4x4(Winograd):
+    """Blocks of 4x4 outputs."""
 
+    FILTER_TRANSFORM = (
+        (1 / 4, 0.0, 0.0),
+        (-1 / 6, -1 / 6, -1 / 6),
+        (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6),
+        (1 / 24, -1 / 12, 1 / 6),
+        (0.0, 0.0, 1.0),
+    )
     PRODUCTS = 36
-    """Transformed values of a filter."""
     MIN_CHANNELS = 128
-    """Fewer channels leave too little work per transformed value."""
-    MAX_BLOCKS = 256
-    """Blocks per matrix product: with 512 channels, transformed inputs and outputs then take 38 MB."""
-
-    def __init__(self, transformed: Tensor) -> None:
-        self.transformed = transformed
-
-    @staticmethod
-    def transform(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Transform weights [K, C, 3, 3] to [36, C, K] in float64, and round once to `dtype`."""
-        g = torch.tensor(FILTER_TRANSFORM, dtype=torch.float64)
-        transformed = torch.einsum("ia,kcab,jb->ijck", g, weight.double(), g)
-        return transformed.flatten(0, 1).to(dtype).contiguous()
+    MAX_BLOCKS = 256  # with 512 channels, transformed inputs and outputs then take 38 MB
 
     def conv3x3(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Return F.conv2d(x, weight, bias, padding=1) of x [B, C, h, w] and bias [K]: [B, K, h, w],
-        channels-last."""
         batch, channels, height, width = x.shape
+        # Blocks of inputs, as views.
         inputs = _pad(x, 1)  # [B, 4r + 2, 4c + 2, C]
         blocks = inputs.unfold(1, 6, 4).unfold(2, 6, 4)  # [B, r, c, C, 6, 6]
         rows, columns = blocks.shape[1:3]
         result = x.new_empty(batch, rows, 4, columns, 4, self.transformed.shape[2])
         to_product, to_output = _kronecker(INPUT_TRANSFORM, x.dtype), _kronecker(OUTPUT_TRANSFORM, x.dtype)
-        for part in self._parts(batch, rows, columns):
+        # Transform, multiply, and transform back some of the blocks.
+        for part in self.parts(batch, rows, columns):
             values = blocks[part].permute(4, 5, 0, 1, 2, 3)
             products = torch.bmm(
                 (to_product @ values.reshape(self.PRODUCTS, -1)).view(self.PRODUCTS, -1, channels),
@@ -85,10 +70,7 @@ class Winograd4x4:
         return image.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
     def conv3x3_transposed(self, x: Tensor) -> Tensor:
-        """Return F.conv_transpose2d(x, weight, padding=1) of x [B, K, h, w]: [B, C, h, w], channels-last.
-
-        Every step of `conv3x3` is linear, so this takes their transposes in the opposite order.
-        """
+        # Every step of `conv3x3` is linear: here are their transposes, in the opposite order.
         batch, channels, height, width = x.shape
         outputs = _pad(x, 0)
         blocks = outputs.unflatten(2, (-1, 4)).unflatten(1, (-1, 4))  # [B, r, 4, c, 4, K]
@@ -96,7 +78,8 @@ class Winograd4x4:
         result = x.new_zeros(batch, rows + 1, 4, columns + 1, 4, self.transformed.shape[1])
         to_product, to_input = _kronecker(OUTPUT_TRANSFORM, x.dtype).T, _kronecker(INPUT_TRANSFORM, x.dtype).T
         weights = self.transformed.transpose(1, 2)
-        for images, band in self._parts(batch, rows, columns):
+        # Transform, multiply, and transform back some of the blocks.
+        for images, band in self.parts(batch, rows, columns):
             values = blocks[images, band].permute(2, 4, 0, 1, 3, 5)
             products = torch.bmm(
                 (to_product @ values.reshape(16, -1)).view(self.PRODUCTS, -1, channels), weights
@@ -111,14 +94,6 @@ class Winograd4x4:
                 part[:, :, :, 1:, :2] += addend[..., 4:, :]
         image = result.view(batch, 4 * rows + 4, 4 * columns + 4, -1)[:, 1 : height + 1, 1 : width + 1]
         return image.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-
-    def _parts(self, batch: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-        """Images and rows of blocks, as many as have MAX_BLOCKS blocks: some images, or some rows of one."""
-        blocks = self.MAX_BLOCKS
-        images, step = max(1, blocks // (rows * columns)), max(1, min(rows, blocks // columns))
-        for image in range(0, batch, images):
-            for row in range(0, rows, step):
-                yield slice(image, image + images), slice(row, min(row + step, rows))
 
 
 def _kronecker(matrix: tuple[tuple[float, ...], ...], dtype: torch.dtype) -> Tensor:
