@@ -22,7 +22,7 @@ outer ones."""
 
 
 class Winograd2x2(Winograd):
-    """Blocks of 2x2 outputs. Forward products are added in the bias' type, fp32 in a trunk: errors flip ReLUs."""
+    """Blocks of 2x2 outputs. A forward pass adds products in the bias' type, fp32 in a trunk."""
 
     FILTER_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
     PRODUCTS = 16
