@@ -5,8 +5,8 @@ Winograd's F(4x4, 3x3) (Lavin and Gray 2016, section 4.2), from blocks of 6x6 in
 is a matrix product as well, of its 36 values with the Kronecker product of B^T and itself: one pass over
 memory. Transformed filters take four times the memory of filters.
 
-The rounding error is that of fp32, 3e-6 of the output instead of 1e-6. In bf16 it would be 2.7 %, so bf16 takes
-latent_lpips/winograd_2x2.py.
+The rounding error is that of fp32, 3e-6 of the output instead of 1e-6. In bf16 it would be 2.7 %, so bf16
+takes latent_lpips/winograd_2x2.py.
 """
 
 import torch
