@@ -50,6 +50,18 @@ FIRST = {
     "pseudo_huber, linear decay": (
         "regression.losses=pseudo_huber", "optim.lr=1e-3", *SCHEDULE, "optim.decay=linear"
     ),
+    **{
+        f"pseudo_huber, warm-up {images}": (
+            "regression.losses=pseudo_huber", "optim.lr=1e-3", *SCHEDULE, f"optim.warmup_images={images}"
+        )
+        for images in (0, 640)
+    },
+    **{
+        f"pseudo_huber, half-life {images}": (
+            "regression.losses=pseudo_huber", "optim.lr=1e-3", *SCHEDULE, f"train.ema_halflife_images={images}"
+        )
+        for images in (100, 1_700)
+    },
     "mse": ("regression.losses=mse", "optim.lr=1e-3", *SCHEDULE),
     "latent_lpips": ("regression.losses=latent_lpips", "optim.lr=5e-4", *SCHEDULE),
     "decoder_features": ("regression.losses=decoder_features", "optim.lr=1e-3", *SCHEDULE),
@@ -60,7 +72,8 @@ FIRST = {
         "regression.losses=pseudo_huber:1,decoder_features:1", "optim.lr=1e-3", *SCHEDULE
     ),
 }  # fmt: skip
-"""Settings of first stages by name of the arm; `{images}` stands for the length."""
+"""Settings of first stages by name of the arm; `{images}` stands for the length. Half-lives are those of the
+student's exponential moving average, in images."""
 STUDENT_SCHEDULE = ("optim.decay_images={images}", "train.ema_halflife_images=420")
 GAN = (*STUDENT_SCHEDULE, "gan.optim.decay_images={images}")
 PROJECTED = (
