@@ -58,7 +58,10 @@ FIRST = {
     },
     **{
         f"pseudo_huber, half-life {images}": (
-            "regression.losses=pseudo_huber", "optim.lr=1e-3", *SCHEDULE, f"train.ema_halflife_images={images}"
+            "regression.losses=pseudo_huber",
+            "optim.lr=1e-3",
+            *SCHEDULE,
+            f"train.ema_halflife_images={images}",
         )
         for images in (100, 1_700)
     },
