@@ -1,10 +1,10 @@
 """Requirements of the columns of Table A1 on 8, 64 and 128 GPUs: memory, step time, traffic, GPU-days.
 
-    python benchmarks/scaling.py [--tflops 312] [--used 0.45] [--gbytes 25] [--memory 80]
+    python benchmarks/scaling.py [--tflops 312] [--used 0.45] [--gbytes 25] [--memory 80] [--launch 5]
 
 The numbers are computed, not measured: memory and FLOPs from the real network shapes on fake tensors, time
-from the peak of one GPU, an assumed utilization, and the bandwidth between GPUs. Writes
-benchmarks/scaling_DATE_computed.md.
+from the peak of one GPU, an assumed utilization, the bandwidth between GPUs, and the time in which the host
+calls an operator. Writes benchmarks/scaling_DATE_computed.md.
 """
 
 import argparse
@@ -31,6 +31,18 @@ from distill.planning.flops import count
 from distill.planning.memory import CONTEXT_GIB, predict
 from distill.planning.reference_models import UNETS, configs_only
 
+OPERATORS = {
+    ("sd15", "ode", False): 10_994,
+    ("sd15", "ode", True): 14_654,
+    ("sd15", "gan", False): 29_201,
+    ("sd15", "gan", True): 42_737,
+    ("sdxl", "ode", False): 27_086,
+    ("sdxl", "ode", True): 39_022,
+    ("sdxl", "gan", False): 80_091,
+    ("sdxl", "gan", True): 124_215,
+}
+"""Operators that a step without R1 calls, by network, stage and recomputation (`tests/fake_cuda.py memory
+PRESET STAGE train.batch_size=2 gan.penalty=none engine.parallel=ddp engine.activation_checkpointing=...`)."""
 LATENT_LPIPS = 3 * 77e9 / 64**2
 """FLOP of one LatentLPIPS with its gradient, per latent position (benchmarks/latent_lpips.py)."""
 
@@ -114,19 +126,23 @@ def scaling_row(
     config, memory = fitting_engine(config, gpus, args.memory)
     work = rows * row_flops(config, name.split("-")[0], flops)
     compute = work / (args.tflops * 1e12 * args.used)
+    recomputes, micro_batches = config.engine.activation_checkpointing, config.engine.gradient_accumulation
+    launches = OPERATORS[name.split("-")[0], stage, recomputes] * micro_batches * args.launch / 1e6
     parameters = sum(p.numel() for p in pretrained.load_on_meta(teacher, "unet").parameters())
     traffic = traffic_bytes(config, gpus, parameters)
     exchange = traffic / (args.gbytes * 1e9)
 
-    # GPU-days with all communication hidden behind compute, and with none of it hidden.
+    # GPU-days with all communication hidden behind compute or launches, and with none of it hidden.
     steps = config.train.images // config.train.batch_size
-    days = [t * steps * gpus / 86_400 for t in (max(compute, exchange), compute + exchange)]
+    busy = max(compute, launches)
+    days = [t * steps * gpus / 86_400 for t in (max(busy, exchange), busy + exchange)]
     engine = config.engine
     description = engine.parallel + (", recompute" if engine.activation_checkpointing else "")
     if engine.gradient_accumulation > 1:
         description += f", {engine.gradient_accumulation} micro-batches"
     gpu_days = f"{days[0]:.1f} to {days[1]:.1f}"
-    return [name, stage, gpus, rows, description, memory, compute, traffic / 1e9, exchange, gpu_days]
+    seconds = [compute, f"{launches:.4g}{' (launch-bound)' if launches > compute else ''}"]
+    return [name, stage, gpus, rows, description, memory, *seconds, traffic / 1e9, exchange, gpu_days]
 
 
 def main() -> None:
@@ -139,6 +155,7 @@ def main() -> None:
     parser.add_argument("--used", type=float, default=0.45, help="share of the peak that the networks reach")
     parser.add_argument("--gbytes", type=float, default=25, help="GB/s each GPU sends (200 Gb/s network)")
     parser.add_argument("--memory", type=float, default=79.2, help="GiB of one GPU")
+    parser.add_argument("--launch", type=float, default=5, help="microseconds of the host per operator")
     args = parser.parse_args()
     head = [
         "recipe",
@@ -148,6 +165,7 @@ def main() -> None:
         "engine",
         "GiB each",
         "compute, s",
+        "launches, s",
         "GB sent",
         "exchange, s",
         "GPU-days",
@@ -168,12 +186,13 @@ def main() -> None:
         "",
         *environment(),
         f"- assumed: {args.tflops:g} TFLOP/s bf16, {args.used:.0%} utilization, {args.gbytes:g} GB/s each, "
-        f"{args.memory:g} GiB each",
+        f"{args.memory:g} GiB each, {args.launch:g} microseconds per operator",
         f"- forward pass of a row: SD 1.5 {flops['sd15'] / 1e12:.3f}, SDXL {flops['sdxl'] / 1e12:.3f} TFLOP",
         "",
         *table(head, rows),
         "",
-        "GPU-days: with all communication hidden behind compute, to none of it. Training only, no pairs.",
+        "Launches: the host's time for the operators of a step, beside the compute of the GPU; the longer "
+        "one counts. GPU-days: with all communication hidden behind it, to none. Training only, no pairs.",
         "",
         *table(
             ["recipe", "the paper's GPUs", "its GPU-days", "its seconds per step, mean of both stages"],

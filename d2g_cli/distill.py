@@ -25,6 +25,7 @@ from d2g_cli.common import (
     settings_from,
 )
 from d2g_cli.inputs import check_inputs, config_inputs
+from d2g_cli.launch import log_other_processes
 from d2g_cli.watch import watch
 
 distill_app = typer.Typer(help="Train a one-step student.", no_args_is_help=True)
@@ -144,6 +145,7 @@ def _distill(stage: str, options: DistillOptions, out: Path) -> None:
         finish_dry_run(config, options.as_json, _plan(config, preset, sets_gpus))
     from distill.training.train import train
 
+    log_other_processes(f"distill {stage}")
     with leave_process_group(Collapse):
         emit(train(config, out, reporter, validate), options.as_json, f"distill {stage}")
 

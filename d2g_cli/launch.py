@@ -32,7 +32,8 @@ def launch(
     gpus: Annotated[
         int | None,
         typer.Option(
-            help="Processes on this machine, one per GPU (all GPUs; without one, all CPU cores).",
+            help="Processes on this machine, one per GPU (all GPUs; on a CPU measured: one per core, up to "
+            "8, or one).",
             show_default=False,
         ),
     ] = None,
@@ -65,13 +66,12 @@ def launch(
     port = rendezvous.rpartition(":")[2] if ":" in rendezvous else "0"
     if nodes > 1 and not (port.isascii() and port.isdecimal() and int(port) < 2**16):
         raise SettingError(f"--rendezvous is {rendezvous!r}; expected HOST:PORT with a port below {2**16}")
-    # By default one process per GPU, or per core without a GPU.
+    # By default one process per GPU. Machines without one must agree on a number, so theirs is not measured.
     if (processes := gpus) is None:
         import torch
 
-        from d2g.core.environment import usable_cores
-
-        processes = torch.cuda.device_count() or usable_cores()
+        gpus_here = torch.cuda.device_count()
+        processes = gpus_here or (most_cpu_processes() if nodes > 1 else measured_cpu_processes("--gpus"))
     raise typer.Exit(run_in_processes(command, processes, nodes, rendezvous, job, restarts))
 
 
@@ -139,25 +139,40 @@ def cpu_processes(out: Path, seconds: float = inf) -> int:
     """How many processes a small job takes here: a power of two or one, 1 with a GPU or under torchrun.
 
     A job that has run in the folder OUT before takes as many as then, so that it goes on with the same random
-    numbers. Otherwise this measures whether several processes compute more than one, and logs the choice.
-    They may not where other programs use the cores, or where a container is limited to a part of them. Jobs
-    of fewer seconds than `MEASURED_FROM` take one process per core without a measurement.
+    numbers. Otherwise it is `measured_cpu_processes`, except that jobs of fewer seconds than `MEASURED_FROM`
+    take one process per core without a measurement.
     """
     if "WORLD_SIZE" in os.environ:
         return 1
     import torch
 
-    from d2g.core.distributed.process_count import FILE, measure_processes, saved_process_count
-    from d2g.core.environment import usable_cores
+    from d2g.core.distributed.process_count import FILE, saved_process_count
 
     if torch.cuda.is_available():
         return 1
     if (saved := check_count(f"processes in {out / FILE}", saved_process_count(out))) is not None:
         logger.info("%d process(es), as at the last start; --processes chooses", saved)
         return saved
-    most = 1 << (min(usable_cores(), MOST_CPU_PROCESSES).bit_length() - 1)
-    if most == 1 or seconds < MEASURED_FROM:
-        return most
+    return most_cpu_processes() if seconds < MEASURED_FROM else measured_cpu_processes("--processes")
+
+
+def most_cpu_processes() -> int:
+    """One process per core, at most `MOST_CPU_PROCESSES`; a power of two, to divide batches."""
+    from d2g.core.environment import usable_cores
+
+    return 1 << (min(usable_cores(), MOST_CPU_PROCESSES).bit_length() - 1)
+
+
+def measured_cpu_processes(option: str) -> int:
+    """`most_cpu_processes` if they compute more than one process, else 1. Logs the choice.
+
+    They may not where other programs use the cores, or where a container is limited to a part of them.
+    option: the one by which users choose.
+    """
+    from d2g.core.distributed.process_count import measure_processes
+
+    if (most := most_cpu_processes()) == 1:
+        return 1
     try:
         # A moment in which another program ends or starts must not decide about minutes of work.
         for attempt in range(MEASUREMENTS):
@@ -166,7 +181,17 @@ def cpu_processes(out: Path, seconds: float = inf) -> int:
             if measurement.processes > 1:
                 break
     except UserError as error:
-        logger.warning("1 process, because more could not be measured (%s); --processes chooses", error)
+        logger.warning("1 process, because more could not be measured (%s); %s chooses", error, option)
         return 1
-    logger.info("%s", measurement.line())
+    logger.info("%s; %s chooses", measurement.line(), option)
     return measurement.processes
+
+
+def log_other_processes(command: str) -> None:
+    """Log that `d2g launch` may be faster, where a command starts in one process with several threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if "WORLD_SIZE" not in os.environ and threads > 1 and not torch.cuda.is_available():
+        again = f"`d2g launch -- {command} ...` measures whether several processes are faster"
+        logger.info("1 process with %d threads; %s", threads, again)

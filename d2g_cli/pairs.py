@@ -26,6 +26,7 @@ from d2g_cli.common import (
     settings_from,
 )
 from d2g_cli.inputs import config_inputs
+from d2g_cli.launch import log_other_processes
 
 pairs_app = typer.Typer(help="Generate and maintain noise-latent pairs.", no_args_is_help=True)
 
@@ -110,6 +111,7 @@ def pairs_generate(options: GenerateOptions, out: StoreOut = "pairs") -> None:
     from pairgen.generate import generate_pairs
     from pairgen.store.remote import is_url
 
+    log_other_processes("pairs generate")
     with leave_process_group():
         summary = generate_pairs(config, out, reporter)
         emit(summary, options.as_json, "pairs")

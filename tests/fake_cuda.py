@@ -15,7 +15,8 @@ until the host has waited for an event behind it. Attention takes a GPU's kernel
 of each step by function of the project; `report`, those of the report at the end; `late`, what the host read
 of each step before; `all_reduces`, gradients that DDP averaged in each step, the first one included; `tf32`,
 whether fp32 products may use TF32 after each step; `contiguous_filters`, convolutions of
-forward passes whose filters are not channels-last; images/s and MFU of an H100. `pixels` has a discriminator
+forward passes whose filters are not channels-last; `embeddings`, dtypes of the embeddings of tokens or
+classes; images/s and MFU of an H100. `pixels` has a discriminator
 on a vision transformer, and CLIP guidance; `validation` draws previews and measures FID. `families` samples
 pairs and trains both stages of tiny teachers (the kinds of tests/tiny_teachers.py; a cascade's prior before
 its decoder), and prints such an object by kind and stage;
@@ -178,7 +179,7 @@ class FakeCuda(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.late: Counter[str] = Counter()
         self.all_reduces = self.operators = self.contiguous_filters = 0
-        self.pinned = set[int]()
+        self.embedding_dtypes, self.pinned = set[torch.dtype](), set[int]()
         self.queued_copies: list[tuple[Tensor, float]] = []
         self.step = 0
         FakeEvent.mode = self
@@ -206,6 +207,8 @@ class FakeCuda(TorchDispatchMode):
         in_forward_pass = torch._C._current_graph_task_id() == -1
         if func is aten.convolution.default and args[1].shape[-1] > 1 and in_forward_pass:
             self.contiguous_filters += not args[1].is_contiguous(memory_format=torch.channels_last)
+        if func is aten.embedding.default:
+            self.embedding_dtypes.add(args[0].dtype)
         # The host asks for a value: make one up.
         if func is aten._local_scalar_dense.default:
             self.waits[f"{project_line()}: reads a value"] += 1
@@ -453,7 +456,11 @@ def waits_of_training(
     line = json.loads((folder / "out" / "stats.jsonl").read_text().splitlines()[-1])
     speed = {name: line.get(f"time/{name}") for name in ("images_per_sec", "mfu")}
     counts = {"steps": waits[1:], "late": late[1:], "report": dict(mode.waits), "all_reduces": all_reduces}
-    return {**counts, **speed, "tf32": tf32, "contiguous_filters": mode.contiguous_filters}
+    formats = {
+        "contiguous_filters": mode.contiguous_filters,
+        "embeddings": sorted(map(str, mode.embedding_dtypes)),
+    }
+    return {**counts, **speed, "tf32": tf32, **formats}
 
 
 def live_bytes() -> Any:

@@ -162,7 +162,7 @@ def _become(request: dict[str, Any], files: list[int]) -> NoReturn:
         loggers = (logging.getLogger(name) for name in logging.root.manager.loggerDict)
         for handler in (handler for logger in loggers for handler in logger.handlers):
             if type(handler) is logging.StreamHandler:
-                handler.setStream(sys.stderr)
+                handler.stream = sys.stderr  # setStream would flush the old one, which may be closed
         os.chdir(request["folder"])
         os.environ.clear()
         os.environ.update(request["environment"])

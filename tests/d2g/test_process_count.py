@@ -42,7 +42,7 @@ def test_processes_are_taken_if_they_compute_more(
 ) -> None:
     measurement = Measurement(alone=alone, together=together)
     assert measurement.processes == processes
-    assert words in measurement.line() and measurement.line().endswith("--processes chooses")
+    assert words in measurement.line()
 
 
 def test_the_rates_are_those_of_real_products() -> None:

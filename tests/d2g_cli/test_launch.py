@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from d2g.core.distributed.process_count import MEASURED_SECONDS, saved_process_count
 from d2g.core.environment import usable_cores
 from d2g.core.errors import SettingError
-from d2g_cli.launch import MEASURED_FROM, cpu_processes
+from d2g_cli.launch import MEASURED_FROM, cpu_processes, log_other_processes
 from d2g_cli.main import main
 from miniature.config import DEMO_PRESETS, planned_seconds
 
@@ -75,6 +76,7 @@ def test_a_long_job_measures_how_many_processes_it_takes(
     assert time.monotonic() - started > 2 * MEASURED_SECONDS
     assert count in (1, cpu_processes(tmp_path, seconds=0))
     assert len(caplog.messages) == 1 and "(measured: " in caplog.messages[0]
+    assert caplog.messages[0].endswith("; --processes chooses")
     # Nothing is written before the job itself starts.
     assert not list(tmp_path.iterdir())
 
@@ -109,6 +111,26 @@ def test_processes_that_cannot_be_measured_are_not_started(
     assert "could not be measured (a process that was to be timed has ended: MemoryError: no" in caplog.text
 
 
+def test_a_command_in_one_process_with_threads_names_the_measurement(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "d2g")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        log_other_processes("distill ode")
+        torch.set_num_threads(2)
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "2")
+            log_other_processes("distill ode")
+        assert not caplog.messages
+        log_other_processes("distill ode")
+    finally:
+        torch.set_num_threads(threads)
+    expected = "`d2g launch -- distill ode ...` measures whether several processes are faster"
+    assert caplog.messages == [f"1 process with 2 threads; {expected}"]
+
+
 @pytest.fixture
 def command(warm_python: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`d2g`, whose processes need not import torch again; torchrun starts its own by PYTHON_EXEC."""
@@ -126,6 +148,16 @@ def demo_of_one_process(
     process = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
     assert process.returncode == 0, process.stderr
     return out, json.loads(process.stdout)
+
+
+@several_cores
+@pytest.mark.slow
+def test_a_launch_without_a_number_measures_it(command: list[str]) -> None:
+    words = [*command, "launch", "--", "distill", "ode", "--preset", "no-such-preset"]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 2 and process.stderr.count("no-such-preset") == 1, process.stderr
+    (measured,) = [line for line in process.stderr.splitlines() if "(measured: " in line]
+    assert measured.endswith("; --gpus chooses")
 
 
 @pytest.mark.slow

@@ -89,6 +89,7 @@ def test_a_step_never_waits_for_the_device(arguments: str, warm_python: str) -> 
     assert waits["report"], "the counter counts"
     assert 0 < waits["mfu"] < 1e-3 * waits["images_per_sec"]
     assert waits["contiguous_filters"] == 0, "engine.channels_last=auto"
+    assert waits["embeddings"] == ["torch.bfloat16"], "data.text_precision=auto, train.precision=bf16"
 
 
 @pytest.mark.long
@@ -189,20 +190,25 @@ def test_training_a_teacher_does_not_mix_devices(networks: list[str], warm_pytho
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("stage", "settings"),
-    [("ode", ()), ("gan", ("gan.r1_rows=1", "gan.r1_interval=1", "engine.activation_checkpointing=false"))],
+    ("preset", "stage", "rows", "settings"),
+    [
+        ("sd15-cfg3", "ode", 8, ()),
+        ("sd15-cfg3", "gan", 8, ("gan.r1_rows=1", "gan.r1_interval=1")),
+        ("sdxl-cfg7", "ode", 2, ()),
+        ("sdxl-cfg7", "gan", 2, ("engine.parallel=ddp",)),
+    ],
 )
-def test_the_forecasts_of_sd15_agree_with_a_step(
-    stage: str, settings: tuple[str, ...], warm_python: str, tmp_path: Path
+def test_the_forecasts_agree_with_a_step(
+    preset: str, stage: str, rows: int, settings: tuple[str, ...], warm_python: str, tmp_path: Path
 ) -> None:
-    """Two steps of 8 rows at the size of SD 1.5, with R1 in each: their memory, and the FLOP by which a run
-    reports its MFU. docs/scaling.md has the memory of more recipes."""
-    settings = ("train.batch_size=8", *settings)
-    result = fake_cuda(warm_python, "memory", "sd15-cfg3", stage, *settings)
+    """Two steps at the size of SD 1.5, with R1 in each, and of SDXL, which has none: their memory, and the
+    FLOP by which a run reports its MFU. docs/scaling.md has the memory of more recipes."""
+    settings = (f"train.batch_size={rows}", "engine.activation_checkpointing=false", *settings)
+    result = fake_cuda(warm_python, "memory", preset, stage, *settings)
     assert result["forecast"] == pytest.approx(result["tracked"], rel=0.05)
-    recipe = DISTILL_PRESETS["sd15-cfg3"]
+    recipe = DISTILL_PRESETS[preset]
     config = override(replace(recipe[stage], teacher=configs_only(recipe.model, tmp_path)), settings)
-    assert result["flop_per_step"] == pytest.approx(8 * flop_per_image(config), rel=0.01)
+    assert result["flop_per_step"] == pytest.approx(rows * flop_per_image(config), rel=0.01)
 
 
 @pytest.mark.long

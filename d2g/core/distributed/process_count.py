@@ -49,8 +49,8 @@ class Measurement:
         count = len(self.together)
         measured = f"measured: {count} at once compute {self.gain:.2f} times as much as one"
         if self.processes == 1:
-            return f"1 process, because more are not worth it ({measured}); --processes chooses"
-        return f"{count} processes ({measured}); --processes chooses"
+            return f"1 process, because more are not worth it ({measured})"
+        return f"{count} processes ({measured})"
 
 
 def measure_processes(count: int, seconds: float = MEASURED_SECONDS) -> Measurement:
