@@ -47,6 +47,11 @@ VARIANTS = (
     Variant("stage 1, inductor", "ode", ("engine.compile=inductor",)),
     Variant("stage 1, recompute", "ode", ("engine.activation_checkpointing=true",)),
     Variant("stage 2, no penalty", "gan", ("gan.penalty=none",)),
+    Variant(
+        "stage 2, no penalty, own generator passes",
+        "gan",
+        ("gan.penalty=none", "engine.own_generator_passes=true"),
+    ),
     Variant("stage 2, R1 of one row", "gan", ("gan.penalty=single", *PENALTY)),
     Variant("stage 2, R1 of the batch", "gan", ("gan.penalty=full", *PENALTY)),
     Variant(
@@ -152,6 +157,11 @@ def ratios(seconds: dict[str, float]) -> list[str]:
     added = (
         ("R1 of one row adds to the mean step", "stage 2, R1 of one row", "stage 2, no penalty"),
         ("R1 of the batch adds to the mean step", "stage 2, R1 of the batch", "stage 2, no penalty"),
+        (
+            "own generator passes (5 evaluations per row, not 4) add to stage 2",
+            "stage 2, no penalty, own generator passes",
+            "stage 2, no penalty",
+        ),
         ("recompute adds to stage 1", "stage 1, recompute", "stage 1"),
     )
     lines = [
