@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -32,7 +33,7 @@ def environment(packages: Sequence[str] = PACKAGES) -> list[str]:
     """Hardware, command, commit, versions and load average, as lines of markdown."""
     commit, dirty = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno")
     script = Path(sys.argv[0])
-    command = " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
     return [
         f"- hardware: {hardware()}, {torch.get_num_threads()} threads",
         f"- command: `{command}`",
