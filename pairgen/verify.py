@@ -13,10 +13,19 @@ import numpy as np
 
 from d2g.core.environment import usable_cores
 from d2g.core.errors import UserError
+from d2g.core.logs import logger
 from d2g.core.machine_errors import raise_machine_error
 from d2g.core.progress import Progress, quiet
 from pairgen.prompts import PromptList, prompt_list_sha256
-from pairgen.store.hdf5 import DamagedShard, IntArray, PairBatch, quarantined_in, read_blocks, redraw
+from pairgen.store.hdf5 import (
+    DamagedShard,
+    IntArray,
+    PairBatch,
+    quarantined_in,
+    read_blocks,
+    redraw,
+    row_count,
+)
 from pairgen.store.reader import PairReader
 from pairgen.store.remote import RemoteShards, is_url
 from pairgen.store.spec import (
@@ -280,7 +289,9 @@ def store_info(folder: Path | str) -> dict[str, Any]:
     """Describe a store in a folder or at a URL (no shard is downloaded).
 
     Keys: `pairs` and `shards` present, `complete` (every pair is present or quarantined), number of
-    `quarantined` rows, size in `gib`, `prompts_held` (whether the store has its prompt list), and its `spec`.
+    `quarantined` rows, `unfinished_pairs` (in partial files of shards that are not present, which no reader
+    sees; None at a URL with such files), size in `gib`, `prompts_held` (whether the store has its prompt
+    list), and its `spec`. Logs partial files that are damaged.
     """
     if is_url(folder):
         return _remote_info(str(folder))
@@ -297,20 +308,42 @@ def store_info(folder: Path | str) -> dict[str, Any]:
         "shards": len(shards),
         "complete": pairs + quarantined == spec.num_pairs,
         "quarantined": quarantined,
+        "unfinished_pairs": _unfinished_pairs(folder, shards),
         "gib": size / 2**30,
         "prompts_held": prompts_path(folder).exists(),
         "spec": spec.as_json(),
     }
 
 
+def _unfinished_pairs(folder: Path, shards: Sequence[int]) -> int:
+    """Pairs in the partial files of a folder, without those of `shards`, which are present."""
+    pairs = 0
+    for path in _parts_without(shards, (folder / "partial").glob("pairs-*.rows-*.h5")):
+        try:
+            pairs += row_count(path)
+        except DamagedShard as error:
+            # A writer may have merged the file into its shard meanwhile.
+            if path.exists():
+                logger.warning("%s", error)
+    return pairs
+
+
+def _parts_without(shards: Sequence[int], paths: Iterable[Path]) -> list[Path]:
+    """The partial files among `paths`, without those of `shards`."""
+    present, matches = set(shards), ((path, _PART.fullmatch(path.name)) for path in sorted(paths))
+    return [path for path, match in matches if match and int(match[1]) not in present]
+
+
 def _remote_info(url: str) -> dict[str, Any]:
-    reader = PairReader(url)
+    reader, remote = PairReader(url), RemoteShards(url)
     return {
         "pairs": len(reader),
         "shards": reader.shards,
         "complete": reader.complete,
         "quarantined": len(reader.quarantined),
+        # Only the files themselves tell how many rows they hold.
+        "unfinished_pairs": None if _parts_without(remote.shards, remote.parts()) else 0,
         "gib": reader.gib,
-        "prompts_held": RemoteShards(url).holds(prompts_path(Path()).name),
+        "prompts_held": remote.holds(prompts_path(Path()).name),
         "spec": reader.spec.as_json(),
     }

@@ -83,6 +83,10 @@ class RemoteShards:
         """Whether the store has a file of this name in the folder of store.json."""
         return file in self._list("")
 
+    def parts(self) -> list[Path]:
+        """Names of the files in the folder of unfinished shards."""
+        return [Path(name) for name in self._list("partial")]
+
     def name(self, shard: int) -> str:
         return f"{self.url}/{self._file(shard)}"
 

@@ -93,6 +93,32 @@ def test_an_unfinished_store_only_lacks_shards(tmp_path: Path) -> None:
     assert (report.bad_shards, report.duplicates, report.quarantined) == ([], [], [])
 
 
+def test_info_counts_the_pairs_of_unfinished_shards_by_themselves(tmp_path: Path) -> None:
+    make_store(tmp_path, shards=(0,))
+    assert store_info(tmp_path)["unfinished_pairs"] == 0
+    for numbers in ([8, 10], [11]):
+        with PairWriter(tmp_path, SPEC, 1) as writer:
+            writer.append(*rows(SPEC, numbers))
+    # A writer that was killed between its shard and its partial files left these.
+    shutil.copy(tmp_path / S0, tmp_path / "partial" / "pairs-00000.rows-0000000000.h5")
+    info = store_info(tmp_path)
+    assert (info["pairs"], info["unfinished_pairs"], info["complete"]) == (8, 3, False)
+    assert len(PairReader(tmp_path)) == 8
+    # A store at a URL would have to download the files.
+    assert store_info(f"file://{tmp_path}")["unfinished_pairs"] is None
+
+
+def test_info_names_a_damaged_unfinished_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_store(tmp_path, shards=(0,))
+    with PairWriter(tmp_path, SPEC, 1) as writer:
+        writer.append(*rows(SPEC, [8, 10]))
+    (part,) = (tmp_path / "partial").glob("*.h5")
+    part.write_bytes(part.read_bytes()[:-1])
+    assert store_info(tmp_path)["unfinished_pairs"] == 0
+    (message,) = caplog.messages
+    assert "pairs-00001.rows-0000000008.h5" in message and "d2g pairs repair" in message
+
+
 def test_a_store_without_its_prompt_list(store: Path) -> None:
     prompts_path(store).unlink()
     report = verify_store(store)
