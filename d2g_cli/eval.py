@@ -49,6 +49,7 @@ def eval_run(options: RunOptions) -> None:
     """FID, CLIP score, precision and recall, and more, under a named protocol."""
     config = eval_config(options)
     refuse_unused_options(options, config)
+    config.check_source()
     if options.dry_run:
         finish_dry_run(config, options.as_json, _plan(config), config_inputs(config, EVAL_INPUTS))
     from eval.runner.curves import run_every
@@ -115,6 +116,7 @@ def eval_curve(
     run = replace(eval_config(options), out=str(out))
     run = replace(run, metrics=run.metrics or ("fid", "clip"))
     refuse_unused_options(options, run)
+    run.check_source()
     earlier = tuple(str(folder) for folder in beside or ())
     config = CurveRun(run=run, setting=setting, values=values, beside=earlier)
     if options.dry_run:

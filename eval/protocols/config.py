@@ -117,15 +117,16 @@ class EvalRun:
 
     def check_source(self) -> None:
         """Raise SettingError unless exactly one thing is measured, with settings that apply to it."""
-        sources = [name for name in ("student", "pipeline", "images") if getattr(self, name)]
-        if (
-            len(sources) > 1
-            or (not sources and not self.teacher)
-            or (self.teacher and sources and sources != ["student"])
-        ):
+        sources = [name for name in ("student", "pipeline", "images", "teacher") if getattr(self, name)]
+        if not sources:
             raise SettingError(
-                "give --student or --teacher, or --images, or --pipeline, to say what is measured: "
-                "one of them"
+                "give --student or --teacher, or --images, or --pipeline, to say what is measured"
+            )
+        if len(sources) > 1 and sources != ["student", "teacher"]:
+            both = " and ".join(f"{name} is {getattr(self, name)}" for name in sources)
+            raise SettingError(
+                f"{both}; expected one of them, which is measured: leave the others out, and empty one of a "
+                f"preset, as with --set {sources[0]}=null"
             )
         # Settings that apply to some sources only.
         if self.prior is not None and self.student is None and self.teacher is None:

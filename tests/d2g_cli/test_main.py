@@ -167,6 +167,11 @@ def test_version_in_a_new_process() -> None:
         ("sample --student miniature", "nothing to draw"),
         ("sample --student x --prompt a --num 0", "num is 0"),
         ("eval run", "give --student or --teacher, or --images"),
+        ("eval run --preset miniature --images x --dry-run", "--set student=null"),
+        (
+            "eval curve --teacher x --pipeline y --out x --over steps=1 --dry-run",
+            "pipeline is y and teacher is",
+        ),
         ("eval run --images x --protocol minature", "did you mean 'miniature'?"),
         ("eval run --images x --set protocol.sise=9", "did you mean 'protocol.size'?"),
         ("eval run --images x --set protocol.resize=lanzcos", "did you mean 'lanczos'?"),

@@ -363,8 +363,8 @@ def test_every_checkpoint_of_a_run(job: Path, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({}, "give --student or --teacher, or --images, or --pipeline"),
-        ({"student": "x", "images": "y"}, "one of them"),
-        ({"teacher": "x", "pipeline": "y"}, "one of them"),
+        ({"student": "x", "images": "y"}, "student is x and images is y; expected one of them"),
+        ({"teacher": "x", "pipeline": "y"}, "pipeline is y and teacher is x; expected one of them"),
         ({"teacher": "x", "noise_scale": 0.5}, "noise_scale is a student's setting"),
         ({"student": "miniature", "every": True}, "--every goes over a run's checkpoints"),
         ({"images": "x", "keep": "y"}, "--keep saves what a sampler draws"),
