@@ -192,10 +192,11 @@ def export_pairs(
     as_json: Json = False,
 ) -> None:
     """Copy a store to Parquet or WebDataset files, for other trainers. Run again to resume."""
-    from pairgen.other_formats import check_format, export_store
+    from pairgen.other_formats import check_copy_folder, check_format, export_store
     from pairgen.store.spec import read_spec, shards_present
 
     check_format(format)
+    check_copy_folder(folder, out)
     if dry_run:
         files = len(shards_present(folder, read_spec(folder)))
         _show({"out": str(out), "format": format, "files": files}, as_json, "dry run: nothing was written")

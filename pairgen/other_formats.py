@@ -39,17 +39,13 @@ def export_store(folder: Path, out: Path, format: str, progress: Progress = quie
     shards again that `d2g pairs repair` has filled. Returns the numbers of pairs, of files, and of files that
     this call wrote.
 
-    Raises SettingError for another format, DamagedShard, and UserError if `out` holds the copy of another
-    store or something else, or cannot be written.
+    Raises SettingError for another format, what `check_copy_folder` raises, DamagedShard, and UserError if
+    `out` holds the copy of another store, or cannot be written.
     """
     check_format(format)
     suffix, encode = FORMATS[format]
     spec, pairs, written = read_spec(folder), 0, 0
-    if Path(folder).resolve() in out.resolve().parents:
-        raise SettingError(
-            f"--out {out} lies in the store {folder}, which holds its own files there; choose another"
-        )
-    refuse_other_folder(out)
+    check_copy_folder(folder, out)
     shards = shards_present(folder, spec)
     with FolderOwner(out, "exports to"), writing(out, "the store is untouched, and finished files stay"):
         # A folder holds the copy of one store.
@@ -76,6 +72,18 @@ def check_format(format: str) -> None:
     """Raise SettingError for an unknown format."""
     if format not in FORMATS:
         raise SettingError(f"format is {format!r}; expected {' or '.join(FORMATS)}")
+
+
+def check_copy_folder(folder: Path, out: Path) -> None:
+    """Raise SettingError if `out` is the store in `folder`, lies in it, or holds another store's shards, and
+    UserError if it holds something else."""
+    if Path(folder).resolve() in (out.resolve(), *out.resolve().parents):
+        raise SettingError(
+            f"--out {out} lies in the store {folder}, which holds its own files there; choose another folder"
+        )
+    if (out / "shards").is_dir():
+        raise SettingError(f"--out {out} holds the shards of a pair store; choose another folder")
+    refuse_other_folder(out)
 
 
 def _tensors(rows: PairBatch) -> dict[str, Tensor]:

@@ -90,6 +90,16 @@ def test_what_cannot_be_copied_is_refused(teacher: Path, pairs: Path, tmp_path: 
     other = make_pairs(teacher, tmp_path, steps=2, shard_size=8, dtype="float16", noise="seeded")
     with pytest.raises(UserError, match="holds pairs of another spec; differing: steps"):
         export_store(other, tmp_path / "out", "parquet")
-    with pytest.raises(SettingError, match=r"lies in the store .*; choose another"):
-        export_store(pairs, pairs / "shards", "parquet")
     assert verify_store(pairs).ok
+
+
+def test_a_copy_beside_the_shards_of_a_store_is_refused(tmp_path: Path) -> None:
+    store, twin = put_store(tmp_path / "pairs"), put_store(tmp_path / "twin")
+    (tmp_path / "link").symlink_to(store)
+    files = sorted(tmp_path.rglob("*"))
+    for folder, out in ((store, store), (tmp_path / "link", store), (store, store / "shards"), (store, twin)):
+        for more in ([], ["--dry-run"]):
+            words = ["pairs", "export", str(folder), "--out", str(out), *more]
+            refused = CliRunner().invoke(cli.app, words).exception
+            assert isinstance(refused, SettingError) and "; choose another folder" in str(refused), words
+    assert sorted(tmp_path.rglob("*")) == files
