@@ -14,6 +14,7 @@ from d2g.core.logs import logger
 from d2g.core.seeds import noise
 from d2g.data.prompt_files import prompt_text
 from d2g.diffusion.latents import decode, to_uint8
+from d2g.diffusion.pretrained import load_vae
 from d2g.diffusion.teacher_sampler import SolverSettings, TeacherSampler, load_sampler, prior_seed
 from distill.exploration import interpolate_noise
 from distill.sampling import OneStepSampler
@@ -51,13 +52,14 @@ class Drawing:
 class BrowserPage:
     """The models behind the page, and the prompt with which it starts.
 
-    teacher: None if the page has the student alone.
+    teacher, and teacher_vae, its autoencoder: None if the page has the student alone.
     """
 
     student_sampler: OneStepSampler
     name: str
     teacher: TeacherSampler | None = None
     prompt: str = ""
+    teacher_vae: Any = None
 
     @property
     def same_noise(self) -> bool:
@@ -109,7 +111,7 @@ class BrowserPage:
                 cond=cond if latents is None else cond.with_prior(latents),
             )
         assert latents is not None
-        images = to_uint8(decode(self.student_sampler.vae, latents)).cpu()
+        images = to_uint8(decode(self.teacher_vae, latents)).cpu()
         return Drawing(images, 1000 * (time.monotonic() - started) / request.count)
 
 
@@ -137,7 +139,9 @@ def open_page(
             f"teacher {teacher} makes latents of shape {teacher_sampler.teacher.latent_shape}, but student "
             f"{name} makes {student_sampler.student.latent_shape}; give the teacher of this student"
         )
-    return BrowserPage(student_sampler, name, teacher_sampler, prompt)
+    # The autoencoders of two teachers with one denoiser may differ.
+    vae = load_vae(teacher).to(student_sampler.device)
+    return BrowserPage(student_sampler, name, teacher_sampler, prompt, vae)
 
 
 def build_page(page: BrowserPage) -> Any:

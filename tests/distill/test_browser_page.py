@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,10 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny_teachers
 from browser import Browser, chromium
 from d2g.core.errors import SettingError, UserError
+from d2g.diffusion.latents import decode_uint8
+from d2g.diffusion.pretrained import load_vae
 from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
 from distill.browser_page import BrowserPage, DrawRequest, build_page, open_page
 from distill.config.student import GeneratorConfig, StudentConfig
@@ -62,6 +66,22 @@ def test_the_teacher_has_the_noise_of_the_student(page: BrowserPage, one: OneSte
     assert torch.equal(page.draw_teacher(request()).images, one.decode(latents))
 
 
+def test_the_teacher_decodes_with_its_own_autoencoder(
+    one: OneStepSampler, teacher: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(teacher, tmp_path / "other")
+    (file,) = (tmp_path / "other" / "vae").glob("*.safetensors")
+    weights = load_file(file)
+    save_file({name: weights[name].flip(0) for name in weights}, file)
+    page = open_page(one, "student", str(tmp_path / "other"), SETTINGS)
+    assert page.teacher is not None
+    latents = page.teacher.latents(3, range(2), ["a red cube"] * 2)
+    images = page.draw_teacher(request()).images
+    assert torch.equal(images, next(decode_uint8(load_vae(str(tmp_path / "other")), latents)))
+    assert (images != one.decode(latents)).any()
+    assert torch.equal(page.draw(request()).images, one(["a red cube"] * 2, seed=3))
+
+
 def test_an_upsampler_and_its_prior_move_to_the_second_seed(one: OneStepSampler, teacher: Path) -> None:
     """Its teacher reads no other stage, and draws alone from noise of its own."""
     sizes = GeneratorConfig(channel_base=64, channel_max=16, residual_blocks=1, z_dim=8, w_dim=8, factor=2)
@@ -79,7 +99,8 @@ def test_the_stages_of_a_cascade_move_together(tmp_path: Path) -> None:
     before = tiny_teachers.save_wuerstchen_prior(tmp_path / "c")
     last = tiny_teachers.save_wuerstchen_decoder(tmp_path / "b")
     sampler = replace(untrained_one_step(last), prior=untrained_one_step(before))
-    page = BrowserPage(sampler, "b", load_sampler(last, replace(SETTINGS, prior=before, prior_steps=2)))
+    stages = load_sampler(last, replace(SETTINGS, prior=before, prior_steps=2))
+    page = BrowserPage(sampler, "b", stages, teacher_vae=load_vae(last))
     assert page.teacher is not None
     prompts = ["a red cube"] * 2
     assert torch.equal(page.draw(request()).images, sampler(prompts, seed=3))
