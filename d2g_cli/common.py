@@ -171,6 +171,7 @@ class Reporter:
         )
         self.tasks: dict[str, Any] = {}
         self.started: dict[str, tuple[float, int]] = {}
+        self.latest: dict[str, tuple[int, int]] = {}
         self.last_line = 0.0
 
     def __call__(self, label: str, done: int, total: int) -> None:
@@ -179,6 +180,11 @@ class Reporter:
             return
         label = one_line(label)
         now = time.monotonic()
+        # A loop that repeats an earlier one's label starts again, or elsewhere after the earlier one's end.
+        last_done, last_total = self.latest.get(label, (done, total))
+        self.latest[label] = done, total
+        if repeated := done < last_done or (last_done >= last_total > 0 and total != last_total):
+            self.started.pop(label, None)
         start_time, start_done = self.started.setdefault(label, (now, done))
         rate = (done - start_done) / (now - start_time) if now > start_time else 0.0
         if is_terminal(sys.stderr):
@@ -186,6 +192,8 @@ class Reporter:
                 self.bars.start()
             if label not in self.tasks:
                 self.tasks[label] = self.bars.add_task(label, total=total or None, rate="")
+            elif repeated:
+                self.bars.reset(self.tasks[label], total=total or None)
             self.bars.update(self.tasks[label], completed=done, rate=f"{rate:.1f}/s")
         elif now - self.last_line >= 10 or (total and done >= total):
             self.last_line = now

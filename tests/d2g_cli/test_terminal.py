@@ -1,4 +1,4 @@
-"""d2g_cli.terminal: control characters in untrusted text do not reach the terminal."""
+"""d2g_cli.terminal: control characters in untrusted text do not reach the terminal; and progress there."""
 
 import io
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from clocks import Clock
 from d2g_cli import common
 from d2g_cli.common import emit, print_error
 from d2g_cli.main import main
@@ -38,6 +39,32 @@ def show_progress(label: str) -> None:
     reporter(label, 0, 2)
     reporter(label, 2, 2)
     reporter.stop()
+
+
+@pytest.mark.parametrize("again", [[(0, 50), (20, 50)], [(100, 500), (120, 500)]])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_second_loop_of_one_label_has_its_own_rate(
+    again: list[tuple[int, int]],
+    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The second loop starts at 0 or, where it resumes, later."""
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stderr", FakeTerminal() if terminal else io.StringIO())
+    monkeypatch.setattr(common, "time", clock := Clock())
+    caplog.set_level("INFO", "d2g")
+    reporter = common.Reporter()
+    for done, total in [(0, 100), (50, 100), (100, 100), *again]:
+        reporter("draw", done, total)
+        clock.sleep(10)
+    reporter.stop()
+    (done, total), rate = again[-1], "2.0/s"
+    if terminal:
+        (task,) = reporter.bars.tasks
+        assert (task.completed, task.total, task.fields["rate"]) == (done, total, rate)
+    else:
+        assert caplog.messages[-1] == f"draw: {done}/{total} ({rate}, {(total - done) // 2} s left)"
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
