@@ -18,10 +18,13 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     complex parts, and singular covariances (fewer images than features) need no offset. F factors the
     covariance of lower rank, so that no eigenvalue consists of rounding alone.
 
+    Raises UserError for values that are not finite.
+
     >>> import torch
     >>> frechet_distance(torch.zeros(2), torch.eye(2), torch.ones(2), 4 * torch.eye(2))
     4.0
     """
+    _require_finite(mean_a=mean_a, cov_a=cov_a, mean_b=mean_b, cov_b=cov_b)
     a, b = cov_a.double(), cov_b.double()
     factor_a, factor_b = factor(a), factor(b)
     if factor_a.shape[1] <= factor_b.shape[1]:
@@ -48,16 +51,30 @@ def factor(covariance: Tensor) -> Tensor:
     return root
 
 
+def _require_finite(**values: Tensor) -> None:
+    """Raise UserError naming the first tensor that is not finite; of rows [N, D], its first row."""
+    for name, tensor in values.items():
+        broken = (~tensor.isfinite()).flatten(1).any(1) if name == "rows" else ~tensor.isfinite()
+        if broken.any():
+            what = f"row {int(broken.nonzero()[0])} of the features" if name == "rows" else name
+            raise UserError(f"{what} is not finite; look for a broken image or broken weights")
+
+
 def _root_trace(matrix: Tensor) -> float:
     return float(torch.linalg.eigvalsh(matrix).clamp(min=0).sqrt().sum())
 
 
 def frechet_to(mean: Tensor, covariance: Tensor) -> Callable[[Tensor], float]:
-    """Factor a reference once; return a function of rows [N, D], N >= 2, that gives their distance to it."""
+    """Factor a reference once; return a function of rows [N, D], N >= 2, that gives their distance to it.
+
+    Both raise UserError for values that are not finite.
+    """
+    _require_finite(mean=mean, covariance=covariance)
     mean, covariance = mean.double(), covariance.double()
     root, trace = factor(covariance), float(covariance.trace())
 
     def distance(rows: Tensor) -> float:
+        _require_finite(rows=rows)
         center = rows.double().mean(0)
         scaled = (rows.double() - center) / (len(rows) - 1) ** 0.5
         # Take the smaller of the two products with the same nonzero eigenvalues.
@@ -77,13 +94,14 @@ def frechet_standard_error(rows: Tensor, mean: Tensor, covariance: Tensor) -> fl
     Delta method: the influence function of the distance at row x, with d = x - mean of the rows, is
     d^T (I - T) d - tr((I - T) A) + 2 (mean of the rows - mean)^T d, where T = F (F^T A F)^(-1/2) F^T is the
     optimal transport map from the rows' Gaussian to the reference F F^T (Takatsu 2011, Lemma 2.4). It is
-    accurate for N well above D. Raises UserError unless N > D.
+    accurate for N well above D. Raises UserError unless N > D, and for values that are not finite.
     """
     if len(rows) <= rows.shape[1]:
         raise UserError(
             f"the closed-form interval needs more rows than features, got {len(rows)} for {rows.shape[1]}; "
             "use the bootstrap"
         )
+    _require_finite(rows=rows, mean=mean, covariance=covariance)
     root = factor(covariance.double())
     center = rows.double().mean(0)
     centered = rows.double() - center

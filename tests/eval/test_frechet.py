@@ -37,6 +37,23 @@ def test_with_equal_covariances_the_distance_is_that_of_the_means() -> None:
         assert got == pytest.approx(float(shift @ shift), rel=1e-9)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    fine, broken = rows(50, 6), rows(50, 6)
+    broken[3, 4] = value
+    mean, covariance = fine.mean(0), fine.T.cov()
+    with pytest.raises(UserError, match=r"^mean_a is not finite; look for a broken image or broken"):
+        frechet_distance(broken.mean(0), covariance, mean, covariance)
+    with pytest.raises(UserError, match="cov_b is not finite"):
+        frechet_distance(mean, covariance, mean, broken.T.cov())
+    with pytest.raises(UserError, match="covariance is not finite"):
+        frechet_to(mean, broken.T.cov())
+    with pytest.raises(UserError, match="row 3 of the features is not finite"):
+        frechet_to(mean, covariance)(broken)
+    with pytest.raises(UserError, match="row 3 of the features is not finite"):
+        frechet_standard_error(broken, mean, covariance)
+
+
 def test_diagonal_covariances_have_a_closed_form() -> None:
     a, b = torch.tensor([1.0, 4.0, 0.0]), torch.tensor([9.0, 4.0, 2.0])
     expected = (a.sqrt() - b.sqrt()).square().sum().item()
