@@ -112,7 +112,7 @@ def read_captions(config: TeacherConfig) -> list[str]:
     files, texts = open_images(config.data, config.column), list[str]()
     for table in files.tables:
         if find_caption_column(open_table(table).schema_arrow.names, config.column):
-            texts += [str(cell or "") for cell in prompt_cells(table, config.column)]
+            texts += ["" if cell is None else str(cell) for cell in prompt_cells(table, config.column)]
         else:
             texts += [""] * open_table(table).metadata.num_rows
     captions = files.captions
@@ -176,7 +176,7 @@ def labeled_images(
     elif names:
         files = replace(files, column=column or LABEL_COLUMN)
     images, texts = _load_squares(files, source, limit, size)
-    prompts = [str(text) for text in texts] if names else [""] * len(images)
+    prompts = texts if names else [""] * len(images)
     return TrainingPictures(images=images, prompts=prompts, classes=names)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2g.core.environment import usable_cores
 from d2g.core.errors import UserError
+from d2g.core.logs import log_once
 from d2g.data.captions import Captions
 from d2g.data.columns import caption_column, find_caption_column
 from d2g.data.folders import PICTURE_SUFFIXES, TABLE_SUFFIX, list_folder
@@ -117,7 +118,8 @@ def read_images(
     `spread`: they are evenly spread over all (`spread_numbers`), instead of the first ones.
 
     `source`: a folder or .parquet files. Captions come from the folder's metadata file or NAME.txt
-    (`d2g.data.captions`), else from a PNG's own `prompt` text; in parquet from a caption column.
+    (`d2g.data.captions`), else from a PNG's own `prompt` text; in parquet from a caption column of text or
+    whole numbers.
     `resize`: a preprocessing of `eval.images.resize`; "native" needs images of one size. `workers` threads
     decode ahead (0: two more than cores); the order does not change. `exact`: as in `decode_picture`, False
     for training. Raises UserError for a missing or empty source, an image that cannot be read, mixed sizes.
@@ -227,7 +229,26 @@ def _parquet_entries(file: Path, start: int, stop: int, caption: str | None) -> 
             for entry in batch.to_pylist():
                 if start <= row < stop:
                     data = encoded_image(entry[column], f"{file} row {row}")
-                    yield Entry(f"{file} row {row}", lambda data=data: data, entry[key] if key else None)  # type: ignore[misc]
+                    text = _cell_text(file, row, key, entry[key], caption is not None) if key else None
+                    yield Entry(f"{file} row {row}", lambda data=data: data, text)  # type: ignore[misc]
                 row += 1
     except parquet_errors() as error:
         raise unreadable_table(file, error) from error
+
+
+def _cell_text(file: Path, row: int, column: str, cell: object, wanted: bool) -> str | None:
+    """A cell of the caption column as text: class numbers in decimal, None for an empty cell.
+
+    wanted: somebody has chosen the column. Raises UserError if it then holds something else.
+    """
+    if type(cell) is int:
+        return str(cell)
+    if cell is None or isinstance(cell, str):
+        return cell
+    if wanted:
+        raise UserError(
+            f"{file} row {row}: column {column} holds {str(cell)[:40]!r}; expected text or whole numbers, "
+            "give another column"
+        )
+    log_once(f"{file}: column {column} holds no text, so its images have no captions")
+    return None

@@ -66,6 +66,20 @@ def test_parquet_with_captions(tmp_path: Path) -> None:
         assert torch.equal(read, images) and captions == ["a", "b", "c", "d"]
 
 
+def test_captions_of_a_table_are_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cells = [{"bytes": png(image), "path": None} for image in random_images(3)]
+    columns = {"image": cells, "label": [0, 1, None], "score": [0.5, 1.5, 2.5], "caption": [["a", "b"]] * 3}
+    pq.write_table(pa.table(columns), file := tmp_path / "train.parquet")
+    assert load_all(read_images(open_images(file, column="label")))[1] == ["0", "1", ""]
+    with pytest.raises(UserError, match=r"row 0: column score holds '0\.5'; expected text or whole numbers"):
+        load_all(read_images(open_images(file, column="score")))
+    # Metrics that read no captions need none.
+    caplog.set_level("INFO", "d2g")
+    assert load_all(read_images(file))[1] == [""] * 3
+    (message,) = caplog.messages
+    assert message.endswith("train.parquet: column caption holds no text, so its images have no captions")
+
+
 def test_broken_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         load_all(read_images(tmp_path / "gone"))

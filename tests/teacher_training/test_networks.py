@@ -24,7 +24,7 @@ from jobs import distill_config
 from own_pictures import CLASSES, SIZE, class_folders, image_folder
 from pairgen.generate import generate_pairs
 from teacher_training.config import DiTConfig, EDMConfig, TeacherConfig
-from teacher_training.data import TrainingPictures, labeled_images
+from teacher_training.data import TrainingPictures, captioned_images, labeled_images, read_captions
 from teacher_training.networks.edm import training_example
 from teacher_training.networks.registry import NETWORKS
 from teacher_training.train import train_teacher
@@ -90,6 +90,9 @@ def test_classes_are_numbered_as_real_images_are(pictures: Path, tmp_path: Path)
         else:
             table = labeled_images(str(file), SIZE, 5, 0)
             assert table.classes == expected and table.prompts == ["1", "0"]
+            # A network of text reads the numbers as text.
+            texts = captioned_images(str(file), SIZE, 5, 0, "{}", column="label")[1]
+            assert texts == read_captions(replace(CLASSES, data=str(file), column="label")) == ["1", "0"]
 
 
 def settings_of(network: str, data: Path) -> TeacherConfig:
