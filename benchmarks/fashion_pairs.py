@@ -102,9 +102,9 @@ def read(file: Path, per_class: int) -> tuple[Tensor, list[str]]:
     images, labels = load_all(read_images(open_images(file, "label")))
     of_class: dict[str, list[int]] = {name: [] for name in CLASSES}
     for row, label in enumerate(labels):
-        of_class[str(label)].append(row)
+        of_class[label].append(row)
     rows = [row for of_one in of_class.values() for row in of_one[:per_class]]
-    return images[rows], [str(labels[row]) for row in rows]
+    return images[rows], [labels[row] for row in rows]
 
 
 class GarmentClassifier(nn.Module):
