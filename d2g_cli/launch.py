@@ -157,10 +157,20 @@ def cpu_processes(out: Path, seconds: float = inf) -> int:
 
 
 def most_cpu_processes() -> int:
-    """One process per core, at most `MOST_CPU_PROCESSES`; a power of two, to divide batches."""
+    """One process per core, at most `MOST_CPU_PROCESSES`; a power of two, to divide batches.
+
+    Fewer if OMP_NUM_THREADS gives each process several threads: together they have one per core.
+    """
     from d2g.core.environment import usable_cores
 
-    return 1 << (min(usable_cores(), MOST_CPU_PROCESSES).bit_length() - 1)
+    processes = max(1, usable_cores() // threads_per_process())
+    return 1 << (min(processes, MOST_CPU_PROCESSES).bit_length() - 1)
+
+
+def threads_per_process() -> int:
+    """The threads of each of several processes: OMP_NUM_THREADS, else 1."""
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return max(1, int(threads)) if threads.isascii() and threads.isdecimal() else 1
 
 
 def measured_cpu_processes(option: str) -> int:
@@ -172,6 +182,8 @@ def measured_cpu_processes(option: str) -> int:
     from d2g.core.distributed.process_count import measure_processes
 
     if (most := most_cpu_processes()) == 1:
+        if (threads := threads_per_process()) > 1:
+            logger.info("1 process of %d threads (OMP_NUM_THREADS); %s chooses", threads, option)
         return 1
     try:
         # A moment in which another program ends or starts must not decide about minutes of work.

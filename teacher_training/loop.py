@@ -86,7 +86,10 @@ def fit_modules(
     """
     world, rank = process_group.world_size(), process_group.rank()
     if config.batch_size % world:
-        raise SettingError(f"batch_size {config.batch_size} does not divide over {world} processes")
+        raise SettingError(
+            f"batch_size {config.batch_size} does not divide over {world} processes; expected a multiple of "
+            f"{world}, or another number of processes (--gpus of `d2g launch`)"
+        )
     state = _resume(log, modules, config, discriminator)
     local = config.batch_size // world
     started = saved = previewed = time.monotonic()

@@ -384,6 +384,8 @@ def microbatch_size(config: DistillConfig, processes: int) -> int:
         raise SettingError(
             f"train.batch_size {size} does not divide over {processes} process{'es' * (processes > 1)}"
             + (f" x {accumulate} micro-batches (engine.gradient_accumulation)" if accumulate > 1 else "")
+            + f"; expected a multiple of {processes * accumulate}"
+            + (", or another number of processes (--gpus of `d2g launch`)" if processes > 1 else "")
         )
     rows = size // processes // accumulate
     if config.adversarial:

@@ -89,6 +89,19 @@ def test_a_short_job_is_not_measured(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert not caplog.messages
 
 
+@several_cores
+@pytest.mark.parametrize("threads", [usable_cores(), 2 * usable_cores()])
+def test_processes_with_several_threads_share_the_cores(
+    threads: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "d2g")
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    assert cpu_processes(tmp_path, seconds=0) == cpu_processes(tmp_path) == 1
+    assert caplog.messages == [f"1 process of {threads} threads (OMP_NUM_THREADS); --processes chooses"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cpu_processes(tmp_path, seconds=0) > 1
+
+
 def test_a_job_goes_on_with_its_number_of_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Noise of a teacher's training depends on it."""
     caplog.set_level("INFO", "d2g")

@@ -261,7 +261,7 @@ def group(name: str, /, **values: object) -> DistillConfig:
         (lambda: group("engine", parallel="zero"), "engine.parallel is 'zero'"),
         (
             lambda: DistillConfig(engine=EngineConfig(gradient_accumulation=3)),
-            "does not divide over 1 process x 3 micro-batches",
+            r"over 1 process x 3 micro-batches \(engine.gradient_accumulation\); expected a multiple of 3$",
         ),
         (lambda: DistillConfig(stage="both"), "^stage is 'both'"),
         (

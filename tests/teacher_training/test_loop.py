@@ -180,5 +180,7 @@ def test_invalid_settings_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(SettingError, match="multiples of 8"):
         AutoencoderConfig(channels=(8, 9))
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SettingError, match="batch_size 8 does not divide over 3 processes"):
+    with pytest.raises(
+        SettingError, match=r"batch_size 8 does not divide over 3 processes; expected a mu.*--gpus"
+    ):
         run(tmp_path)
