@@ -18,6 +18,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from textwrap import fill
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -255,7 +256,7 @@ def draw_sheet(out: Path, seed: int, file: Path) -> None:
     for axes, (name, source) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
         images = next(source.draw(range(len(CLASSES)), len(CLASSES), (NATIVE,))).views[NATIVE]
         axes.imshow(torch.cat(list(images), 2).permute(1, 2, 0))
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.set_ylabel(fill(name, 30), rotation=0, ha="right", va="center")
         axes.set(xticks=[], yticks=[])
     figure.savefig(file, dpi=110)
 
