@@ -49,7 +49,7 @@ def eval_run(options: RunOptions) -> None:
     """FID, CLIP score, precision and recall, and more, under a named protocol."""
     config = eval_config(options)
     refuse_unused_options(options, config)
-    config.check_source()
+    _check_source(config, options.dry_run)
     if options.dry_run:
         finish_dry_run(config, options.as_json, _plan(config), config_inputs(config, EVAL_INPUTS))
     from eval.runner.curves import run_every
@@ -116,7 +116,7 @@ def eval_curve(
     run = replace(eval_config(options), out=str(out))
     run = replace(run, metrics=run.metrics or ("fid", "clip"))
     refuse_unused_options(options, run)
-    run.check_source()
+    _check_source(run, options.dry_run)
     earlier = tuple(str(folder) for folder in beside or ())
     config = CurveRun(run=run, setting=setting, values=values, beside=earlier)
     if options.dry_run:
@@ -260,6 +260,12 @@ EVAL_INPUTS = (
     "train",
 )
 """Settings of an evaluation that name inputs."""
+
+
+def _check_source(config: Any, dry_run: bool) -> None:
+    """Check what is measured. A dry run also prints settings where nothing is chosen yet."""
+    if config.sources or not dry_run:
+        config.check_source()
 
 
 def _plan(config: Any) -> dict[str, Any]:

@@ -115,10 +115,14 @@ class EvalRun:
             psi=(0 <= self.psi <= 1, "0 (the mean style) to 1 (no truncation)"),
         )
 
+    @property
+    def sources(self) -> list[str]:
+        """Names of the settings that say what is measured, of those that are set."""
+        return [name for name in ("student", "pipeline", "images", "teacher") if getattr(self, name)]
+
     def check_source(self) -> None:
         """Raise SettingError unless exactly one thing is measured, with settings that apply to it."""
-        sources = [name for name in ("student", "pipeline", "images", "teacher") if getattr(self, name)]
-        if not sources:
+        if not (sources := self.sources):
             raise SettingError(
                 "give --student or --teacher, or --images, or --pipeline, to say what is measured"
             )
