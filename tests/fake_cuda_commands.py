@@ -226,7 +226,7 @@ def print_waits(calls: dict[str, Callable[[], object]]) -> None:
 
 
 def teachers(*names: str) -> None:
-    """Plan and train all stages of a teacher of each kind of network, with the verdict at the end."""
+    """Plan the training of one teacher for each kind of network, run all stages, and give the verdict."""
     import own_pictures
     from teacher_training.cascade.train import train_cascade
     from teacher_training.plan import Request, plan_teacher

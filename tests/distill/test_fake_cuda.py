@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import tiny_teachers
+from benchmarks.scaling import OPERATORS
 from d2g.core.config import override
 from distill.config.presets import DISTILL_PRESETS
 from distill.planning.flops import flop_per_image
@@ -209,6 +210,10 @@ def test_the_forecasts_agree_with_a_step(
     recipe = DISTILL_PRESETS[preset]
     config = override(replace(recipe[stage], teacher=configs_only(recipe.model, tmp_path)), settings)
     assert result["flop_per_step"] == pytest.approx(rows * flop_per_image(config), rel=0.01)
+    # benchmarks/scaling.py counts the operators of a step without R1.
+    if stage == "ode" or config.gan.active_penalty == "none":
+        operators = OPERATORS[preset.partition("-")[0], stage, False]
+        assert result["operators_per_step"] == pytest.approx(operators, rel=0.02)
 
 
 @pytest.mark.long
