@@ -137,18 +137,25 @@ def frechet_infinity(
 
     The line goes through the distances of `points` random subsets of rows [N, D]. Their sizes are evenly
     spaced from `smallest` (0: the paper's 5,000, or N / 2 where that is less) to N. The value may be
-    negative. Raises UserError as `subset_sizes` does.
+    negative. Its error is that over other rows: subsets share rows, so their scatter around the line is less.
+    Raises UserError as `subset_sizes` does.
     """
     counts = subset_sizes(*rows.shape, points=points, smallest=smallest)
     distance = frechet_to(mean, covariance)
-    distances = [distance(rows[torch.randperm(len(rows), generator=generator)[:count]]) for count in counts]
+    subsets = [torch.randperm(len(rows), generator=generator)[:count] for count in counts]
+    distances = [distance(rows[subset]) for subset in subsets]
+    # The line at 1 / N = 0, as a weighted sum of the distances.
     inverse = 1 / np.array(counts)
-    slope, intercept = np.polyfit(inverse, distances, 1)
-    residual = np.square(np.array(distances) - intercept - slope * inverse).sum() / (points - 2)
-    spread = np.square(inverse - inverse.mean()).sum()
-    error = float(residual * (1 / points + inverse.mean() ** 2 / spread)) ** 0.5
+    slopes = (inverse - inverse.mean()) / np.square(inverse - inverse.mean()).sum()
+    weights = 1 / points - inverse.mean() * slopes
+    # Each distance is a mean of its rows' influences, so the value is a weighted sum of all rows' influences.
+    # In the distance of all rows itself each has the weight 1 / N.
+    row_weights = torch.zeros(len(rows), dtype=torch.float64)
+    for subset, weight in zip(subsets, weights, strict=True):
+        row_weights[subset] += weight / len(subset)
+    error = frechet_standard_error(rows, mean, covariance) * len(rows) ** 0.5 * float(row_weights.norm())
     return FrechetInfinity(
-        value=float(intercept),
+        value=float(weights @ distances),
         standard_error=error,
         counts=tuple(counts),
         distances=tuple(distances),
