@@ -1,5 +1,5 @@
-"""The documentation's pages: each one is reachable, the API page has every public name, and the recipes have
-every preset."""
+"""The documentation's pages: each one is reachable, the API page has every public name, README and recipes
+have every preset, and the evaluation page has every feature network."""
 
 import re
 from fnmatch import fnmatch
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from distill.config.presets import DISTILL_PRESETS
+from eval.networks.registry import FEATURES
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
@@ -31,11 +32,30 @@ def test_the_api_page_has_every_public_name() -> None:
     assert sorted(listed) == sorted(public)
 
 
-def test_the_recipes_say_of_every_preset_what_a_sound_run_looks_like() -> None:
-    text = (ROOT / "docs" / "recipes.md").read_text()
-    section = text.partition("## Preset by preset\n")[2].partition("\n## ")[0]
-    first_column = " ".join(re.findall(r"^\| (.+?) \|", section, re.MULTILINE))
-    patterns = re.findall(r"`([\w*-]+)`", first_column)
+def _section(page: str, heading: str) -> str:
+    return (ROOT / page).read_text().partition(f"\n{heading}\n")[2].partition("\n## ")[0]
+
+
+def _check_presets(text: str, other_words: set[str]) -> None:
+    """Patterns in backticks match every preset, and each one matches a preset or is one of `other_words`."""
+    patterns = re.findall(r"`([\w*-]+)`", text)
     missing = [name for name in DISTILL_PRESETS if not any(fnmatch(name, pattern) for pattern in patterns)]
     unknown = [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in DISTILL_PRESETS)]
-    assert not missing and set(unknown) <= {"ode", "gan", "cd"}
+    assert not missing and set(unknown) <= other_words
+
+
+def test_the_recipes_say_of_every_preset_what_a_sound_run_looks_like() -> None:
+    section = _section("docs/recipes.md", "## Preset by preset")
+    first_column = " ".join(re.findall(r"^\| (.+?) \|", section, re.MULTILINE))
+    _check_presets(first_column, {"ode", "gan", "cd"})
+
+
+def test_the_readme_lists_every_preset() -> None:
+    section = _section("README.md", "## Train at scale")
+    lines = re.findall(r"^(?:- |  )(.+)$", section, re.MULTILINE)
+    _check_presets(" ".join(lines), set())
+
+
+def test_the_evaluation_page_lists_every_feature_network() -> None:
+    section = _section("docs/evaluation.md", "## Feature networks")
+    assert set(FEATURES) <= set(re.findall(r"`([\w-]+)`", section))
