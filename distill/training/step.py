@@ -312,9 +312,10 @@ def adaptively_weighted_gradients(
         losses.append((loss.detach(), gan_loss.detach()))
         gradients.append([torch.autograd.grad(x, latents, one_or_nan(x))[0] for x in (loss, gan_loss)])
 
-    # The norms are over all rows of the step, of all processes.
+    # The norms of the gradients of the means over all rows of the step, of all processes.
     squares = [torch.stack([grad.float().square().sum() for grad in both]) for both in gradients]
-    norm, gan_norm = process_group.sum_in_order(torch.stack(squares).sum(0)).sqrt()
+    parts = len(microbatches) * process_group.world_size()
+    norm, gan_norm = process_group.sum_in_order(torch.stack(squares).sum(0)).sqrt() / parts
     weight = context.gan.weight * norm / (gan_norm + 1e-6)
     terms.set("gan/weight", weight)
     terms.add({"loss/g": torch.stack([loss + weight * gan_loss for loss, gan_loss in losses]).mean()}, 1.0)

@@ -25,12 +25,21 @@ from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
 SETTINGS = ("train.precision=fp32", "train.batch_size=4", "lpips=random", "gan.penalty=none")
 
 
-def latent_gradients(teacher: Path, folder: Path, *settings: str) -> tuple[list[Tensor], float]:
-    """Gradients of a step's micro-batches at the student's latents, and the weight of the GAN loss."""
+def latent_gradients(
+    teacher: Path, folder: Path, *settings: str, head_scale: float = 1.0
+) -> tuple[list[Tensor], float]:
+    """Gradients of a step's micro-batches at the student's latents, and the weight of the GAN loss.
+
+    head_scale: factor of the weights of D's heads.
+    """
     config = replace(DISTILL_PRESETS["trial"]["gan"], teacher=str(teacher))
     config = override(config, (*SETTINGS, *settings))
     torch.manual_seed(0)  # of the random weights
     step = RandomStep(config, torch.device("cpu"), folder)
+    assert step.state.discriminator is not None
+    for name, parameter in step.state.discriminator.module.named_parameters():
+        if name.startswith("heads."):
+            parameter.data.mul_(head_scale)
     microbatches, _ = step.prepare(step.batch, 0)
     terms = LossTerms(len(microbatches))
     for microbatch in microbatches:
@@ -60,6 +69,16 @@ def test_the_gan_gradient_has_the_chosen_share_of_the_other_gradient(
     # The GAN loss is scaled as a whole: rows and micro-batches keep their proportions.
     gan = torch.cat(fixed) - others
     assert (torch.cat(adaptive) - others - weight * gan).norm() < 1e-3 * others.norm()
+
+
+def test_micro_batches_do_not_change_the_weight_of_a_tiny_gradient(teacher: Path, tmp_path: Path) -> None:
+    """The 1e-6 of the formula belongs to the gradient of the mean over all rows."""
+    settings = ("gan.adaptive_weight=true", "gan.mix_fraction=0", "regression.losses=pseudo_huber")
+    _, whole = latent_gradients(teacher, tmp_path, *settings, head_scale=1e-6)
+    _, parts = latent_gradients(
+        teacher, tmp_path, *settings, "engine.gradient_accumulation=4", head_scale=1e-6
+    )
+    assert parts == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.slow
