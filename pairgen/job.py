@@ -264,7 +264,9 @@ def resolve_spec(
 
 def config_from_spec(spec: StoreSpec, **changes: Any) -> PairConfig:
     """Return the config that generates more rows of the store with this spec. changes: other settings."""
-    # All values are given, so that a changed default or scheduler file cannot change the rows.
+    # All values are given, so that a changed default or scheduler file cannot change the rows. Latents that
+    # are not square have the network's own size: the setting is for squares.
+    _, height, width = spec.latent_shape
     config = PairConfig(
         teacher=spec.teacher,
         condition=spec.condition,
@@ -283,7 +285,7 @@ def config_from_spec(spec: StoreSpec, **changes: Any) -> PairConfig:
         dtype=spec.dtype,
         noise=spec.noise,
         shard_size=spec.shard_size,
-        latent_size=spec.latent_shape[1],
+        latent_size=height if height == width else 0,
     )
     return replace(config, **changes)
 

@@ -32,6 +32,7 @@ from pairgen.store.writer import PairWriter
 from pairgen.verify import verify_store
 from stores import SPEC
 from stores import rows as rows_of_shard
+from tiny_teachers import edit, save_pixels
 
 ROOT = Path(__file__).parents[2]
 
@@ -495,6 +496,15 @@ def test_a_store_can_be_regenerated_from_its_own_prompts(
     (out / "shards" / "pairs-00001.h5").unlink()
     assert config_from_spec(read_spec(out)).prompts == "" and regenerate(out) == 5
     assert_equal_stores(out, pairs)
+
+
+def test_pairs_of_latents_that_are_not_square_can_be_regenerated(tmp_path: Path) -> None:
+    teacher, out = save_pixels(tmp_path / "teacher"), tmp_path / "pairs"
+    edit(tmp_path / "teacher", "unet/config.json", sample_size=[8, 16])
+    generate_pairs(PairConfig(teacher=teacher, steps=1, guidance=1.0, num_pairs=2), out)
+    assert read_spec(out).latent_shape == (3, 8, 16)
+    (out / "shards" / "pairs-00000.h5").unlink()
+    assert regenerate(out) == 2 and verify_store(out).ok
 
 
 def test_a_short_job_is_exact_and_not_compiled(config: PairConfig, tmp_path: Path) -> None:
