@@ -23,7 +23,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.teacher_sampler import SolverSettings, load_sampler
 from distill.sampling import load_student, with_prior, with_psi
-from distill.student_files import kind_settings, pairs_guidance, teacher_prior
+from distill.student_files import kind_settings, pairs_guidance, pairs_size, teacher_prior
 
 GRID_IMAGES = 64
 """Largest number of images in a grid."""
@@ -98,7 +98,7 @@ def save_both_samples(
     )
     images, seconds = _write_images(student_batches, prompts, seed, out / "student", "sample", progress)
     settings = replace(settings, prior=teacher_prior(teacher, prior))
-    teacher_batches = _teacher_batches(teacher, prompts, seed, batch_size, settings)
+    teacher_batches = _teacher_batches(teacher, prompts, seed, batch_size, settings, pairs_size(student))
     teacher_images, teacher_seconds = _write_images(
         teacher_batches, prompts, seed, out / "teacher", "sample teacher", progress
     )
@@ -149,10 +149,18 @@ def _student_batches(
 
 
 def _teacher_batches(
-    name: str, prompts: Sequence[str], seed: int, batch_size: int, settings: SolverSettings
+    name: str,
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int,
+    settings: SolverSettings,
+    size: tuple[int, int] | None = None,
 ) -> Iterator[Tensor]:
-    """Load a teacher, and draw an image per prompt: batches of uint8 [B, 3, H, W] on the CPU."""
-    sampler = load_sampler(name, settings, process_group.own_device())
+    """Load a teacher, and draw an image per prompt: batches of uint8 [B, 3, H, W] on the CPU.
+
+    size: height and width of the latents, if not those of the network.
+    """
+    sampler = load_sampler(name, settings, process_group.own_device(), size=size)
     vae = pretrained.load_vae(name).to(sampler.teacher.device)
 
     @torch.no_grad()

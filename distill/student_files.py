@@ -15,7 +15,7 @@ from d2g.diffusion.conditioning import Conditioner
 from d2g.diffusion.lora import has_lora, merged
 from d2g.diffusion.pipelines import family_of
 from distill.config.student import StudentConfig
-from distill.models.student import Student, add_guidance_embedding
+from distill.models.student import DiffusionStudent, Student, add_guidance_embedding
 from distill.models.students import build_student
 from distill.models.text_student import split_tensors
 
@@ -41,6 +41,8 @@ class CommonFacts(TypedDict):
     """Of an export of a cascade's later stage: the denoiser's sha256 of the stage before."""
     clip_guidance_sha256: NotRequired[str]
     """Of an export of a student that a CLIP guided: `guiding_clip`."""
+    latent_size: NotRequired[list[int]]
+    """Of an export of a student of pairs: height and width of their latents."""
     inputs: NotRequired[dict[str, Any]]
 
 
@@ -140,6 +142,15 @@ def condition_teacher(name: str) -> str:
     return str(stores[0].get("condition_teacher", "") if stores else facts.get("condition_teacher", ""))
 
 
+def pairs_size(name: str) -> tuple[int, int] | None:
+    """Height and width of the latents of a student's pairs; None if they are not recorded."""
+    _, _, facts = _student_facts(name)
+    stores = facts.get("inputs", {}).get("pairs", [])
+    shape = stores[0].get("latent_shape") if stores else None
+    size = shape[-2:] if shape else facts.get("latent_size")
+    return None if size is None else (int(size[0]), int(size[1]))
+
+
 def teacher_prior(teacher: str, prior: str | None) -> str | None:
     """The teacher of the stage before, for a `teacher` that draws beside a student after the student `prior`.
 
@@ -188,7 +199,10 @@ def kind_settings(name: str) -> StudentConfig:
 
 def empty_student(name: str, teacher: str, timestep: int) -> Student:
     """A student of the kind and sizes of `name`, for its weights."""
-    return build_student(teacher, timestep, kind_settings(name))
+    student = build_student(teacher, timestep, kind_settings(name))
+    if isinstance(student, DiffusionStudent):
+        student.latent_size = pairs_size(name)
+    return student
 
 
 def load_student_weights(

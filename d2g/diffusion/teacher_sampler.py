@@ -1,7 +1,7 @@
 """A teacher that draws images with its solver; in a cascade, after the teacher of the stage before."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -76,9 +76,15 @@ def prior_seed(seed: int) -> int:
 
 
 def load_sampler(
-    name: str, settings: SolverSettings, device: torch.device | str = "cpu", precision: str = "fp32"
+    name: str,
+    settings: SolverSettings,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    size: tuple[int, int] | None = None,
 ) -> TeacherSampler:
     """Load a teacher that draws images, and the stage before in a cascade.
+
+    size: height and width of the latents, if not those of the network.
 
     Raises SettingError for a stage that is missing, that cannot draw images, or that the teacher does not
     read, and for settings that a teacher cannot sample with; UserError for a prior of another model.
@@ -89,7 +95,7 @@ def load_sampler(
             f"teacher {settings.prior} is of {family_of(str(settings.prior)).title}; expected one of "
             f"{before.title}, whose latents teacher {name} reads"
         )
-    last = _sampler(name, settings.steps, settings.guidance, settings.solver, device, precision)
+    last = _sampler(name, settings.steps, settings.guidance, settings.solver, device, precision, size)
     if before is None:
         return last
     # The stage before solves its own ODE, with the same kind of solver.
@@ -118,8 +124,11 @@ def _sampler(
     solver: str,
     device: torch.device | str,
     precision: str,
+    size: tuple[int, int] | None = None,
 ) -> TeacherSampler:
     teacher = load_teacher(name, device, precision)
+    if size is not None:
+        teacher = replace(teacher, latent_shape=(teacher.latent_shape[0], *size))
     resolved_solver = teacher.default_solver if solver == "teacher" else solver
     scale = teacher.default_guidance if guidance is None else guidance
     check_solver(teacher, resolved_solver, steps, scale)

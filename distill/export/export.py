@@ -35,6 +35,7 @@ from distill.student_files import (
     guiding_clip,
     kind_settings,
     pairs_guidance,
+    pairs_size,
     student_folder,
     student_guidance,
     student_tensors,
@@ -126,6 +127,8 @@ def export_student(
         facts["guidance"] = scale
     if clip := guiding_clip(run):
         facts["clip_guidance_sha256"] = clip
+    if size := pairs_size(run):
+        facts["latent_size"] = list(size)
     if before_sha256 := condition_teacher(run):
         facts["condition_teacher"] = before_sha256
 

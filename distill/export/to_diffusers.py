@@ -39,7 +39,7 @@ from distill.export.output import (
     parse_dtype,
     save_tensors,
 )
-from distill.models.student import add_guidance_embedding
+from distill.models.student import Student, add_guidance_embedding
 from distill.sampling import OneStepSampler, load_student
 from distill.student_files import stored_tensors, student_config, student_folder
 
@@ -72,6 +72,7 @@ def export_pipeline(
     schedule = pipeline_schedule(source)
     check_out(out, student, source, ("README.md", *open_pipeline(source).components))
     sampler = load_student(student, source, device)
+    _set_default_size(sampler.student, source)
     guided, reads_text = sampler.student.guided, sampler.student.reads_text
     # Write the pipeline, draw with it, and write the card with the difference.
     settings = _call_settings(sampler)
@@ -107,15 +108,41 @@ def _call_settings(sampler: OneStepSampler) -> dict[str, Any]:
     Text-conditional U-Nets need none: they disable guidance themselves, or take the scale as an input.
     """
     student = sampler.student
-    if student.family.takes_guidance:
-        return {"guidance_scale": sampler.guidance} if student.guided else {}
-    if sampler.conditioner.kind == "none":
-        return {}
     _, height, width = student.latent_shape
     pixels = (height * student.downscale, width * student.downscale)
+    size = {} if _has_default_size(student) else {"height": pixels[0], "width": pixels[1]}
+    if student.family.takes_guidance:
+        return {"guidance_scale": sampler.guidance, **size} if student.guided else size
+    if sampler.conditioner.kind == "none":
+        return {}
     scale = sampler.guidance if student.guided else 1
     # Pipelines of class-conditional models take neither size nor text.
-    return {"guidance_scale": scale, **student.family.pipeline_settings(pixels)}
+    return {"guidance_scale": scale, **size, **student.family.pipeline_settings(pixels)}
+
+
+def _has_default_size(student: Student) -> bool:
+    """Whether a pipeline of the student's network draws at the student's size where no other is set."""
+    return student.latent_shape == student.family.latent_shape(student.conditioning_config)
+
+
+def _set_default_size(student: Student, teacher: str) -> None:
+    """Write the student's latent size into the config of a U-Net, whose pipelines take their default from it.
+
+    Transformers compute positions from that entry, so that it stays. Raises UserError where the pipeline of
+    one takes no size.
+    """
+    if _has_default_size(student):
+        return
+    _, height, width = student.latent_shape
+    if student.family.network == "unet":
+        size = height if height == width else [height, width]
+        student.network.register_to_config(sample_size=size)
+    elif not student.family.reads_text:
+        _, *own = student.family.latent_shape(student.conditioning_config)
+        raise UserError(
+            f"the student draws latents of {height}x{width}, the size of its pairs, but the teacher's "
+            f"{open_pipeline(teacher).kind} draws {own[0]}x{own[1]} alone; use --format safetensors"
+        )
 
 
 def _write_text_pipeline(

@@ -125,6 +125,9 @@ class DiffusionStudent(Student):
     `timestep`: -1 is the last one. `downscale`: pixels per latent, for networks that take the image size.
     """
 
+    latent_size: tuple[int, int] | None = None
+    """Height and width of the latents of its pairs; None: those that the network was trained at."""
+
     def __init__(
         self,
         network: Any,
@@ -214,8 +217,9 @@ class DiffusionStudent(Student):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """The latent shape (C, h, w) that the network was trained at."""
-        return self.family.latent_shape(self.network.config)
+        """The latent shape (C, h, w) of its pairs, or that the teacher's network was trained at."""
+        shape = self.family.latent_shape(self.network.config)
+        return shape if self.latent_size is None else (shape[0], *self.latent_size)
 
 
 def _force_time_input(time_proj: nn.Module, time: Callable[[], Tensor | float]) -> None:

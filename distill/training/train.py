@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from d2g.core.claims import FolderOwner
 from d2g.core.config import to_json
@@ -27,7 +28,7 @@ from distill.losses.clip_guidance import ClipGuidance, build_clip_guidance
 from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation
 from distill.losses.regression.regression import Regression, build_regression
 from distill.models.consistency import ConsistencyStudent, ConsistencyTarget
-from distill.models.student import student_from_teacher
+from distill.models.student import DiffusionStudent, Student, student_from_teacher
 from distill.models.students import STUDENTS
 from distill.models.text_student import TextStudent
 from distill.planning.choose_precision import decide_precision
@@ -220,6 +221,7 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
 
     # Reports, previews and validation sample with the student.
     student = state.student.module
+    _set_latent_size(student, shape)
     encode_for_student = student.tokenize if isinstance(student, TextStudent) else None
     monitor = RunMonitor(
         options,
@@ -268,6 +270,19 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
         batches=open_batches(config, reader, state.nimg, device),
         resumed=newest is not None,
     )
+
+
+def _set_latent_size(student: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Let a student draw at the size of the rows. Raises SettingError for a generator of another size."""
+    assert isinstance(student, Student)
+    if isinstance(student, DiffusionStudent):
+        student.latent_size = shape[1:]
+    elif student.latent_shape != shape:
+        own, rows = ("x".join(map(str, sizes[1:])) for sizes in (student.latent_shape, shape))
+        raise SettingError(
+            f"the student makes latents of {own}, the size of its teacher, but the pairs have latents of "
+            f"{rows}; give pairs of latent_size=0, or set student.kind=diffusion"
+        )
 
 
 def _resume(

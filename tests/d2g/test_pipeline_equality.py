@@ -15,7 +15,9 @@ from torch import Tensor
 import tiny
 import tiny_teachers
 from d2g.core.errors import UserError
+from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
+from d2g.diffusion.latents import decode
 from d2g.diffusion.pipelines import family_of
 from d2g.diffusion.teacher import describe_teacher, load_teacher
 from tiny_teachers import edit
@@ -203,6 +205,26 @@ def test_latents_equal_diffusers_pipeline(case: str, folders: dict[str, Path], t
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl", "pixart", "sd3"])
+def test_images_of_a_shifted_autoencoder_equal_diffusers_pipeline(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """SD3's and FLUX's pipelines read the autoencoder's shift_factor, the others do not."""
+    folder = Path(shutil.copytree(folders[family], tmp_path / "teacher"))
+    edit(folder, "vae/config.json", shift_factor=1.5)
+    teacher, vae = load_teacher(str(folder), final_alpha="teacher"), pretrained.load_vae(str(folder))
+    z = noise(0, range(1), teacher.latent_shape)
+    settings = family_of(str(folder)).pipeline_settings((16, 16))
+    images = tiny_teachers.diffusers_pipeline(folder)(
+        ["a red cube"], latents=z, num_inference_steps=2, guidance_scale=3.0, output_type="pt", **settings
+    ).images
+    latents = teacher.sample(z, ["a red cube"], 2, 3.0, teacher.default_solver)
+    result = (decode(vae, latents) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(result, images, rtol=0, atol=1e-4)
+    shifted = teacher.space.shift
+    assert shifted == (1.5 if family == "sd3" else 0), "pairs record the space in which they are decoded"
+
+
 def test_corrections_change_the_latents(folders: dict[str, Path], tmp_path: Path) -> None:
     """Each corrected setting changes the latents or their size, so the cases above can fail."""
     plain = describe_teacher(str(folders["sd"]))
@@ -230,6 +252,16 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "sd",
         lambda f: edit(f, "unet/config.json", time_cond_proj_dim=16),
         "time_cond_proj_dim=16",
+    ),
+    "sd, classes": (
+        "sd",
+        lambda f: edit(f, "unet/config.json", num_class_embeds=5),
+        "UNet2DConditionModel has num_class_embeds=5, which StableDiffusionPipeline never feeds",
+    ),
+    "sdxl, classes": (
+        "sdxl",
+        lambda f: edit(f, "unet/config.json", num_class_embeds=5),
+        "num_class_embeds=5",
     ),
     "sd, an attention mask": (
         "sd",

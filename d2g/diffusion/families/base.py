@@ -73,6 +73,8 @@ class Family(ABC):
     """The component that denoises."""
     autoencoder: str | None = "vae"
     """The component that turns latents into pixels; None for networks that work in pixels."""
+    reads_shift: bool = False
+    """Whether its pipelines read the autoencoder's `shift_factor`; others decode without it."""
     flat_layout: bool = False
     """Whether repositories may keep the components' files at their root."""
     reads_text: bool = True
@@ -121,11 +123,12 @@ class Family(ABC):
     """Pipeline class -> the scheduler class to which its constructor converts variance-preserving ones."""
 
     def corrected_config(self, component: str, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings of a component that the constructor of its pipelines overwrites.
+        """Settings of a component that the constructor of its pipelines overwrites, or that they do not read.
 
         config: the content of the component's config.json.
         """
-        return {}
+        unread = component == self.autoencoder and not self.reads_shift and config.get("shift_factor")
+        return {"shift_factor": None} if unread else {}
 
     def adapt(self, component: str, module: Any) -> None:  # noqa: B027
         """Change a loaded component in place, where this project computes something else than diffusers."""
@@ -190,7 +193,8 @@ class Family(ABC):
                 f"or {2 * expected} with a learned variance"
             )
         # Conditions that the pipeline never feeds would be missing at every step.
-        for key in ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type"):
+        classes = ("num_class_embeds",) if self.reads_text else ()
+        for key in ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type", *classes):
             if getattr(config, key, None) is not None:
                 raise UserError(
                     f"{where} has {key}={getattr(config, key)}, which {pipeline.kind} never feeds"

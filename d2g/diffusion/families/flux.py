@@ -74,6 +74,7 @@ class Flux(TransformerFamily):
         "tokenizer_2": T5_TOKENIZER_CLASSES,
         "scheduler": ANY_SCHEDULER,
     }
+    reads_shift = True
     schedules = ("flow",)
     regression = ("flow",)
     gan = ("flow",)

@@ -58,7 +58,8 @@ class StableDiffusion(TextUNetFamily):
         early = version is not None and (int(version[1]), int(version[2])) < (0, 9)
         size = config.get("sample_size")
         small = isinstance(size, int) and size < 64
-        return {"sample_size": 64} if component == "unet" and early and small else {}
+        enlarged = {"sample_size": 64} if component == "unet" and early and small else {}
+        return super().corrected_config(component, config) | enlarged
 
     def conditioner(
         self, pipeline: Pipeline, config: Any, models: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]

@@ -91,6 +91,7 @@ class StableDiffusion3(TransformerFamily):
         "scheduler": ANY_SCHEDULER,
     }
     optional = ("text_encoder_3", "tokenizer_3")
+    reads_shift = True
     schedules = ("flow",)
     regression = ("flow",)
     gan = ("flow",)
