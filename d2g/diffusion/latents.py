@@ -110,9 +110,8 @@ def _encode_rows(
     output = vae.encode(pixels.to(first.device, first.dtype))
     if hasattr(output, "latent"):  # AutoencoderDC has no posterior
         return latent_space(vae).scaled(output.latent.float())
-    if hasattr(output, "latents"):  # no posterior; AutoencoderTiny's are already scaled, VQModel's are not
-        latents: Tensor = output.latents.float()
-        return latents if "Tiny" in type(vae).__name__ else latent_space(vae).scaled(latents)
+    if hasattr(output, "latents"):  # neither have AutoencoderTiny and VQModel
+        return latent_space(vae).scaled(output.latents.float())
     raw = output.latent_dist.mode() if generator is None else output.latent_dist.sample(generator)
     return latent_space(vae).scaled(raw.float())
 
@@ -141,7 +140,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _decode_rows(vae: Any, latents: Tensor) -> Tensor:
     first = next(vae.parameters())
-    raw = latents if "Tiny" in type(vae).__name__ else latent_space(vae).raw(latents)
+    raw = latent_space(vae).raw(latents)
     pixels: Tensor = vae.decode(raw.to(first.device, first.dtype)).sample.float()
     return 2 * pixels - 1 if _unit_range(vae) else pixels
 

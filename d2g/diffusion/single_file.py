@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from d2g.core import hub
 from d2g.core.errors import UserError, first_line
-from d2g.core.json_files import COPY_AGAIN, read_json_object
+from d2g.core.json_files import COPY_AGAIN
 from d2g.core.logs import logger
 from d2g.core.machine_errors import raise_machine_error
 from d2g.core.staged_folder import staged
 from d2g.core.torch_files import load_tensors
 from d2g.diffusion.pipelines import SINGLE_FILE_SUFFIXES, open_pipeline
+from d2g.diffusion.schedule import NO_SIGNAL, Schedule
+from d2g.diffusion.scheduler_files import load_any_schedule
 from d2g.diffusion.teacher import describe_teacher
 
 NETWORK, AUTOENCODER, AVERAGE = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
@@ -52,7 +54,7 @@ def import_single_file(file: Path, out: Path, config: str | None = None) -> dict
             f"{file} is a checkpoint of a {kind}, but --config {source} is a {pipeline.kind}; "
             "give a pipeline of the same architecture"
         )
-    _check_prediction(file, tensors, pipeline.component_dir("scheduler"), source)
+    _check_marks(file, tensors, folder, source)
     dtype = _common_dtype(tensors)
     size = sum(value.numel() for name, value in tensors.items() if name.startswith(NETWORK))
     has_autoencoder = any(name.startswith(AUTOENCODER) for name in tensors)
@@ -137,14 +139,21 @@ def _config_folder(file: Path, tensors: Mapping[str, Tensor], config: str | None
         ) from error
 
 
-def _check_prediction(file: Path, tensors: Mapping[str, Tensor], scheduler: Path, source: str) -> None:
-    """Raise UserError for a checkpoint that is marked as predicting v, with a scheduler for other ones."""
-    settings = read_json_object(scheduler / "scheduler_config.json", COPY_AGAIN)
-    prediction = settings.get("prediction_type", "epsilon")
-    if "v_pred" in tensors and prediction != "v_prediction":
+def _check_marks(file: Path, tensors: Mapping[str, Tensor], folder: Path, source: str) -> None:
+    """Raise UserError for a checkpoint that is marked as predicting v, or as trained at zero terminal SNR,
+    with a scheduler for other ones."""
+    schedule = load_any_schedule(str(folder))
+    last = float(schedule.alphas_cumprod[-1]) if isinstance(schedule, Schedule) else 0.0
+    other = "give --config with a copy of that pipeline whose scheduler_config.json says"
+    if "v_pred" in tensors and schedule.prediction != "v_prediction":
         raise UserError(
-            f"{file} is marked as v_pred, but the scheduler of {source} has prediction_type {prediction}; "
-            "give --config with a copy of that pipeline whose scheduler_config.json says v_prediction"
+            f"{file} is marked as v_pred, but the scheduler of {source} has prediction_type "
+            f"{schedule.prediction}; {other} v_prediction"
+        )
+    if "ztsnr" in tensors and last > NO_SIGNAL:
+        raise UserError(
+            f"{file} is marked as ztsnr (zero terminal SNR), but the scheduler of {source} ends at alpha^2 = "
+            f"{last:.2g}; {other} rescale_betas_zero_snr=true, with a scheduler that reads it (DDIMScheduler)"
         )
 
 

@@ -85,6 +85,14 @@ def test_taesd_latents_need_no_scale(taesd: Any) -> None:
     torch.testing.assert_close(decode(taesd, latents), taesd.decode(latents).sample)
 
 
+@torch.no_grad()
+def test_a_tiny_autoencoder_with_a_scale_is_scaled_as_in_diffusers_pipelines(taesd: Any) -> None:
+    scaled = AutoencoderTiny.from_config(taesd.config, scaling_factor=0.7, shift_factor=0.25).eval()
+    latents = encode(scaled, PIXELS)
+    torch.testing.assert_close(latents, (scaled.encode(PIXELS).latents - 0.25) * 0.7)
+    torch.testing.assert_close(decode(scaled, latents), scaled.decode(latents / 0.7 + 0.25).sample)
+
+
 def test_decode_is_differentiable(kl: Any) -> None:
     latents = noise(3, [0], (4, 4, 4)).requires_grad_(True)
     decode(kl, latents).sum().backward()

@@ -238,6 +238,10 @@ FILES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "an SDXL": (lambda w: {**w, "conditioner.embedders.0.x": ONE}, "is a checkpoint of a StableDiffusionXL"),
     "predicts v": (lambda w: {**w, "v_pred": ONE}, "is marked as v_pred, but the scheduler of"),
+    "zero terminal SNR": (
+        lambda w: {**w, "ztsnr": ONE},
+        r"is marked as ztsnr .* ends at alpha\^2 = .* says rescale_betas_zero_snr=true",
+    ),
     "nothing": (lambda _: {}, "holds no tensors"),
 }
 
