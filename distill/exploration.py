@@ -291,9 +291,10 @@ def save_styles(
     noise_scale: float = 1.0,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Write OUT/styles.png: every subject in every style from one noise (paper, figure 8), a row per subject.
+    """Write OUT/styles.png: every subject in every style from one noise (StyleGAN-T, figure 8).
 
-    template: as in `style_prompts`. Raises SettingError as that does, and for a student without text.
+    The grid has a row per subject. template: as in `style_prompts`. Raises SettingError as that does, and for
+    a student without text.
     """
     prompts = style_prompts(subjects, styles, template)
     if sampler.conditioner.kind != "text":

@@ -10,7 +10,7 @@ from eval.networks.inception import INCEPTION_FILE, INCEPTION_SHA256_PREFIX
 from eval.protocols.protocol import PROTOCOLS, Protocol
 
 
-def notes(
+def result_notes(
     rows: MeasuredRows,
     protocol: Protocol,
     networks: Networks,

@@ -6,7 +6,7 @@ from typing import Any
 from d2g.core.config import digest
 from d2g.core.errors import SettingError
 from d2g.core.progress import Progress, quiet
-from eval.caveats import notes
+from eval.caveats import result_notes
 from eval.measure.reference import Reference
 from eval.measure.required_networks import Networks
 from eval.measure.rows import MeasuredRows, feature_stats
@@ -66,7 +66,7 @@ def summarize(
         counts=counts,
         models=networks.models() | _reference_facts(reference),
         ci=intervals,
-        notes=notes(rows, protocol, networks, counts, reference),
+        notes=result_notes(rows, protocol, networks, counts, reference),
         neighbours=neighbors,
         **{key: value for key, value in values.items() if key in HEADLINES},  # type: ignore[arg-type]
         extra={key: value for key, value in values.items() if key not in HEADLINES},

@@ -6,7 +6,7 @@ already run at the peak of a CPU's bf16 units, so only fewer multiplications are
 channels on. On CPUs with AMX the transforms take longer than the multiplications that they save.
 
 The rounding error is larger, 0.6 % of the output instead of 0.2 %. It would move distances by more than 1 %
-where the latents are nearly equal, so a forward pass convolves differences of latents apart from the latents
+where the latents are nearly equal, so a forward pass convolves differences of features separately
 (latent_lpips/fused.py). Convolutions in fp32 take larger blocks: latent_lpips/winograd_4x4.py.
 """
 

@@ -11,7 +11,7 @@ from d2g.core.distributed import process_group
 from d2g.core.progress import Progress, quiet
 from d2g.diffusion.latents import from_uint8
 from eval.images.folders import Batch
-from eval.measure.build_reference import build_reference, cache_folder, keep_reference
+from eval.measure.build_reference import build_reference, cache_folder, save_reference
 from eval.measure.measure import Measure
 from eval.measure.reference import Reference
 from eval.measure.rows import MeasureOptions
@@ -65,5 +65,5 @@ def scenes_reference(
     if process_group.any_rank(process_group.rank() == 0 and not file.is_file()):
         source = batch_source("scenes", real_scenes(count, progress))
         built = build_reference(source, replace(protocol, reference_images=count), sets, progress=progress)
-        keep_reference(built, file, MeasureOptions(), protocol.pr_images)
+        save_reference(built, file, MeasureOptions(), protocol.pr_images)
     return Reference.load(file)

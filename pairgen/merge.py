@@ -15,7 +15,7 @@ from d2g.core.errors import UserError
 from d2g.core.logs import logger
 from d2g.core.progress import Progress, quiet
 from pairgen.prompts import PromptList
-from pairgen.store.hdf5 import SEAL, load_rows, read_blocks
+from pairgen.store.hdf5 import USER_BLOCK_BYTES, load_rows, read_blocks
 from pairgen.store.spec import (
     StoreSpec,
     create_store,
@@ -184,7 +184,9 @@ def _same_content(a: Path, b: Path) -> bool:
     if a.samefile(b):
         return True
     with a.open("rb") as file_a, b.open("rb") as file_b:
-        return a.stat().st_size == b.stat().st_size and file_a.read(SEAL) == file_b.read(SEAL)
+        return a.stat().st_size == b.stat().st_size and file_a.read(USER_BLOCK_BYTES) == file_b.read(
+            USER_BLOCK_BYTES
+        )
 
 
 def _compare_files(best: Path, other: Path, spec: StoreSpec, tolerance: float) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pairgen.store.hdf5 import (
     PairBatch,
     quarantined_in,
     read_blocks,
-    redraw,
+    redraw_noise,
     row_count,
 )
 from pairgen.store.reader import PairReader
@@ -197,7 +197,7 @@ def _wrong_rows(block: PairBatch, spec: StoreSpec, prompts: PromptList | None) -
     """The first row whose noise or prompt is wrong, in words; "" if none."""
     numbers = block.index.tolist()
     if spec.noise == "stored":
-        differs = (block.noise != redraw(spec, numbers)).flatten(1).any(dim=1)
+        differs = (block.noise != redraw_noise(spec, numbers)).flatten(1).any(dim=1)
         if differs.any():
             return f"noise of pair {numbers[int(differs.nonzero()[0])]} is not that of (seed, index)"
     if prompts is not None:

@@ -85,7 +85,7 @@ def findings(lines: Sequence[Line], limits: Limits | None = None) -> list[Findin
     return [finding for check in checks if (finding := check(lines, limits)) is not None]
 
 
-def act(
+def handle_findings(
     problems: Iterable[Finding],
     mode: Mode,
     reported: set[str],

@@ -110,14 +110,14 @@ def column(name: str) -> dict[str, float]:
     over both stages that these imply.
     """
     stages, paper = TABLE_A1[name], PUBLISHED[name]
-    sums = recipe(stages, paper.pairs, pair_evaluations(paper.solver, paper.steps))
+    sums = recipe_evaluations(stages, paper.pairs, pair_evaluations(paper.solver, paper.steps))
     gpus = stages["ode"].engine.gpus
     steps = sum(c.train.images // c.train.batch_size for c in stages.values())
     seconds = paper.gpu_days * 86_400 / gpus / steps
     return {**sums, "gpus": gpus, "gpu_days": paper.gpu_days, "seconds_per_step": seconds}
 
 
-def recipe(stages: Recipe, pairs: int, evaluations_per_pair: int) -> dict[str, int]:
+def recipe_evaluations(stages: Recipe, pairs: int, evaluations_per_pair: int) -> dict[str, int]:
     """Network evaluations of both stages as Table A1 counts them: `pairs`, each stage, and `total`."""
     sums = {"pairs": pairs * evaluations_per_pair}
     sums |= {stage: table_evaluations(config) for stage, config in stages.items()}

@@ -27,7 +27,7 @@ from distill.models.row_dropout import row_keys
 from distill.models.student import Student
 from distill.training.text_cache import TextCache
 from latent_lpips.augment import select_transforms
-from pairgen.store.concat import scales
+from pairgen.store.concat import guidance_scales
 from pairgen.store.hdf5 import PairBatch
 
 
@@ -146,7 +146,7 @@ class StepPreparation:
         # The conditioning: text or class, guidance scale, and the latents of a cascade's earlier stage.
         noise, target = (to_device(x, self.device).float() for x in (batch.noise, batch.latents))
         cond = self.encode(batch.prompts)
-        guidance = scales(batch)
+        guidance = guidance_scales(batch)
         if self.embedded_guidance:
             cond, guidance = cond.with_guidance(*guidance), ()
         if batch.condition is not None:

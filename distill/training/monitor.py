@@ -159,7 +159,7 @@ class RunMonitor:
         findings = process_group.gather_objects(findings)[0]
         warn = None if process_group.rank() == 0 else _ignore
         try:
-            collapse.act(findings, self.options.on_collapse, warned, warn)
+            collapse.handle_findings(findings, self.options.on_collapse, warned, warn)
         except collapse.Collapse:
             writer.finish()  # keep the checkpoint that is being written
             raise

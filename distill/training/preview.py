@@ -14,7 +14,7 @@ from torch import Tensor
 from d2g.core.png import image_grid
 from d2g.diffusion.latents import decode_uint8
 from distill.training.validation import Draw
-from pairgen.store.concat import scales
+from pairgen.store.concat import guidance_scales
 from pairgen.store.hdf5 import PairBatch
 
 COLUMNS = 8
@@ -29,7 +29,7 @@ def preview_latents(
 
     Call it on every rank, because the ranks gather sharded weights together.
     """
-    noise, guidance, batches = pairs.noise.float().to(device), scales(pairs), []
+    noise, guidance, batches = pairs.noise.float().to(device), guidance_scales(pairs), []
     for first in range(0, len(noise), batch_size):
         part = slice(first, first + batch_size)
         prior = None if pairs.condition is None else pairs.condition[part]

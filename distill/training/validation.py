@@ -15,12 +15,12 @@ from d2g.core.logs import EVERY_RANK, logger
 from d2g.core.seeds import Stream, generator, noise
 from latent_lpips.augment import AugmentParams
 from latent_lpips.distance import ELatentLPIPS
-from pairgen.store.concat import scales
+from pairgen.store.concat import guidance_scales
 from pairgen.store.dataset import Rows
 
 Draw = Callable[..., Tensor]
-"""(noise [B, C, h, w] fp32 on the run's device, B prompts, *scales(pairs), prior=pairs.condition) -> scaled
-latents [B, C, h, w]."""
+"""(noise [B, C, h, w] fp32 on the run's device, B prompts, *guidance_scales(pairs),
+prior=pairs.condition) -> scaled latents [B, C, h, w]."""
 
 SampleLatents = Callable[[int, Sequence[str]], Tensor]
 """(seed, N prompts) -> latents [N, C, h, w] of the EMA student, fp32, on the CPU, identical on every rank.
@@ -133,7 +133,9 @@ def _measure_batch(
     batch = reader.read(numbers)
     skipped |= batch.skipped
     target = batch.latents.to(device)
-    latents = draw(batch.noise.to(device), batch.prompts, *scales(batch), prior=batch.condition).float()
+    latents = draw(
+        batch.noise.to(device), batch.prompts, *guidance_scales(batch), prior=batch.condition
+    ).float()
     # Values of each row.
     flat = target.flatten(1)
     values = [(latents - target).square().flatten(1).mean(1), flat.amin(1), flat.amax(1)]

@@ -1,1 +1,1 @@
-"""Prompt benchmarks of others: the folders that their tools read."""
+"""Prompt benchmarks, such as GenEval: their prompts, and image folders in the layout of their tools."""

@@ -1,7 +1,7 @@
 """Folders of generated images as the tools of prompt benchmarks read them.
 
 One class per benchmark: how its prompt file is read, how many images a prompt has, and where they lie. The
-tools themselves are programs of others with networks of their own, and are not run here.
+tools are third-party programs with their own networks, and are not run here.
 """
 
 import json

@@ -239,7 +239,7 @@ def _parquet_entries(file: Path, start: int, stop: int, caption: str | None) -> 
 def _cell_text(file: Path, row: int, column: str, cell: object, wanted: bool) -> str | None:
     """A cell of the caption column as text: class numbers in decimal, None for an empty cell.
 
-    wanted: somebody has chosen the column. Raises UserError if it then holds something else.
+    wanted: the user chose the column. Raises UserError if it then holds something else.
     """
     if type(cell) is int:
         return str(cell)

@@ -54,7 +54,7 @@ def prepare_batch(images: Tensor, how: str) -> Tensor:
     if how == NATIVE:
         return images
     if images.device.type == "cpu":
-        with ThreadPoolExecutor(threads(len(images))) as pool:
+        with ThreadPoolExecutor(thread_count(len(images))) as pool:
             prepared = pool.map(lambda image: to_array(prepare(to_pil(image), how)), images)
             return torch.from_numpy(np.stack(list(prepared)))
     crop, size, name = _parse(how)
@@ -190,12 +190,12 @@ def _resize_clean_by_pil(images: Pixels, size: int) -> NDArray[np.float32]:
             out[number, channel] = np.asarray(resized)
         np.clip(out[number], 0, 255, out=out[number])
 
-    with ThreadPoolExecutor(threads(len(images))) as pool:
+    with ThreadPoolExecutor(thread_count(len(images))) as pool:
         list(pool.map(fill, range(len(images))))
     return out
 
 
-def threads(tasks: int) -> int:
+def thread_count(tasks: int) -> int:
     """Number of threads for `tasks` independent tasks."""
     return max(1, min(tasks, torch.get_num_threads()))
 

@@ -143,13 +143,13 @@ def open_reference(
             reference = build_reference(
                 source, protocol, sets, prompts=prompts, allow_fewer=allow_fewer, work=work, progress=progress
             )
-            keep_reference(reference, file, work, protocol.pr_images)
+            save_reference(reference, file, work, protocol.pr_images)
         reference = Reference.load(file)
     reference.check(protocol, sets)
     return reference
 
 
-def keep_reference(reference: Reference, file: Path, work: MeasureOptions, keep: int) -> None:
+def save_reference(reference: Reference, file: Path, work: MeasureOptions, keep: int) -> None:
     """Save a reference on rank 0 and delete the parts it was made from; all processes wait for it.
 
     `keep`: random rows of each network to save (0: all).

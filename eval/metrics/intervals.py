@@ -21,20 +21,20 @@ def interval_of(
 ) -> tuple[float, float] | None:
     """The interval of an estimate by `method`; None where it has no standard error, cases or values."""
     if method == "normal" and estimate.standard_error is not None:
-        return around(estimate.value, estimate.standard_error)
+        return normal_interval(estimate.value, estimate.standard_error)
     if method == "wilson" and estimate.count:
-        return wilson(estimate.value, estimate.count)
+        return wilson_interval(estimate.value, estimate.count)
     if method == "bootstrap" and estimate.values is not None and resamples:
         return mean_interval(estimate.values, resamples, seed)
     return None
 
 
-def around(estimate: float, standard_error: float) -> tuple[float, float]:
+def normal_interval(estimate: float, standard_error: float) -> tuple[float, float]:
     """estimate +- 1.96 standard errors."""
     return estimate - Z * standard_error, estimate + Z * standard_error
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Wilson's score interval (1927) of a share in [0, 1] of `count` independent cases.
 
     For precision and recall it covers other samples compared with the same balls of the other set.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from d2g.core.errors import UserError
-from eval.metrics.intervals import wilson
+from eval.metrics.intervals import wilson_interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,4 +32,4 @@ def win_rate(first: Tensor, second: Tensor, *, margin: float = 0.0) -> WinRate:
     wins, losses = int((difference > margin).sum()), int((difference < -margin).sum())
     ties = len(first) - wins - losses
     rate = (wins + ties / 2) / len(first)
-    return WinRate(rate=rate, interval=wilson(rate, len(first)), wins=wins, ties=ties, losses=losses)
+    return WinRate(rate=rate, interval=wilson_interval(rate, len(first)), wins=wins, ties=ties, losses=losses)

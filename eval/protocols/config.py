@@ -9,7 +9,7 @@ from d2g.core.errors import SettingError
 from eval.protocols.protocol import PROTOCOLS, Protocol
 
 PIPELINE_STEPS = 50
-"""Steps of a pipeline or teacher, unless somebody says another number."""
+"""Default number of solver steps of a pipeline or teacher."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

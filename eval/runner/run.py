@@ -19,7 +19,7 @@ from d2g.core.progress import Progress, quiet
 from d2g.core.tracking.run_directory import sole_owner
 from eval.evaluation import Evaluation
 from eval.images.folders import open_images
-from eval.measure.build_reference import build_reference, keep_reference, reference_files
+from eval.measure.build_reference import build_reference, reference_files, save_reference
 from eval.measure.latency import measure_latency
 from eval.measure.measure import Measure, measure_source
 from eval.measure.rows import MeasureOptions
@@ -164,7 +164,7 @@ def save_statistics(config: EvalRun, images: Path, out: Path, progress: Progress
             progress=progress,
         )
         # Write the file first: an interrupted run still finds its parts in the work folder.
-        keep_reference(reference, out, work, session.protocol.pr_images)
+        save_reference(reference, out, work, session.protocol.pr_images)
     networks = {name: {"name": net.name, "sha256": net.sha256} for name, net in sets.items()}
     return {"out": str(out), **reference.facts, "prompts": len(prompts), "networks": networks}
 

@@ -450,7 +450,7 @@ class EvalSession:
         return self.count or (len(self.prompts) if source.count is None else 0)
 
     def _measure_options(self, config: EvalRun, source: ImageSource) -> MeasureOptions:
-        """Batch size and folders; opens the folders, which refuse the parts and images of others."""
+        """Batch size and folders; opens the folders, which refuse parts and images of another evaluation."""
         folder = Path(config.work) if config.work else None
         if folder is None and config.out is not None and not config.out.endswith(".json"):
             folder = Path(config.out) / "work"

@@ -17,7 +17,7 @@ from d2g.core.atomic_files import cannot_write
 from d2g.core.config import differing
 from d2g.core.errors import UserError
 from d2g.core.json_files import check_type, parse_json
-from eval.metrics.intervals import wilson
+from eval.metrics.intervals import wilson_interval
 
 Choice = Literal["first", "second", "tie"]
 """The preferred model of a study, or neither."""
@@ -167,7 +167,7 @@ def _preferred(answers: Sequence[Answer]) -> Choice:
 def _rate(choices: Sequence[Choice]) -> dict[str, Any]:
     counts = Counter(choices)
     rate = (counts["first"] + counts["tie"] / 2) / len(choices)
-    low, high = wilson(rate, len(choices))
+    low, high = wilson_interval(rate, len(choices))
     return {
         "win_rate": rate,
         "ci": [low, high],

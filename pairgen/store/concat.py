@@ -19,7 +19,7 @@ class GuidedBatch(PairBatch):
     guidance: Tensor
 
 
-def scales(batch: PairBatch) -> tuple[Tensor, ...]:
+def guidance_scales(batch: PairBatch) -> tuple[Tensor, ...]:
     """The guidance scales ([B],) of a GuidedBatch, to pass to the student; () for other batches."""
     return (batch.guidance,) if isinstance(batch, GuidedBatch) else ()
 

@@ -30,7 +30,8 @@ from pairgen.store.spec import SCHEMA, StoreSpec, create_store, differing_from_e
 
 __all__ = ["PairBatch", "StoreSpec", "create_store", "pending", "read_spec"]
 
-SEAL = 512  # bytes of the HDF5 user block, which holds the file's length and the sha256 of the rest
+USER_BLOCK_BYTES = 512
+"""Size of the HDF5 user block, which holds the file's length and the sha256 of the rest."""
 CHUNK_BYTES = 1 << 15  # one row of SD 1.5: reading a random row reads a whole chunk
 BLOCK_BYTES = 1 << 24  # latents per block of `read_blocks`
 CACHE_BYTES = 4 * CHUNK_BYTES  # of HDF5's chunk cache, per dataset
@@ -77,26 +78,26 @@ class DamagedShard(UserError):
     reason: str
 
 
-def _seal(length: int, sha256: str) -> bytes:
+def _user_block(length: int, sha256: str) -> bytes:
     text = json.dumps({"format": "diffusion2gan-pairs", "bytes": length, "sha256": sha256})
-    return text.encode().ljust(SEAL - 1) + b"\n"
+    return text.encode().ljust(USER_BLOCK_BYTES - 1) + b"\n"
 
 
-def seal_of(head: bytes) -> tuple[int, str]:
+def parse_user_block(head: bytes) -> tuple[int, str]:
     """Parse a file's first 512 bytes: its length and the sha256 of the rest; (-1, "") if they are damaged."""
     try:
-        seal = json.loads(head)
-        return int(seal["bytes"]), str(seal["sha256"])
+        facts = json.loads(head)
+        return int(facts["bytes"]), str(facts["sha256"])
     except (ValueError, KeyError, TypeError, OverflowError):
         return -1, ""
 
 
 def _damaged(path: Path, reason: str) -> DamagedShard:
     folder = path.parent.parent
-    return damaged(path, reason, f"run `d2g pairs repair {folder}`, then `d2g pairs generate` again")
+    return damage_error(path, reason, f"run `d2g pairs repair {folder}`, then `d2g pairs generate` again")
 
 
-def damaged(file: Path | str, reason: str, remedy: str) -> DamagedShard:
+def damage_error(file: Path | str, reason: str, remedy: str) -> DamagedShard:
     """Build the error: one line with file, reason and remedy."""
     error = DamagedShard(f"{file}: {reason}; {remedy}")
     error.reason = reason
@@ -117,7 +118,7 @@ def encode_rows(spec: StoreSpec, rows: PairBatch, quarantined: Sequence[int] = (
     chunks = (max(1, min(len(rows.index), CHUNK_BYTES // row_bytes)), *spec.latent_shape)
     buffer = io.BytesIO()
     # The 1.10 format has checksums for its metadata; in older formats a flipped bit can change what is read.
-    with h5py.File(buffer, "w", userblock_size=SEAL, libver=("v110", "v110")) as file:
+    with h5py.File(buffer, "w", userblock_size=USER_BLOCK_BYTES, libver=("v110", "v110")) as file:
         if spec.noise == "stored":
             _write_values(file, "noise", rows.noise, chunks)
         _write_values(file, "latent", rows.latents, chunks)
@@ -138,7 +139,7 @@ def encode_rows(spec: StoreSpec, rows: PairBatch, quarantined: Sequence[int] = (
         file.attrs["noise_sha256"] = hashlib.sha256(_bytes_of(rows.noise)).hexdigest()
     # The first 512 bytes hold length and sha256 of the rest.
     image = buffer.getbuffer()
-    image[:SEAL] = _seal(len(image), hashlib.sha256(image[SEAL:]).hexdigest())
+    image[:USER_BLOCK_BYTES] = _user_block(len(image), hashlib.sha256(image[USER_BLOCK_BYTES:]).hexdigest())
     return image
 
 
@@ -207,10 +208,10 @@ def read_blocks(path: Path, spec: StoreSpec) -> Iterator[PairBatch]:
 
 def _check_bytes(raw: BinaryIO, path: Path) -> None:
     """Compare length and sha256 of an open file with its first 512 bytes. Raises DamagedShard."""
-    head, length = raw.read(SEAL), os.fstat(raw.fileno()).st_size
-    if seal_of(head)[0] != length:
+    head, length = raw.read(USER_BLOCK_BYTES), os.fstat(raw.fileno()).st_size
+    if parse_user_block(head)[0] != length:
         raise _damaged(path, f"truncated or overwritten ({length} bytes)")
-    if head != _seal(length, hashlib.file_digest(raw, "sha256").hexdigest()):  # type: ignore[arg-type]
+    if head != _user_block(length, hashlib.file_digest(raw, "sha256").hexdigest()):  # type: ignore[arg-type]
         raise _damaged(path, "damaged (its bytes do not match their sha256)")
 
 
@@ -228,7 +229,7 @@ def _block(file: Any, spec: StoreSpec, rows: slice) -> PairBatch:
     index = file["index"][rows].astype(np.int64)
     if len(index) and index.min() < 0:
         raise ValueError("index holds numbers of 2^63 and more")
-    noise = torch.from_numpy(file["noise"][rows]) if "noise" in file else redraw(spec, index)
+    noise = torch.from_numpy(file["noise"][rows]) if "noise" in file else redraw_noise(spec, index)
     latents, prompts = torch.from_numpy(file["latent"][rows]), _prompts_of(file, spec, rows)
     condition = torch.from_numpy(file["condition"][rows]) if "condition" in file else None
     return PairBatch(
@@ -244,7 +245,7 @@ def _prompts_of(file: Any, spec: StoreSpec, rows: slice) -> list[str]:
     return [""] * len(file["index"][rows])
 
 
-def redraw(spec: StoreSpec, index: Iterable[int]) -> Tensor:
+def redraw_noise(spec: StoreSpec, index: Iterable[int]) -> Tensor:
     """Draw the noise of these pairs again from (seed, index), in the stored type."""
     return seeds.noise(spec.seed, index, spec.latent_shape, spec.torch_dtype)
 
@@ -275,7 +276,8 @@ def check_length(path: Path) -> int:
 
 
 def _check_length(descriptor: int, path: Path) -> int:
-    length, size = seal_of(os.pread(descriptor, SEAL, 0))[0], os.fstat(descriptor).st_size
+    length, _ = parse_user_block(os.pread(descriptor, USER_BLOCK_BYTES, 0))
+    size = os.fstat(descriptor).st_size
     if length != size:
         raise _damaged(path, f"truncated or overwritten ({size} bytes, its header says {length})")
     return size

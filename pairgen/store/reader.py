@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from d2g.core.errors import UserError
-from pairgen.store.hdf5 import DamagedShard, IntArray, PairBatch, redraw
+from pairgen.store.hdf5 import DamagedShard, IntArray, PairBatch, redraw_noise
 from pairgen.store.shards import Damage, OpenShards, open_source
 from pairgen.store.spec import StoreSpec, quarantined_rows, require_same_spec
 
@@ -150,7 +150,7 @@ class PairReader:
         # Replaced rows have other pair indices, so seeded noise is drawn for the pairs that were read.
         index = self._index(nth, row)
         tensors = {name: torch.from_numpy(out) for name, out in values.items()}
-        noise = tensors["noise"] if "noise" in tensors else redraw(self.spec, index.tolist())
+        noise = tensors["noise"] if "noise" in tensors else redraw_noise(self.spec, index.tolist())
         return PairBatch(
             noise=noise.to(dtype or noise.dtype),
             latents=tensors["latent"].to(dtype or noise.dtype),

@@ -22,7 +22,7 @@ from d2g.core.atomic_files import DISK_FULL_ERRNOS
 from d2g.core.config import digest
 from d2g.core.errors import SettingError, UserError
 from d2g.core.file_lock import lock_file
-from pairgen.store.hdf5 import SEAL, DamagedShard, OpenShard, damaged, seal_of
+from pairgen.store.hdf5 import USER_BLOCK_BYTES, DamagedShard, OpenShard, damage_error, parse_user_block
 from pairgen.store.spec import parse_spec, shard_numbers, writing
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class RemoteShards:
             )
         self.bounded = 0 < self.limit < self.size
         # State that grows with use: first bytes of shards, and downloads of this process.
-        self._seals: dict[int, tuple[int, str]] = {}
+        self._user_blocks: dict[int, tuple[int, str]] = {}
         self._downloads: tuple[int, set[int]] = (0, set())
         self._copy_records()
 
@@ -118,7 +118,7 @@ class RemoteShards:
         raise UserError(f"{self.root}: copies vanish before they are read; raise cache_gib")
 
     def request(self, shard: int) -> bool:
-        if shard in self._seals and self._path(shard).exists():
+        if shard in self._user_blocks and self._path(shard).exists():
             return True
         if self._downloads[0] != os.getpid():  # threads do not cross a fork
             self._downloads = os.getpid(), set()
@@ -140,30 +140,33 @@ class RemoteShards:
         return f"shards/pairs-{shard:05d}.h5"
 
     def _path(self, shard: int) -> Path:
-        return self.folder / f"pairs-{shard:05d}-{self._seal(shard)[1][:16]}.h5"
+        return self.folder / f"pairs-{shard:05d}-{self._user_block(shard)[1][:16]}.h5"
 
-    def _seal(self, shard: int) -> tuple[int, str]:
+    def _user_block(self, shard: int) -> tuple[int, str]:
         """Length and sha256 according to the shard's first bytes, which are read once."""
-        if shard not in self._seals:
+        if shard not in self._user_blocks:
             file = self._file(shard)
-            head = self._retry(file, lambda fs, path: bytes(fs.cat_file(path, start=0, end=SEAL))[:SEAL])
-            length, sha256 = seal_of(head)
+            head = self._retry(
+                file,
+                lambda fs, path: bytes(fs.cat_file(path, start=0, end=USER_BLOCK_BYTES))[:USER_BLOCK_BYTES],
+            )
+            length, sha256 = parse_user_block(head)
             if length != (self.sizes[shard] or length) or not re.fullmatch("[0-9a-f]{64}", sha256):
                 reason = f"truncated or overwritten ({self.sizes[shard]} bytes, its header says {length})"
-                raise damaged(self.name(shard), reason, self.remedy)
-            self._seals[shard] = length, sha256
-        return self._seals[shard]
+                raise damage_error(self.name(shard), reason, self.remedy)
+            self._user_blocks[shard] = length, sha256
+        return self._user_blocks[shard]
 
     def _check_copy(self, shard: int) -> tuple[int, str]:
         try:
-            self._seal(shard)
+            self._user_block(shard)
         except DamagedShard as error:
             return shard, error.reason
         return shard, ""
 
     def _download(self, shard: int, path: Path) -> None:
         """Download a shard to `path`, completely or not at all. One process does it, and the others wait."""
-        length, sha256 = self._seal(shard)
+        length, sha256 = self._user_block(shard)
         with writing(self.root, SAFE), _file_lock(self.folder, f"pairs-{shard:05d}") as locked:
             if path.exists():
                 return
@@ -182,7 +185,7 @@ class RemoteShards:
             finally:
                 temporary.unlink(missing_ok=True)
         reason = "its bytes do not match their sha256, or changed while it was read"
-        raise damaged(self.name(shard), reason, self.remedy)
+        raise damage_error(self.name(shard), reason, self.remedy)
 
     def _copy_records(self) -> None:
         """Copy the current quarantine records to the cache folder, and delete outdated ones."""
@@ -270,7 +273,7 @@ def _verify_copy(path: Path, length: int, sha256: str) -> bool:
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != length:
             return False
-        file.seek(SEAL)
+        file.seek(USER_BLOCK_BYTES)
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             return False
         os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from pairgen.store.hdf5 import (
     IntArray,
     OpenShard,
     check_length,
-    damaged,
+    damage_error,
     quarantined_in,
     read_fault,
 )
@@ -135,7 +135,7 @@ class OpenShards:
 
     def error(self, shard: int, reason: str) -> DamagedShard:
         """The error that names a shard, what is wrong with it, and the remedy."""
-        return damaged(self.source.name(shard), reason, self.source.remedy)
+        return damage_error(self.source.name(shard), reason, self.source.remedy)
 
     def hint(self, shard: int, first: int, last: int) -> None:
         """Announce rows `first` to `last` of a shard. Errors are left to the read that follows."""

@@ -34,7 +34,7 @@ class StoreSpec:
 
     schema: int = SCHEMA
     teacher: str
-    """Where the teacher was when the store was created: a note, which identifies nothing."""
+    """Folder or hub id of the teacher when the store was created; for information only."""
     teacher_sha256: str
     denoiser_sha256: str = ""
     """As `TeacherDigests`; empty in stores that were created before it was recorded."""
@@ -60,7 +60,7 @@ class StoreSpec:
     noise: Literal["stored", "seeded"] = "stored"
     shard_size: int
     condition: str = ""
-    """Where the store was whose latents condition the rows, for stage B of a cascade: a note."""
+    """Folder of the store whose latents condition the rows (stage B of a cascade); for information only."""
     condition_sha256: str = ""
     """What that store's rows depend on: `rows_sha256` of its spec."""
     condition_teacher: str = ""
@@ -68,7 +68,7 @@ class StoreSpec:
     condition_shape: tuple[int, int, int] | None = None
     """Shape (C, h, w) of its latents, which each row holds beside its own."""
     compiled: bool = False
-    """Whether the network was compiled, which decides rows up to rounding: a note."""
+    """Whether the network was compiled, which changes rows by rounding only; for information only."""
     earlier_prompts: tuple[tuple[int, str], ...] = ()
     """(num_prompts, prompts_sha256) of the prompt lists before prompts were appended, oldest first."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import UserError
-from pairgen.store.hdf5 import PairBatch, encode_rows, join_conditions, load_rows, redraw
+from pairgen.store.hdf5 import PairBatch, encode_rows, join_conditions, load_rows, redraw_noise
 from pairgen.store.spec import (
     StoreSpec,
     encode_record,
@@ -158,7 +158,7 @@ class PairWriter:
     def _check_noise(self, rows: PairBatch, noise: Tensor) -> None:
         """Raise UserError unless a reader gets back `noise` exactly, from the file or from (seed, index)."""
         number = rows.index.tolist()
-        stored = redraw(self.spec, number) if self.spec.noise == "seeded" else rows.noise
+        stored = redraw_noise(self.spec, number) if self.spec.noise == "seeded" else rows.noise
         if not torch.equal(stored.float(), noise.detach().cpu().float()):
             dtype, seed = self.spec.dtype, self.spec.seed
             text = f"noise of pairs {number} cannot be read back as the teacher received it"

@@ -9,7 +9,7 @@ import pytest
 
 from d2g.core.errors import SettingError, UserError
 from d2g.core.tracking.run_directory import read_stats
-from distill.monitoring.collapse import Collapse, Finding, Limits, act, findings
+from distill.monitoring.collapse import Collapse, Finding, Limits, findings, handle_findings
 from distill.training.train import train
 from jobs import distill_config, make_pairs
 
@@ -95,7 +95,7 @@ def test_a_blind_discriminator_is_only_a_warning() -> None:
     lines = log(20, d__auc=[0.5] * 10, logit__real=[0.01] * 10, logit__fake=[0.0] * 10)
     (finding,) = findings(lines)
     assert finding.kind == "d_blind" and not finding.fatal
-    act([finding], "stop", set(), lambda text: None)
+    handle_findings([finding], "stop", set(), lambda text: None)
     assert kinds(log(20, d__auc=[0.5] * 9, logit__real=[0.01] * 9, logit__fake=[0.0] * 9)) == []
     assert kinds(log(20, d__auc=[0.5] * 10)) == [], "the mean logits of real and fake differ"
 
@@ -192,13 +192,13 @@ def test_on_collapse_stop_warn_and_off(caplog: pytest.LogCaptureFixture) -> None
     messages: list[str] = []
     reported: set[str] = set()
     for _ in range(3):
-        act(detected, "warn", reported, messages.append)
-        act(detected, "off", set(), messages.append)
+        handle_findings(detected, "warn", reported, messages.append)
+        handle_findings(detected, "off", set(), messages.append)
     assert messages == ["image 10: it collapses; try less"], "once"
     with pytest.raises(Collapse, match=r"try less, or go on with --set train\.on_collapse=warn"):
-        act(detected, "stop", reported, messages.append)
+        handle_findings(detected, "stop", reported, messages.append)
     assert issubclass(Collapse, UserError)
-    act(detected, "warn", set())
+    handle_findings(detected, "warn", set())
     assert caplog.messages == ["image 10: it collapses; try less"]
 
 

@@ -8,7 +8,14 @@ from torch import Tensor
 from d2g.core.seeds import generator
 from eval.metrics.feature_stats import FeatureStats, Origin
 from eval.metrics.frechet import frechet_distance, frechet_standard_error
-from eval.metrics.intervals import Z, around, frechet_error, interval_of, mean_interval, wilson
+from eval.metrics.intervals import (
+    Z,
+    frechet_error,
+    interval_of,
+    mean_interval,
+    normal_interval,
+    wilson_interval,
+)
 from eval.protocols.metric import Estimate
 
 ORIGIN = Origin(features="test", features_sha256="0" * 64, resize="native", source="rows")
@@ -22,15 +29,19 @@ def stats_of(rows: Tensor) -> FeatureStats:
 
 def test_z_is_the_normal_quantile() -> None:
     assert pytest.approx(norm.ppf(0.975), rel=1e-12) == Z
-    assert around(3.0, 0.5) == (pytest.approx(3 - 0.5 * Z), pytest.approx(3 + 0.5 * Z))
+    assert normal_interval(3.0, 0.5) == (pytest.approx(3 - 0.5 * Z), pytest.approx(3 + 0.5 * Z))
 
 
 def test_wilson_covers_shares() -> None:
     count, truth = 50, 0.9
     draws = (torch.rand(2000, count, generator=generator(0)) < truth).double().mean(1)
-    covered = sum(low <= truth <= high for low, high in (wilson(share, count) for share in draws.tolist()))
+    covered = sum(
+        low <= truth <= high for low, high in (wilson_interval(share, count) for share in draws.tolist())
+    )
     assert 0.93 < covered / 2000 < 0.98
-    assert wilson(1.0, 10)[1] == pytest.approx(1) and wilson(0.0, 10)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson_interval(1.0, 10)[1] == pytest.approx(1) and wilson_interval(0.0, 10)[0] == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def test_the_bootstrap_covers_means() -> None:
@@ -52,7 +63,7 @@ def test_frechet_intervals_contain_the_estimate(count: int, dim: int) -> None:
     estimate = frechet_distance(fake.mean, fake.covariance, real.mean, real.covariance)
     bootstrapped = frechet_error(fake, real, 60, 0)
     assert bootstrapped is not None
-    low, high = around(estimate, bootstrapped)
+    low, high = normal_interval(estimate, bootstrapped)
     assert (low + high) / 2 == pytest.approx(estimate) and low < estimate < high
     error = frechet_standard_error(fake.rows, real.mean, real.covariance)
     assert ((high - low) / 2 == pytest.approx(Z * error)) == (count == 200)

@@ -19,9 +19,9 @@ from eval.images.folders import load_all, open_images, read_images
 from eval.measure.build_reference import (
     build_reference,
     cache_folder,
-    keep_reference,
     open_reference,
     reference_files,
+    save_reference,
 )
 from eval.measure.reference import Reference
 from eval.measure.rows import MeasureOptions
@@ -210,7 +210,7 @@ def test_a_work_folder_keeps_what_others_have_put_there(coco: Path, tmp_path: Pa
         built = build_reference(image_source(open_images(coco / "val2014")), COCO, SETS, work=work)
         if note:
             (tmp_path / "work" / "note.txt").write_text("mine")
-        keep_reference(built, tmp_path / "a.safetensors", work, 0)
+        save_reference(built, tmp_path / "a.safetensors", work, 0)
         assert (tmp_path / "work").exists() == note
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["note.txt"]
 

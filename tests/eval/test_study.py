@@ -18,7 +18,7 @@ import torch
 from browser import Browser, chromium
 from d2g.core.errors import UserError
 from d2g.core.png import save_png
-from eval.metrics.intervals import wilson
+from eval.metrics.intervals import wilson_interval
 from eval.study.answers import Answer, AnswerFile, Choice, read_answers, summarize_answers
 from eval.study.page import Contestants, PreferenceStudy, open_server
 
@@ -127,7 +127,7 @@ def test_the_summary_counts_answers_and_users() -> None:
     answers += [answer("c", 0, "second")]
     facts = summarize_answers(answers)
     assert (facts["all"]["wins"], facts["all"]["ties"], facts["all"]["losses"]) == (8, 1, 10)
-    assert facts["all"]["win_rate"] == 8.5 / 19 and facts["all"]["ci"] == list(wilson(8.5 / 19, 19))
+    assert facts["all"]["win_rate"] == 8.5 / 19 and facts["all"]["ci"] == list(wilson_interval(8.5 / 19, 19))
     users = facts["users"]
     assert (users["wins"], users["losses"], users["at_least"], users["of"]) == (2, 1, 5, 4)
     assert facts["left"]["wins"] == 4 and facts["left"]["losses"] == 14

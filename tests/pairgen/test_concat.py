@@ -23,7 +23,7 @@ from distill.training.open_rows import sample_guidance
 from distill.training.train import train
 from jobs import distill_config, make_pairs
 from pairgen.generate import generate_pairs
-from pairgen.store.concat import GuidedBatch, JoinedReader, scales
+from pairgen.store.concat import GuidedBatch, JoinedReader, guidance_scales
 from pairgen.store.reader import PairReader
 
 
@@ -81,7 +81,7 @@ def test_worker_processes_give_the_same_batches(stores: list[Path], teacher: Pat
     reader = open_pairs(",".join(map(str, stores)), digests, with_guidance=True)
     streams = [pair_batches(reader, 4, 7, 0, workers) for workers in (0, 1)]
     for a, b in zip(*(list(islice(s, 5)) for s in streams), strict=True):
-        assert torch.equal(a.latents, b.latents) and torch.equal(scales(a)[0], scales(b)[0])
+        assert torch.equal(a.latents, b.latents) and torch.equal(guidance_scales(a)[0], guidance_scales(b)[0])
     for stream in streams:
         stream.close()  # type: ignore[attr-defined]
 
@@ -89,8 +89,8 @@ def test_worker_processes_give_the_same_batches(stores: list[Path], teacher: Pat
 def test_a_single_store_has_scales_only_if_requested(stores: list[Path], teacher: Path) -> None:
     digests = pretrained.teacher_digests(str(teacher))
     plain = open_pairs(str(stores[0]), digests)
-    assert isinstance(plain, PairReader) and scales(plain.read([0])) == ()
-    (guidance,) = scales(open_pairs(str(stores[0]), digests, with_guidance=True).read([0, 1]))
+    assert isinstance(plain, PairReader) and guidance_scales(plain.read([0])) == ()
+    (guidance,) = guidance_scales(open_pairs(str(stores[0]), digests, with_guidance=True).read([0, 1]))
     assert guidance.tolist() == [2.0, 2.0]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from d2g.core.errors import UserError
-from pairgen.store.hdf5 import _seal
+from pairgen.store.hdf5 import _user_block
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec, read_spec, shard_path
 from pairgen.verify import verify_store
@@ -29,7 +29,7 @@ SMALL = spec_of(num_pairs=4, shard_size=4, latent_shape=(1, 2, 2))
 def update_seal(path: Path) -> None:
     """Write the current length and sha256 of a shard into its first 512 bytes."""
     data = path.read_bytes()
-    path.write_bytes(_seal(len(data), hashlib.sha256(data[512:]).hexdigest()) + data[512:])
+    path.write_bytes(_user_block(len(data), hashlib.sha256(data[512:]).hexdigest()) + data[512:])
 
 
 def tampered(folder: Path, tamper: Tamper, spec: StoreSpec = SPEC) -> Path:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2g.core.errors import UserError
-from pairgen.store.hdf5 import DamagedShard, OpenShard, _seal
+from pairgen.store.hdf5 import DamagedShard, OpenShard, _user_block
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import StoreSpec, quarantine_path, shard_path
 from stores import PROMPTS, SPEC, flip_bit, put_shard, put_store, rows_of, same, spec_of
@@ -199,7 +199,7 @@ def test_a_dataset_without_checksums_is_refused(store: Path) -> None:
         del file["latent"]
         file.create_dataset("latent", data=latent, chunks=(4, 4, 8, 8), maxshape=(None, 4, 8, 8))
     data = path.read_bytes()
-    path.write_bytes(_seal(len(data), hashlib.sha256(data[512:]).hexdigest()) + data[512:])
+    path.write_bytes(_user_block(len(data), hashlib.sha256(data[512:]).hexdigest()) + data[512:])
     with pytest.raises(DamagedShard, match=r"pairs-00001\.h5: dataset latent has no checksums; run"):
         PairReader(store).read([8])
 

@@ -168,7 +168,7 @@ def test_a_replaced_shard_is_downloaded_again(store: Path, cache: Path) -> None:
 def test_a_shard_that_changes_or_disappears_while_it_is_read(store: Path, cache: Path) -> None:
     reader = PairReader(f"file://{store}", cache=cache)
     reader._source.check()
-    reader._source._seal(1)  # type: ignore[attr-defined]  # reads the current header
+    reader._source._user_block(1)  # type: ignore[attr-defined]  # reads the current header
     put_shard(store, SPEC, 1, quarantined=[9])
     with pytest.raises(DamagedShard, match="or changed while it was read"):
         reader.read([8])
