@@ -48,6 +48,16 @@ PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
 }
 """What ComfyUI takes for granted of both models."""
 
+ORIGINAL_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+ORIGINAL_SETTINGS: dict[str, Any] = {
+    "center_input_sample": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+}
+"""Settings of a UNet2DConditionModel for which original checkpoints have no other value."""
+
 
 def export_comfyui(
     student: str,
@@ -136,6 +146,7 @@ def _comfyui_schedule(teacher: str, kind: str) -> Schedule:
         raise UserError(
             f"teacher {teacher} is a {name}; the format comfyui supports SD 1.x and SDXL; {instead}"
         )
+    _require_original_layout(teacher, config, instead)
     schedule = pretrained.load_any_schedule(teacher)
     expected = DDIMScheduler(**pretrained.SD_BETAS).alphas_cumprod.double()
     # ComfyUI computes its own table of noise levels.
@@ -146,6 +157,20 @@ def _comfyui_schedule(teacher: str, kind: str) -> Schedule:
     ):
         raise UserError(f"teacher {teacher} has another noise schedule than Stable Diffusion's; {instead}")
     return schedule
+
+
+def _require_original_layout(teacher: str, config: Any, instead: str) -> None:
+    """Raise UserError for a U-Net or an autoencoder that original checkpoints have no names for."""
+    other = [f"{name}={config[name]}" for name, value in ORIGINAL_SETTINGS.items() if config[name] != value]
+    other += sorted({*config.down_block_types, *config.up_block_types} - ORIGINAL_BLOCKS)
+    if not isinstance(config.layers_per_block, int):
+        other.append(f"layers_per_block={list(config.layers_per_block)}")
+    if (vae := open_pipeline(teacher).class_name("vae")) != "AutoencoderKL":
+        other.append(f"an {vae}")
+    if other:
+        raise UserError(
+            f"teacher {teacher} has {', '.join(other)}, which an original checkpoint cannot hold; {instead}"
+        )
 
 
 def _require_plain_student(sampler: OneStepSampler, student: str, schedule: Schedule) -> None:

@@ -1,5 +1,6 @@
 """SD3 and SD3.5 teachers, a flow over three text encoders, against diffusers' StableDiffusion3Pipeline."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,22 @@ def test_missing_t5_embeddings_are_zeros(folder: Path, tmp_path: Path) -> None:
     with_t5 = load_teacher(str(folder))
     assert (with_t5.facts["t5"], len(with_t5.encoders)) == ("encoded", 3)
     assert with_t5.encode(["a red cube"]).tensors["hidden"][:, 12:].any()
+
+
+def test_a_tokenizer_without_its_t5_is_not_used(folder: Path, tmp_path: Path) -> None:
+    """diffusers saves such a folder from a pipeline that was loaded with text_encoder_3=None alone."""
+    bare, z = Path(shutil.copytree(folder, tmp_path / "bare")), noise(0, range(3), SHAPE)
+    shutil.rmtree(bare / "text_encoder_3")
+    tiny_teachers.edit(bare, "model_index.json", text_encoder_3=[None, None])
+    result = load_teacher(str(bare)).sample(z, PROMPTS, 6, 3.0, "euler")
+    torch.testing.assert_close(result, pipeline_latents(bare, z, 6, guidance_scale=3.0), rtol=0, atol=1e-4)
+
+
+def test_a_t5_without_its_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(folder, tmp_path / "bare"))
+    tiny_teachers.edit(bare, "model_index.json", tokenizer_3=[None, None])
+    with pytest.raises(UserError, match="has text_encoder_3 but no tokenizer_3; "):
+        describe_teacher(str(bare))
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])

@@ -1,6 +1,7 @@
 """distill.export.to_comfyui: diffusers' converters read every weight back; an Euler step is the student."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,31 @@ def test_students_that_ksampler_cannot_draw_are_refused(
     with pytest.raises(UserError, match=message):
         export_comfyui(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("unet/config.json", {"layers_per_block": [1, 1]}, r"layers_per_block=\[1, 1\]"),
+        ("unet/config.json", {"time_embedding_type": "fourier"}, "time_embedding_type=fourier"),
+        ("unet/config.json", {"center_input_sample": True}, "center_input_sample=True"),
+        (
+            "unet/config.json",
+            {"down_block_types": ["CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"]},
+            "Resn",
+        ),
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "an AutoencoderTiny"),
+    ],
+)
+def test_networks_that_original_checkpoints_cannot_hold_are_refused(
+    file: str, values: dict[str, Any], message: str, run: str, teacher: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    tiny_teachers.edit(other, file, **values)
+    with pytest.raises(
+        UserError, match=f"has .*{message}.*, which an original checkpoint cannot hold; export"
+    ):
+        export_comfyui(run, tmp_path / "out", teacher=str(other))
 
 
 def test_other_schedules_and_families_are_refused(tmp_path: Path) -> None:

@@ -273,8 +273,9 @@ class Pipeline:
 
     @property
     def components(self) -> list[str]:
-        """The components it has, of those that its family needs."""
+        """The components it has, of those that its family needs; no tokenizer without its encoder."""
         absent = {component for component in self.family.optional if self.class_name(component) is None}
+        absent |= {c.replace("text_encoder", "tokenizer") for c in absent}
         return [component for component in self.family.components if component not in absent]
 
     def class_name(self, component: str) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from d2g.core.errors import UserError
 from d2g.diffusion.conditioning import Conditioning, TextConditioner
 from d2g.diffusion.families.base import (
     ANY_SCHEDULER,
@@ -108,6 +109,11 @@ class StableDiffusion3(TransformerFamily):
         pooled = sum(int(clip.config.projection_dim) for clip in clips)
         expect_width(pipeline, "pooled text", pooled, config.pooled_projection_dim)
         if "text_encoder_3" in models:
+            if "tokenizer_3" not in tokenizers:
+                raise UserError(
+                    f"teacher {pipeline.folder}: model_index.json has text_encoder_3 but no tokenizer_3; "
+                    "copy the tokenizer of the original model, or set both to [null, null]"
+                )
             t5: Any = models["text_encoder_3"]
             expect_width(pipeline, "T5's text", t5.config.d_model, config.joint_attention_dim)
         facts = {
