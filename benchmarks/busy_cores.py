@@ -1,10 +1,11 @@
-"""Threads and processes beside other programs: pairs and stage 1 of the miniature under a load of busy loops.
+"""Threads and processes beside other programs: pairs, stage 1 and evaluation under a load of busy loops.
 
     python benchmarks/busy_cores.py [--loads 0,2,6] [--seconds 15] [--rounds 1]
 
-Each way of computing starts its processes once. They take turns: a solver step of guided batches of 64 pairs,
-and training steps of stage 1 (preset `miniature`, 64 rows over all processes, random weights), for some
-seconds each, beside so many endless loops of the shell. At each load it also says what `d2g demo` and
+Each way of computing starts its processes once. They take turns: a solver step of guided batches of 64 pairs;
+training steps of stage 1 (preset `miniature`, 64 rows over all processes, random weights); and batches of 64
+images of the bundled student, decoded, with features of the oracle and of the miniature's CLIP. Each runs for
+some seconds beside so many endless loops of the shell. For each load it also says what `d2g demo` and
 `d2g run` would measure and choose. Writes benchmarks/busy_cores_DATE_cpu.md.
 """
 
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 BATCH = 64
 PORT = "29617"
-WORKS = ("pairs", "stage 1")
+WORKS = ("pairs", "stage 1", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,14 @@ def worker() -> None:
     from benchmarks.training_step import RandomStep
     from d2g.core.config import override
     from d2g.core.distributed import process_group
+    from d2g.diffusion.pretrained import resolve
     from distill.config.presets import DISTILL_PRESETS
+    from distill.sampling import load_student
+    from eval.images.resize import NATIVE
+    from eval.networks.clip import load_clip_features
+    from eval.runner.samplers import SamplingRequest, one_step_source
+    from miniature.metrics import oracle_features
+    from miniature.oracle import load_oracle
     from pairgen.config import PAIR_PRESETS
     from pairgen.job import open_job, resolve_auto
 
@@ -74,6 +82,15 @@ def worker() -> None:
             with torch.no_grad():
                 job.teacher.sample(noise, texts, 1, job.spec.guidance, job.spec.solver, 0.0, cond)
 
+        request = SamplingRequest(prompts=texts, seed=0, device="cpu")
+        student = one_step_source("student", load_student("miniature"), request)
+        networks = (oracle_features(load_oracle()), load_clip_features(resolve("miniature") / "clip"))
+
+        def evaluate() -> None:
+            for batch in student.draw(range(BATCH), BATCH, (NATIVE,)):
+                for network in networks:
+                    network.function(batch.views[NATIVE])
+
         process_group.init()
         config = override(
             DISTILL_PRESETS["miniature"]["ode"], [f"train.batch_size={BATCH}", "train.precision=fp32"]
@@ -83,6 +100,7 @@ def worker() -> None:
         works: dict[str, tuple[Callable[[], object], int]] = {
             "pairs": (sample, BATCH),
             "stage 1": (step, rows),
+            "evaluation": (evaluate, BATCH),
         }
         print("ready", flush=True)
         for line in sys.stdin:
