@@ -23,7 +23,7 @@ class CascadeFamily(Family):
     gan = ("cosine",)
     lora = ("cosine",)
     exports = (ExportFormat("safetensors", ("cosine",)),)
-    not_exported = "no diffusers, no lora: one step of its scheduler there gives 0.99995 of the latents"
+    not_exported = "no diffusers, no lora: one step of diffusers' scheduler returns 0.99995 of the latents"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     takes_real_images = False
     block_types: tuple[str, ...]
