@@ -1,5 +1,6 @@
 """Load a student from a run or an exported folder, and sample images with it in one step."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.logs import log_once
 from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioner, Conditioning, require_list
@@ -25,6 +27,7 @@ from distill.student_files import (
     student_folder,
     student_guidance,
     student_prediction,
+    trained_teacher_sha256,
 )
 
 
@@ -228,6 +231,8 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
     student, conditioner = empty_student(name, source, timestep), pretrained.load_conditioner(source)
     _expect_prediction(name, student, source)
     own_text = load_student_weights(student, name, conditioner)
+    if conditioner.models and not own_text:
+        _warn_of_other_teacher(name, source)
     sampler = _one_step(student, source, device, student_guidance(name, source), conditioner)
     return replace(sampler, own_text=own_text)
 
@@ -242,6 +247,18 @@ def _expect_prediction(name: str, student: Student, teacher: str) -> None:
         )
 
 
+def _warn_of_other_teacher(name: str, teacher: str) -> None:
+    """Warn if the text encoders of `teacher`, which read the prompts, may not be those of the training."""
+    trained, now = trained_teacher_sha256(name), pretrained.denoiser_sha256(teacher)
+    if trained not in ("", now):
+        log_once(
+            f"student {name} was made of another teacher than {teacher} is now (sha256 {trained[:12]}, found "
+            f"{now[:12]}), whose text encoders read the prompts: images may be wrong; give --teacher the one "
+            "that it was made of",
+            level=logging.WARNING,
+        )
+
+
 def load_checkpoint(
     run: str, folder: Path, teacher: str, device: torch.device | str = "cpu"
 ) -> OneStepSampler:
@@ -252,6 +269,8 @@ def load_checkpoint(
     )
     _expect_prediction(run, student, teacher)
     own_text = load_student_weights(student, run, conditioner, folder)
+    if conditioner.models and not own_text:
+        _warn_of_other_teacher(run, teacher)
     sampler = _one_step(student, teacher, device, student_guidance(run, teacher), conditioner)
     return replace(sampler, own_text=own_text)
 

@@ -39,6 +39,8 @@ class CommonFacts(TypedDict):
     """Of an export: `student_guidance` of its run if it takes the scale, else `pairs_guidance`."""
     condition_teacher: NotRequired[str]
     """Of an export of a cascade's later stage: the denoiser's sha256 of the stage before."""
+    teacher_sha256: NotRequired[str]
+    """Of an export: `trained_teacher_sha256`."""
     clip_guidance_sha256: NotRequired[str]
     """Of an export of a student that a CLIP guided: `guiding_clip`."""
     latent_size: NotRequired[list[int]]
@@ -92,6 +94,12 @@ def guiding_clip(name: str) -> str:
     """`clip_sha256` of the CLIP that guided a student in training; "" where none did or none is recorded."""
     _, _, facts = _student_facts(name)
     return str(facts.get("inputs", {}).get("clip", "") or facts.get("clip_guidance_sha256", ""))
+
+
+def trained_teacher_sha256(name: str) -> str:
+    """The denoiser's sha256 of the teacher that a student was made of; "" if none is recorded."""
+    _, _, facts = _student_facts(name)
+    return str(facts.get("inputs", {}).get("teacher", "") or facts.get("teacher_sha256", ""))
 
 
 def sampled_guidance(scales: Sequence[float]) -> float:

@@ -39,6 +39,7 @@ from distill.student_files import (
     student_folder,
     student_guidance,
     student_tensors,
+    trained_teacher_sha256,
 )
 
 WRITERS = {"diffusers": export_pipeline, "lora": export_lora, "comfyui": export_comfyui}
@@ -125,6 +126,8 @@ def export_student(
     scale = student_guidance(run, base) if guided else pairs_guidance(run, base)
     if scale is not None:
         facts["guidance"] = scale
+    if teacher_sha256 := trained_teacher_sha256(run):
+        facts["teacher_sha256"] = teacher_sha256
     if clip := guiding_clip(run):
         facts["clip_guidance_sha256"] = clip
     if size := pairs_size(run):

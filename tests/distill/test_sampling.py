@@ -20,7 +20,7 @@ from d2g.diffusion.pretrained import load_vae
 from d2g.diffusion.teacher import load_teacher
 from distill.export.export import export_student
 from distill.models.student import student_from_teacher
-from distill.sampling import load_student, untrained_one_step
+from distill.sampling import load_checkpoint, load_student, untrained_one_step
 from distill.saved_samples import save_samples
 from distill.student_files import load_student_weights, student_folder
 from distill.training.train import train
@@ -63,6 +63,25 @@ def test_one_network_evaluation_per_image(run: Path) -> None:
     one.student.unet.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     one.images(noise(0, range(3), (4, 4, 4)), PROMPTS[:3])
     assert calls == [3]
+
+
+def test_a_teacher_that_has_changed_since_the_training_is_warned_of(
+    run: Path, teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its text encoder reads the prompts. Another autoencoder is a choice."""
+    exported, changed, decoder = tmp_path / "exported", tmp_path / "changed", tmp_path / "decoder"
+    export_student(str(run), exported)
+    tiny.save_teacher(changed, seed=1)
+    shutil.copytree(teacher, decoder)
+    shutil.copytree(changed / "vae", decoder / "vae", dirs_exist_ok=True)
+    for name in (run, exported):
+        for same in (None, str(decoder)):
+            load_student(str(name), same)
+            assert "another teacher" not in caplog.text
+    load_student(str(exported), str(changed))
+    load_checkpoint(str(run), student_folder(str(run))[0], str(changed))
+    for name in (run, exported):
+        assert f"student {name} was made of another teacher than {changed}" in caplog.text
 
 
 def test_files_store_their_prompt_and_the_grid_shows_all_images(run: Path, tmp_path: Path) -> None:
