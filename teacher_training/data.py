@@ -21,7 +21,7 @@ from d2g.core.shuffle import permuted_batch
 from d2g.data.captions import class_captions
 from d2g.data.columns import caption_column, find_caption_column
 from d2g.data.folders import list_folder
-from d2g.data.pictures import png_text
+from d2g.data.pictures import picture_prompt, png_text
 from d2g.data.prompt_files import prompt_cells
 from d2g.data.tables import open_table
 from eval.images.folders import ImageFiles, Reading, load_all, open_images, read_images, spread_numbers
@@ -124,7 +124,7 @@ def read_captions(config: TeacherConfig) -> list[str]:
 
 def _caption_of(picture: Path, captions: Mapping[Path, str]) -> str:
     """The caption of a picture, else the one in a PNG itself, else an empty text."""
-    return captions[picture] if picture in captions else png_text(picture).get("prompt", "")
+    return captions[picture] if picture in captions else picture_prompt(png_text(picture))
 
 
 def warn_of_changed_pictures(config: TeacherConfig, prompts: Sequence[str], cache: Path) -> None:

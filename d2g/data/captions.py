@@ -17,6 +17,7 @@ from d2g.core.logs import log_once
 from d2g.core.machine_errors import raise_machine_error
 from d2g.data.columns import CAPTION_COLUMNS, caption_column, find_caption_column
 from d2g.data.folders import METADATA_FILES, FolderListing, few_names, normalized
+from d2g.data.pictures import picture_prompt, png_text
 from d2g.data.text_files import csv_rows, json_rows, read_text
 
 FILE_NAME = "file_name"
@@ -49,8 +50,15 @@ def class_captions(root: Path, pictures: Sequence[Path], template: str = CLASS_T
     parts = [picture.relative_to(root).parts for picture in pictures]
     if not parts or any(len(names) == 1 for names in parts):
         return {}
-    captions = [template.format(names[0].replace("_", " ")) for names in parts]
-    return dict(zip(pictures, captions, strict=True))
+    captions = {
+        picture: template.format(names[0].replace("_", " "))
+        for picture, names in zip(pictures, parts, strict=True)
+        if picture.suffix.lower() != ".png" or not picture_prompt(png_text(picture))
+    }
+    if captions:
+        texts = sorted(set(captions.values()))
+        log_once(f"{root}: captions are made of the names of its folders: {few_names(texts)}")
+    return captions
 
 
 class Captions(Mapping[Path, str]):

@@ -2,9 +2,11 @@
 
 import io
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +58,7 @@ def decode_picture(data: bytes, name: str, *, exact: bool) -> DecodedPicture:
     """
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as opened:
-            prompt = opened.info.get("prompt", "")
+            prompt = picture_prompt(opened.info)
             image, converted = _as_rgb(opened, name, exact)
     except UserError:
         raise
@@ -67,7 +69,7 @@ def decode_picture(data: bytes, name: str, *, exact: bool) -> DecodedPicture:
     except Exception as error:  # on damaged bytes Pillow's readers raise almost anything
         reason = _other_kind(data) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} is not a readable image ({reason}); remove or replace it") from error
-    return DecodedPicture(image, prompt if isinstance(prompt, str) else "", converted)
+    return DecodedPicture(image, prompt, converted)
 
 
 def _other_kind(data: bytes) -> str:
@@ -111,6 +113,15 @@ def png_text(file: Path) -> dict[str, str]:
         return {}
 
 
+def picture_prompt(text: Mapping[Any, Any]) -> str:
+    """The prompt in the text of a PNG, as `d2g sample` writes it; "" without one.
+
+    ComfyUI writes its graph, a JSON object, under the same name.
+    """
+    prompt = text.get("prompt", "")
+    return prompt if isinstance(prompt, str) and not prompt.startswith('{"') else ""
+
+
 @cache
 def _formats() -> list[str]:
     Image.init()
@@ -120,7 +131,7 @@ def _formats() -> list[str]:
 def _as_rgb(opened: Image.Image, name: str, exact: bool) -> tuple[Image.Image, tuple[str, ...]]:
     """Convert a picture to 8-bit RGB; returns it and the kinds of its original format.
 
-    With `exact`, animated and transparent pictures raise UserError, and EXIF rotations are ignored.
+    With `exact`, animated and transparent pictures raise UserError, and EXIF rotations are only noted.
     """
     # Pillow counts a phone's MPO as animated, but it is a JPEG with appended data.
     if opened.format != "MPO" and getattr(opened, "is_animated", False):
@@ -143,8 +154,14 @@ def _as_rgb(opened: Image.Image, name: str, exact: bool) -> tuple[Image.Image, t
         else:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             _log_choice("transparent pictures are put on white", name)
-    image = image.convert("RGB")
-    return (image if exact else _upright(opened, image, name)), kinds
+    # The rotation that EXIF asks for.
+    image, turn = image.convert("RGB"), _orientation(opened, name, exact)
+    if turn is None:
+        return image, kinds
+    if exact:
+        return image, (*kinds, "without their EXIF rotation")
+    _log_choice("pictures are turned upright, as their EXIF data says", name)
+    return image.transpose(turn), kinds
 
 
 def _to_8_bits(opened: Image.Image, name: str, exact: bool) -> tuple[Image.Image, tuple[str, ...]]:
@@ -173,16 +190,14 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     return gray
 
 
-def _upright(opened: Image.Image, image: Image.Image, name: str) -> Image.Image:
+def _orientation(opened: Image.Image, name: str, exact: bool) -> Image.Transpose | None:
+    """What turns a picture upright, as its EXIF data says; None if it lies right or the data is damaged."""
     try:
-        orientation = opened.getexif().get(_ORIENTATION, 1)
+        return _UPRIGHT.get(opened.getexif().get(_ORIENTATION, 1))
     except Exception:  # Pillow raises almost anything on damaged EXIF
-        _log_choice("pictures with damaged EXIF data are taken as they lie", name)
-        return image
-    if orientation not in _UPRIGHT:
-        return image
-    _log_choice("pictures are turned upright, as their EXIF data says", name)
-    return image.transpose(_UPRIGHT[orientation])
+        if not exact:
+            _log_choice("pictures with damaged EXIF data are taken as they lie", name)
+        return None
 
 
 def _log_choice(choice: str, name: str) -> None:

@@ -10,7 +10,7 @@ from d2g.core.logs import log_once
 from d2g.data.captions import Captions, class_captions
 from d2g.data.columns import CAPTION_COLUMNS, caption_column, find_caption_column
 from d2g.data.folders import list_folder
-from d2g.data.pictures import png_text
+from d2g.data.pictures import picture_prompt, png_text
 from d2g.data.tables import check_expansion, open_table, parquet_errors, unreadable_table
 from d2g.data.text_files import STANDARD_INPUT, csv_rows, json_rows, text_lines
 
@@ -62,7 +62,7 @@ def _folder(folder: Path, column: str | None) -> Iterator[Any]:
     captions: Mapping[Path, str] = own or class_captions(folder, listing.pictures)
     without = 0
     for picture in listing.pictures:
-        caption = captions[picture] if picture in captions else png_text(picture).get("prompt")
+        caption = captions[picture] if picture in captions else picture_prompt(png_text(picture))
         if caption:
             yield caption
         else:

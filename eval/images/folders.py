@@ -1,9 +1,11 @@
 """Read images and their captions from a folder or from image-parquet files, in parallel and in order."""
 
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,18 @@ class ImageFiles:
         """Name, size in bytes and modification time (ns) of each file, to notice changed files."""
         stats = [(file, file.stat()) for file in (*self.pictures, *self.tables)]
         return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+
+def expect_numbered_order(files: ImageFiles) -> None:
+    """Raise UserError if pictures that are numbered are not in the order of their numbers, in which they are
+    matched with prompts and with other images."""
+    for before, picture in pairwise(files.pictures):
+        first, second = (re.fullmatch(r"(.*?)(\d+)", str(path.with_suffix(""))) for path in (before, picture))
+        if first and second and first[1] == second[1] and int(first[2]) > int(second[2]):
+            raise UserError(
+                f"{files.name}: in the order of the file names {before.name} comes before {picture.name}; "
+                "write the numbers with leading zeros"
+            )
 
 
 def open_images(source: str | Path, column: str | None = None) -> ImageFiles:

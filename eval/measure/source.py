@@ -10,7 +10,14 @@ from torch import Tensor
 
 from d2g.core.config import digest
 from d2g.core.errors import UserError
-from eval.images.folders import Batch, ImageFiles, Reading, load_all, read_images
+from eval.images.folders import (
+    Batch,
+    ImageFiles,
+    Reading,
+    expect_numbered_order,
+    load_all,
+    read_images,
+)
 from eval.images.resize import NATIVE, prepare_batch
 from eval.measure.latency import Parts
 
@@ -64,10 +71,12 @@ def views_of(images: Tensor, sizes: Sequence[str]) -> dict[str, Tensor]:
 def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> ImageSource:
     """A source of image files. `prompts` replaces their captions, in the order of the files.
 
-    Raises UserError for fewer prompts than images.
+    Raises UserError for another number of prompts than of images, and as `expect_numbered_order` does.
     """
     count = len(files)
-    if prompts and len(prompts) < count:
+    if prompts:
+        expect_numbered_order(files)
+    if prompts and len(prompts) != count:
         raise UserError(
             f"{files.name} holds {count} images, and there are {len(prompts)} prompts; give one for each, in "
             "the order of the file names"

@@ -11,17 +11,19 @@ import numpy as np
 
 from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError, UserError
+from d2g.core.json_files import read_json_object
 from d2g.core.logs import log_once, logger
 from d2g.core.progress import Progress, quiet
 from d2g.core.shuffle import permuted
 from d2g.core.tracking.run_directory import sole_owner
+from d2g.data.pictures import png_text
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
 from d2g.diffusion.teacher_sampler import PRIOR_STEPS, SolverSettings, load_sampler
 from distill.student_files import guiding_clip, pairs_guidance, student_folder, teacher_prior
 from eval.evaluation import Evaluation, evaluate, image_count
 from eval.floor import Floor, real_floor
-from eval.images.folders import open_images
+from eval.images.folders import ImageFiles, expect_numbered_order, open_images
 from eval.measure.build_reference import open_reference, reference_files
 from eval.measure.measure import Measure
 from eval.measure.reference import Reference
@@ -42,6 +44,9 @@ from eval.runner.samplers import (
     teacher_sampler_source,
 )
 from pairgen.prompts import label_list
+
+KEPT = ".images.json"
+"""The file in a folder of --keep that describes its images."""
 
 
 class EvalSession:
@@ -363,8 +368,23 @@ class EvalSession:
                 "there is nothing to compare image by image; give --against a teacher or the images it kept"
             )
         if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
-            return image_source(open_images(name))
+            return self._other_images(name)
         return self.teacher_source(name, config)
+
+    def _other_images(self, name: str) -> ImageSource:
+        """The images of the folder --against. Raises UserError if they are of other noise than the measured
+        ones, as far as their folders record it."""
+        files, images = open_images(name), self.config.images
+        if images is None:
+            expect_numbered_order(files)
+        seed = self.protocol.seed if images is None else _noise_seed(open_images(images))
+        other = _noise_seed(files)
+        if None not in (seed, other) and seed != other:
+            raise UserError(
+                f"{name} holds images of seed {other}, and the images to compare with them are of seed "
+                f"{seed}; pairs are of one prompt and noise, give --seed {other} or other images"
+            )
+        return image_source(files)
 
     @cached_property
     def reference(self) -> Reference | None:
@@ -460,7 +480,7 @@ class EvalSession:
             images = image_count(source, self.protocol, self._count(source), config.allow_fewer)
             drawn = {"source": dict(source.facts), "images": images}
             if keep is not None:
-                open_work(keep, drawn, file=".images.json", holds="images")
+                open_work(keep, drawn, file=KEPT, holds="images")
             if folder is not None:
                 open_work(folder, drawn | self._measured_facts(config.part))
         return MeasureOptions(batch_size=config.batch_size, folder=folder, keep=keep, part=config.part)
@@ -474,6 +494,19 @@ class EvalSession:
             "metrics": sorted(self.metrics),
             "part": part,
         }
+
+
+def _noise_seed(files: ImageFiles) -> int | None:
+    """Seed of the noise of images that `d2g eval run --keep` or `d2g sample` wrote; None if not recorded."""
+    if not files.pictures:
+        return None
+    facts = files.pictures[0].parent / KEPT
+    if facts.is_file():
+        source = read_json_object(facts, f"delete {facts.parent} and evaluate again").get("source")
+        seed = source.get("seed") if isinstance(source, dict) else None
+        return seed if isinstance(seed, int) else None
+    text = png_text(files.pictures[0])
+    return int(text["seed"]) if text.keys() >= {"seed", "index"} and text["seed"].isdecimal() else None
 
 
 def _sides_note(counts: Mapping[str, int]) -> str:

@@ -21,7 +21,7 @@ from d2g.core.errors import UserError
 from d2g.core.json_files import check_type, parse_json
 from d2g.core.seeds import generator
 from d2g.core.shuffle import permuted
-from d2g.data.pictures import png_text
+from d2g.data.pictures import picture_prompt, png_text
 from eval.images.decode import decode_image
 from eval.images.folders import ImageFiles, open_images
 from eval.study.answers import AnswerFile, Choice, Study
@@ -96,7 +96,7 @@ def _numbered(files: ImageFiles) -> ImageFiles:
 def _caption(files: ImageFiles, file: Path) -> str:
     if (caption := files.captions.get(file)) is not None:
         return caption
-    return png_text(file).get("prompt", "")
+    return picture_prompt(png_text(file))
 
 
 def _sha256(file: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.png import save_png
 from d2g.data.captions import Captions, check_template
 from d2g.data.folders import FolderListing, list_folder
 from d2g.data.prompt_files import prompt_cells
@@ -21,7 +22,8 @@ from eval.images.folders import load_all, open_images, read_images
 from eval.runner.session import read_list
 from latent_lpips.training.labeled_images import open_labeled, open_unlabeled
 from pairgen.prompts import read_prompts
-from teacher_training.data import captioned_images
+from teacher_training.config import TeacherConfig
+from teacher_training.data import captioned_images, read_captions
 
 PNG = io.BytesIO()
 Image.new("RGB", (8, 8), "red").save(PNG, "PNG")
@@ -124,7 +126,7 @@ def test_an_ordinary_folder_logs_nothing(tmp_path: Path, log: pytest.LogCaptureF
 
 
 def test_the_grid_of_d2g_sample_is_left_out(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    from d2g.core.png import image_grid, save_png
+    from d2g.core.png import image_grid
     from eval.images.folders import read_image
 
     put(tmp_path, "grid.png")
@@ -315,8 +317,6 @@ def as_parquet(root: Path) -> None:
 
 
 def as_png_texts(root: Path) -> None:
-    from d2g.core.png import save_png
-
     for name, text in (("a", "a red disc"), ("b", "a blue box")):
         save_png(torch.zeros(3, 8, 8, dtype=torch.uint8), root / f"{name}.png", {"prompt": text})
 
@@ -343,6 +343,36 @@ def test_class_folders_give_the_captions_that_teachers_train_on(tmp_path: Path) 
     assert list(read_prompts(tmp_path)) == ["a photo of a box", "a photo of a red disc"]
     captions = captioned_images(str(tmp_path), 8, 10, 0, "a photo of a {}")[1]
     assert read_list(tmp_path) == captions == ["a photo of a box", *["a photo of a red disc"] * 2]
+
+
+def test_captions_that_are_names_of_folders_are_said(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    """Folders may be called train and test, and captions may lie in files of another ending."""
+    put(tmp_path, "train/1.png", "test/2.png")
+    assert read_list(tmp_path) == ["a photo of a test", "a photo of a train"]
+    line = "captions are made of the names of its folders: a photo of a test, a photo of a train"
+    assert f"{tmp_path}: {line}" in log.text
+
+
+def test_a_caption_in_a_png_comes_before_the_name_of_its_folder(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        as_png_texts(tmp_path / folder)
+    put(tmp_path, "two/c.png")
+    expected = [*["a red disc", "a blue box"] * 2, "a photo of a two"]
+    assert read_list(tmp_path) == expected
+    assert captioned_images(str(tmp_path), 8, 10, 0, "a photo of a {}")[1] == expected
+    assert read_captions(TeacherConfig(data=str(tmp_path))) == expected
+
+
+def test_the_graph_that_comfyui_writes_into_a_png_is_no_caption(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    image, graph = torch.zeros(3, 8, 8, dtype=torch.uint8), {"3": {"inputs": {"seed": 1}, "class_type": "K"}}
+    save_png(image, tmp_path / "a.png", {"prompt": json.dumps(graph)})
+    save_png(image, tmp_path / "b.png", {"prompt": "{red|blue} cube"})
+    assert list(read_prompts(tmp_path)) == ["{red|blue} cube"]
+    assert "1 of 2 pictures have no caption" in log.text
+    assert [texts for _, texts in read_images(tmp_path)] == [["", "{red|blue} cube"]]
 
 
 def test_pictures_without_a_caption_are_counted(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:

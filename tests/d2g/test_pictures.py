@@ -98,6 +98,8 @@ def test_training_images_are_rotated_by_exif(kind: str, orientation: int) -> Non
         upright, lying = ImageOps.exif_transpose(opened), opened.convert("RGB")
     assert np.array_equal(decoded(data), np.asarray(upright))
     assert np.array_equal(decoded(data, exact=True), np.asarray(lying))
+    noted = "without their EXIF rotation" in decode_picture(data, "a picture", exact=True).converted
+    assert noted == (orientation > 1 and kind != "TIFF"), "Pillow itself turns a TIFF upright"
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -251,6 +251,18 @@ def test_pairs_must_have_equal_sizes_and_prompts() -> None:
         measure_source(sampler(), range(4), {}, pairs=pairs, other=swapped, work=MeasureOptions(batch_size=2))
 
 
+def test_prompts_do_not_go_to_numbered_images_in_the_order_of_text(tmp_path: Path) -> None:
+    """10.png comes before 2.png, and the second prompt is that of the second line."""
+    names = [f"{number}.png" for number in range(1, 11)]
+    for name in names:
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    with pytest.raises(UserError, match=r"10\.png comes before 2\.png.*write the numbers with leading zeros"):
+        image_source(open_images(tmp_path), names)
+    for name in names:
+        (tmp_path / name).rename(tmp_path / f"image-{name:>06}")
+    assert image_source(open_images(tmp_path), names).count == 10
+
+
 def test_file_digests_and_conversions_are_recorded(tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
@@ -268,6 +280,9 @@ def test_file_digests_and_conversions_are_recorded(tmp_path: Path) -> None:
     assert rows.prompts == ["a", "b", "c", "d", "e"]
     again = measure_source(source, range(5), measures, work=MeasureOptions(part=2, folder=tmp_path / "work"))
     assert same(rows, again), "the counts of conversions are saved too"
-    with pytest.raises(UserError, match="holds 5 images, and there are 2 prompts; give one for each"):
-        image_source(open_images(folder), ["a", "b"])
+    for count in (2, 6):  # of six prompts, nothing says which five the images show
+        with pytest.raises(
+            UserError, match=f"holds 5 images, and there are {count} prompts; give one for each"
+        ):
+            image_source(open_images(folder), ["a", "b", "c", "d", "e", "f"][:count])
     assert json.dumps(source.facts) and source.facts["images"] == 5

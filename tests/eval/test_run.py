@@ -21,6 +21,7 @@ from d2g.core.errors import SettingError, UserError
 from d2g.vision.transformers_vision import clip_sha256
 from distill.config.student import StudentConfig
 from distill.export.export import export_student
+from distill.saved_samples import save_samples
 from distill.student_files import guiding_clip
 from eval.measure.reference import Reference
 from eval.measure.rows import MeasuredRows, save_part
@@ -195,9 +196,25 @@ def test_paired_distances_of_student_and_teacher(job: Path, teacher: Path, tmp_p
     assert '<th scope="col">beside</th>' in (tmp_path / "itself" / "report.html").read_text()
     with pytest.raises(SettingError, match="there is nothing to compare image by image; give --against"):
         run_evaluation(config(job, teacher=str(teacher), metrics=("psnr",), reference=None))
+    # Images of other noise do not pair, whichever command wrote them.
+    for folder in (tmp_path / "kept", tmp_path / "samples"):
+        if folder.name == "samples":
+            save_samples(str(job / "run"), read_list(twelve_prompts(job, tmp_path)), folder, 1000, 4)
+        with pytest.raises(
+            UserError, match=f"{folder} holds images of seed 1000.*of seed 5.*give --seed 1000"
+        ):
+            run_evaluation(replace(run, seed=5, against=str(folder)))
     (tmp_path / "kept" / "00000011.png").unlink()
     with pytest.raises(UserError, match=r"gives 12 images, but .* holds 11 to compare with; give as many"):
         run_evaluation(replace(run, against=str(tmp_path / "kept")))
+
+
+def test_numbered_images_of_others_pair_in_the_order_of_their_numbers(job: Path, tmp_path: Path) -> None:
+    for number in range(12):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
+    run = config(job, student=str(job / "run"), metrics=("psnr",), reference=None, against=str(tmp_path))
+    with pytest.raises(UserError, match=r"11\.png comes before 2\.png.*write the numbers with leading zeros"):
+        run_evaluation(run)
 
 
 def test_latency_of_student_and_teacher(job: Path) -> None:
