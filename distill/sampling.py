@@ -252,9 +252,9 @@ def _warn_of_other_teacher(name: str, teacher: str) -> None:
     trained, now = trained_teacher_sha256(name), pretrained.denoiser_sha256(teacher)
     if trained not in ("", now):
         log_once(
-            f"student {name} was made of another teacher than {teacher} is now (sha256 {trained[:12]}, found "
-            f"{now[:12]}), whose text encoders read the prompts: images may be wrong; give --teacher the one "
-            "that it was made of",
+            f"teacher {teacher} (sha256 {now[:12]}) is not the one that student {name} was trained from "
+            f"({trained[:12]}); its text encoders read the prompts, so images may be wrong; give --teacher "
+            "the teacher of the training",
             level=logging.WARNING,
         )
 

@@ -45,7 +45,7 @@ from eval.runner.samplers import (
 )
 from pairgen.prompts import label_list
 
-KEPT = ".images.json"
+_IMAGES_RECORD = ".images.json"
 """The file in a folder of --keep that describes its images."""
 
 
@@ -480,7 +480,7 @@ class EvalSession:
             images = image_count(source, self.protocol, self._count(source), config.allow_fewer)
             drawn = {"source": dict(source.facts), "images": images}
             if keep is not None:
-                open_work(keep, drawn, file=KEPT, holds="images")
+                open_work(keep, drawn, file=_IMAGES_RECORD, holds="images")
             if folder is not None:
                 open_work(folder, drawn | self._measured_facts(config.part))
         return MeasureOptions(batch_size=config.batch_size, folder=folder, keep=keep, part=config.part)
@@ -500,7 +500,7 @@ def _noise_seed(files: ImageFiles) -> int | None:
     """Seed of the noise of images that `d2g eval run --keep` or `d2g sample` wrote; None if not recorded."""
     if not files.pictures:
         return None
-    facts = files.pictures[0].parent / KEPT
+    facts = files.pictures[0].parent / _IMAGES_RECORD
     if facts.is_file():
         source = read_json_object(facts, f"delete {facts.parent} and evaluate again").get("source")
         seed = source.get("seed") if isinstance(source, dict) else None
