@@ -2,6 +2,7 @@
 arXiv 2411.04873).
 
 It needs no trained metric, so it works for every latent space whose autoencoder has diffusers' decoder.
+docs/method.md ("Decoder features") says what differs from the authors' code.
 """
 
 from typing import Any
