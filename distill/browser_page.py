@@ -17,7 +17,6 @@ from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.pretrained import load_vae
 from d2g.diffusion.teacher_sampler import SolverSettings, TeacherSampler, load_sampler, prior_seed
 from distill.exploration import interpolate_noise
-from distill.models.student import DiffusionStudent
 from distill.sampling import OneStepSampler
 from distill.student_files import teacher_prior
 
@@ -134,9 +133,8 @@ def open_page(
     if teacher is None:
         return BrowserPage(student_sampler, name, None, prompt)
     settings = replace(settings, prior=teacher_prior(teacher, settings.prior))
-    student = student_sampler.student
-    size = student.latent_size if isinstance(student, DiffusionStudent) else None
-    teacher_sampler = load_sampler(teacher, settings, student_sampler.device, size=size)
+    _, height, width = student_sampler.student.latent_shape
+    teacher_sampler = load_sampler(teacher, settings, student_sampler.device, size=(height, width))
     if teacher_sampler.teacher.latent_shape != student_sampler.student.latent_shape:
         raise UserError(
             f"teacher {teacher} makes latents of shape {teacher_sampler.teacher.latent_shape}, but student "

@@ -24,10 +24,10 @@ from distill.student_files import (
     condition_teacher,
     empty_student,
     load_student_weights,
+    recorded_teacher_sha256,
     student_folder,
     student_guidance,
     student_prediction,
-    trained_teacher_sha256,
 )
 
 
@@ -249,7 +249,7 @@ def _expect_prediction(name: str, student: Student, teacher: str) -> None:
 
 def _warn_of_other_teacher(name: str, teacher: str) -> None:
     """Warn if the text encoders of `teacher`, which read the prompts, may not be those of the training."""
-    trained, now = trained_teacher_sha256(name), pretrained.denoiser_sha256(teacher)
+    trained, now = recorded_teacher_sha256(name), pretrained.denoiser_sha256(teacher)
     if trained not in ("", now):
         log_once(
             f"teacher {teacher} (sha256 {now[:12]}) is not the one that student {name} was trained from "

@@ -40,7 +40,7 @@ class CommonFacts(TypedDict):
     condition_teacher: NotRequired[str]
     """Of an export of a cascade's later stage: the denoiser's sha256 of the stage before."""
     teacher_sha256: NotRequired[str]
-    """Of an export: `trained_teacher_sha256`."""
+    """Of an export: `recorded_teacher_sha256`."""
     clip_guidance_sha256: NotRequired[str]
     """Of an export of a student that a CLIP guided: `guiding_clip`."""
     latent_size: NotRequired[list[int]]
@@ -96,8 +96,8 @@ def guiding_clip(name: str) -> str:
     return str(facts.get("inputs", {}).get("clip", "") or facts.get("clip_guidance_sha256", ""))
 
 
-def trained_teacher_sha256(name: str) -> str:
-    """The denoiser's sha256 of the teacher that a student was made of; "" if none is recorded."""
+def recorded_teacher_sha256(name: str) -> str:
+    """The denoiser's sha256 of the teacher that a student was trained from; "" if none is recorded."""
     _, _, facts = _student_facts(name)
     return str(facts.get("inputs", {}).get("teacher", "") or facts.get("teacher_sha256", ""))
 

@@ -226,7 +226,7 @@ def print_waits(calls: dict[str, Callable[[], object]]) -> None:
 
 
 def teachers(*names: str) -> None:
-    """Plan the training of one teacher for each kind of network, run all stages, and give the verdict."""
+    """Train a teacher of each kind of network: its plan, all stages, and the check that it is trained."""
     import own_pictures
     from teacher_training.cascade.train import train_cascade
     from teacher_training.plan import Request, plan_teacher

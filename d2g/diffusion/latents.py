@@ -110,7 +110,7 @@ def _encode_rows(
     output = vae.encode(pixels.to(first.device, first.dtype))
     if hasattr(output, "latent"):  # AutoencoderDC has no posterior
         return latent_space(vae).scaled(output.latent.float())
-    if hasattr(output, "latents"):  # neither have AutoencoderTiny and VQModel
+    if hasattr(output, "latents"):  # AutoencoderTiny and VQModel have no posterior either
         return latent_space(vae).scaled(output.latents.float())
     raw = output.latent_dist.mode() if generator is None else output.latent_dist.sample(generator)
     return latent_space(vae).scaled(raw.float())

@@ -382,7 +382,7 @@ SMALL_RECIPES["miniature-text"] = Recipe(
     {"text": _text(_SMALL_GAN, 6_400, 1e-4)},
 )
 SMALL_RECIPES["small-transformer"] = Recipe(
-    "A transformer teacher of less than 100 million parameters, as long as miniature; trained on garments",
+    "A transformer teacher of under 100 million parameters; the lengths of miniature; trained on garments",
     "dit-xl-256",
     {
         "ode": replace(SMALL_RECIPES["miniature"]["ode"], teacher=""),

@@ -36,10 +36,10 @@ from distill.student_files import (
     kind_settings,
     pairs_guidance,
     pairs_size,
+    recorded_teacher_sha256,
     student_folder,
     student_guidance,
     student_tensors,
-    trained_teacher_sha256,
 )
 
 WRITERS = {"diffusers": export_pipeline, "lora": export_lora, "comfyui": export_comfyui}
@@ -126,7 +126,7 @@ def export_student(
     scale = student_guidance(run, base) if guided else pairs_guidance(run, base)
     if scale is not None:
         facts["guidance"] = scale
-    if teacher_sha256 := trained_teacher_sha256(run):
+    if teacher_sha256 := recorded_teacher_sha256(run):
         facts["teacher_sha256"] = teacher_sha256
     if clip := guiding_clip(run):
         facts["clip_guidance_sha256"] = clip

@@ -135,20 +135,20 @@ def test_several_processes_give_the_same_result_and_rank_0_prints_it(
 
 
 def test_saved_images_give_the_same_numbers(job: Path, teacher: Path, tmp_path: Path) -> None:
-    sampled = run_evaluation(config(job, teacher=str(teacher), keep=str(tmp_path / "kept")))
-    assert len(list((tmp_path / "kept").glob("*.png"))) == 12
-    with pytest.raises(UserError, match=r"kept holds images of another evaluation: source\.steps"):
-        run_evaluation(config(job, teacher=str(teacher), steps=3, keep=str(tmp_path / "kept")))
-    read = run_evaluation(config(job, images=str(tmp_path / "kept"), prompts=None, num=0))
+    sampled = run_evaluation(config(job, teacher=str(teacher), keep=str(tmp_path / "drawn")))
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 12
+    with pytest.raises(UserError, match=r"drawn holds images of another evaluation: source\.steps"):
+        run_evaluation(config(job, teacher=str(teacher), steps=3, keep=str(tmp_path / "drawn")))
+    read = run_evaluation(config(job, images=str(tmp_path / "drawn"), prompts=None, num=0))
     assert {k: read[k] for k in ("fid", "clip_score", "protocol_sha256")} == {
         k: sampled[k] for k in ("fid", "clip_score", "protocol_sha256")
     }
     # A part of a folder is noted: its first images may be of one class.
-    kept = config(job, images=str(tmp_path / "kept"), prompts=None, num=8, metrics=("clip",), reference=None)
-    note = f"measured the first 8 of 12 images of {tmp_path / 'kept'}"
-    assert note in run_evaluation(kept)["notes"] and not any("the first" in text for text in read["notes"])
+    part = config(job, images=str(tmp_path / "drawn"), prompts=None, num=8, metrics=("clip",), reference=None)
+    note = f"measured the first 8 of 12 images of {tmp_path / 'drawn'}"
+    assert note in run_evaluation(part)["notes"] and not any("the first" in text for text in read["notes"])
     reread = run_evaluation(
-        config(job, images=str(tmp_path / "kept"), num=0, prompts=str(twelve_prompts(job, tmp_path)))
+        config(job, images=str(tmp_path / "drawn"), num=0, prompts=str(twelve_prompts(job, tmp_path)))
     )
     assert reread["clip_score"] == sampled["clip_score"]
 
@@ -172,14 +172,14 @@ def test_paired_distances_of_student_and_teacher(job: Path, teacher: Path, tmp_p
         teacher=str(teacher),
         metrics=("clip",),
         reference=None,
-        keep=str(tmp_path / "kept"),
+        keep=str(tmp_path / "drawn"),
         steps=3,
         guidance=2.0,
     )
     run_evaluation(keep)
-    reread = run_evaluation(replace(run, against=str(tmp_path / "kept"), out=str(tmp_path / "again")))
+    reread = run_evaluation(replace(run, against=str(tmp_path / "drawn"), out=str(tmp_path / "again")))
     assert reread["extra"] == pytest.approx(sampled["extra"], rel=1e-6)
-    assert '<th scope="col">kept</th>' in (tmp_path / "again" / "report.html").read_text()
+    assert '<th scope="col">drawn</th>' in (tmp_path / "again" / "report.html").read_text()
     itself = run_evaluation(
         config(
             job,
@@ -197,16 +197,16 @@ def test_paired_distances_of_student_and_teacher(job: Path, teacher: Path, tmp_p
     with pytest.raises(SettingError, match="there is nothing to compare image by image; give --against"):
         run_evaluation(config(job, teacher=str(teacher), metrics=("psnr",), reference=None))
     # Images of other noise do not pair, whichever command wrote them.
-    for folder in (tmp_path / "kept", tmp_path / "samples"):
+    for folder in (tmp_path / "drawn", tmp_path / "samples"):
         if folder.name == "samples":
             save_samples(str(job / "run"), read_list(twelve_prompts(job, tmp_path)), folder, 1000, 4)
         with pytest.raises(
             UserError, match=f"{folder} holds images of seed 1000.*of seed 5.*give --seed 1000"
         ):
             run_evaluation(replace(run, seed=5, against=str(folder)))
-    (tmp_path / "kept" / "00000011.png").unlink()
+    (tmp_path / "drawn" / "00000011.png").unlink()
     with pytest.raises(UserError, match=r"gives 12 images, but .* holds 11 to compare with; give as many"):
-        run_evaluation(replace(run, against=str(tmp_path / "kept")))
+        run_evaluation(replace(run, against=str(tmp_path / "drawn")))
 
 
 def test_numbered_images_of_others_pair_in_the_order_of_their_numbers(job: Path, tmp_path: Path) -> None:
@@ -346,13 +346,13 @@ def test_two_curves_in_one_picture(job: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_that_are_close_have_folders_of_their_own() -> None:
-    run = EvalRun(student="runs/gan", out="out", keep="kept")
+    run = EvalRun(student="runs/gan", out="out", keep="drawn")
     curve = CurveRun(run=run, setting="checkpoints")
     points = [run_at(curve, float(images)) for images in (12_800_000, 12_800_064)]
     assert [point.work for point in points] == [
         *("out/work/checkpoints-12800000", "out/work/checkpoints-12800064")
     ]
-    assert [point.keep for point in points] == ["kept/checkpoints-12800000", "kept/checkpoints-12800064"]
+    assert [point.keep for point in points] == ["drawn/checkpoints-12800000", "drawn/checkpoints-12800064"]
     guidance = run_at(CurveRun(run=run, setting="guidance", values=(1.5,)), 1.5)
     assert guidance.work == "out/work/guidance-1.5"
 
