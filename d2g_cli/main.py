@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from d2g.core.errors import Interrupted, UserError
+from d2g.core.launcher import check_launcher
 from d2g.core.logs import logger
 from d2g.core.machine_errors import explain_error
 from d2g.core.signals import CommandInterrupts
@@ -141,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(argv: list[str], debug: bool, interrupts: CommandInterrupts) -> None:
     """Run a command and exit."""
     try:
+        check_launcher()
         app(args=[a for a in argv if a != "--debug"], obj=argv, standalone_mode=True)
     except SystemExit as exit_:
         if isinstance(exit_.__context__, typer.TyperException):

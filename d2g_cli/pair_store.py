@@ -16,6 +16,7 @@ from d2g_cli.common import (
     Prompts,
     TeacherOption,
     emit,
+    is_rank_0,
     leave_process_group,
     one_process,
     reporter,
@@ -110,6 +111,7 @@ def repair(
     Prompts come from the store's own list; give --prompts for a store without one, and --teacher if the
     teacher is not where it was.
     """
+    from d2g.core.distributed import process_group
     from pairgen.repair import repair_store
     from pairgen.store.spec import pending, quarantined_rows, read_spec
     from pairgen.verify import verify_store
@@ -123,15 +125,19 @@ def repair(
         plan = {"bad": report.bad_shards, "rows_to_make": spec.num_pairs - report.checked}
         _show(plan, as_json, f"dry run: nothing was touched in {folder}")
         return
-    quarantined, regenerated = repair_store(folder, reporter, workers), 0
-    if quarantined:
-        logger.info("moved %d files to %s", len(quarantined), folder / "quarantine")
-    # Generate what is missing, which needs the teacher and the prompts.
-    if not no_regenerate and (pending(folder, spec) or quarantined_rows(folder, spec)):
-        from pairgen.generate import regenerate
+    regenerated = 0
+    with leave_process_group():
+        # Rank 0 alone moves files, before any rank generates.
+        process_group.init(long_waits=True)
+        moved = repair_store(folder, reporter, workers) if is_rank_0() else []
+        quarantined = process_group.gather_objects(moved)[0]
+        if quarantined:
+            logger.info("moved %d files to %s", len(quarantined), folder / "quarantine")
+        # Generate what is missing, which needs the teacher and the prompts.
+        if not no_regenerate and (pending(folder, spec) or quarantined_rows(folder, spec)):
+            from pairgen.generate import regenerate
 
-        _require_prompts(folder, prompts, spec.conditioning)
-        with leave_process_group():
+            _require_prompts(folder, prompts, spec.conditioning)
             regenerated = regenerate(folder, prompts, teacher, reporter)
     _show({"quarantined": quarantined, "regenerated": regenerated}, as_json, str(folder))
     # Rows whose latents are not finite stay out.

@@ -129,8 +129,9 @@ def generate_pairs(
     batch_size = config.batch_size or fastest_batch(job)
     offload = config.text_cache > 0 and device.type != "cpu"
 
-    # With `retry`, each rank takes its share of the shards with quarantined rows.
-    quarantined = sorted(place.quarantined_rows(spec)) if retry else []
+    # With `retry`, each rank takes its share of the shards with quarantined rows: those that rank 0 lists,
+    # because another rank may look when some of them are made already.
+    quarantined = process_group.gather_objects(sorted(place.quarantined_rows(spec)))[0] if retry else []
     retry_shards = quarantined[process_group.rank() :: process_group.world_size()]
     queued: set[int] = set()  # shards whose commit is queued in the writer thread
 

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -240,6 +241,37 @@ def test_a_usage_error_of_an_lpips_command_is_printed_by_rank_0_only(command: st
 def test_the_environment_variables_of_torchrun() -> None:
     """TORCHRUN lists the variables that torchrun sets for ranks and that `process_group` reads."""
     assert {"RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_USE_AGENT_STORE"} <= set(TORCHRUN)
+
+
+# Environment variables of a launcher.
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "abc"}, "RANK is 'abc' in the environment; expected a whole number from 0 on"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment; expected a whole number from 1 on"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is '' in the environment; expected a whole number from 0 on"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK is 5 in the environment, but WORLD_SIZE is 2; expected"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment, but RANK is not set; start the processes"),
+        ({"RANK": "0"}, "WORLD_SIZE expected, but not set); start the processes with"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR expected, but not set); start the processes with"),
+    ],
+)
+def test_variables_of_a_launcher_that_do_not_fit_together_are_one_line(
+    environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    ended = d2g(["lpips", "calibrate"], tmp_path, environment=environment)
+    assert ended.code == 1 and message in ended.error and REPORT not in ended.error
+
+
+def test_a_port_that_is_in_use_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        port = str(other.getsockname()[1])
+        ended = d2g(["lpips", "calibrate"], tmp_path, environment={**group, "MASTER_PORT": port})
+    assert ended.code == 1 and "cannot join a group of 1 (" in ended.error
+    assert f"port: {port}" in ended.error and "a free MASTER_PORT" in ended.error
 
 
 # A reader that closes the pipe.

@@ -2,13 +2,18 @@
 
 import json
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from d2g.core.distributed import process_group
 from damaged_stores import S1, load_shard, select_rows, truncate, with_flipped_bit, write_record, write_rows
-from jobs import d2g, make_pairs
+from forks import environments, on_ranks
+from jobs import Running, d2g, make_pairs
+from pairgen.generate import regenerate
 from pairgen.store.hdf5 import PairBatch
 from pairgen.store.spec import prompts_path, quarantined_rows, read_spec, shard_path
 from pairgen.verify import verify_store
@@ -58,6 +63,52 @@ def test_repair_retries_quarantined_rows(job: Path, pairs: Path, tmp_path: Path)
     assert ended.code == 0 and ended.json == {"quarantined": [], "regenerated": 1}, ended.stderr
     assert verify_store(pairs).ok and quarantined_rows(pairs, spec) == {}
     assert rows_agree(load_shard(pairs, 1), load_shard(job / "pairs", 1))
+
+
+def quarantine_a_row_of_each_shard(pairs: Path) -> None:
+    """Take the first row of each shard out, as if its latent was not finite."""
+    spec = read_spec(pairs)
+    for shard in range(spec.num_shards):
+        batch = load_shard(pairs, shard)
+        number, others = int(batch.index[0]), list(range(1, len(batch.prompts)))
+        write_rows(pairs, shard, select_rows(batch, others), quarantined=(number,))
+        write_record(pairs, shard, {"index": number, "prompt": batch.prompts[0], "reason": "not finite"})
+
+
+def test_a_rank_that_starts_late_makes_its_share_of_quarantined_rows(pairs: Path) -> None:
+    """The second rank opens its teacher after the first one has made rows."""
+    quarantine_a_row_of_each_shard(pairs)
+    records = len(list((pairs / "quarantine").iterdir()))
+    assert records == 3
+
+    def wait_for_other_rank(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and str(arguments[0]).endswith("unet/config.json"):
+            end = time.monotonic() + 3
+            while len(list((pairs / "quarantine").iterdir())) == records and time.monotonic() < end:
+                time.sleep(0.01)
+
+    def work(rank: int) -> None:
+        if rank:
+            sys.addaudithook(wait_for_other_rank)
+        regenerate(pairs)
+        process_group.finish()
+
+    on_ranks(2, work)
+    assert quarantined_rows(pairs, read_spec(pairs)) == {} and verify_store(pairs).ok
+
+
+def test_rank_0_alone_moves_damaged_files(pairs: Path, tmp_path: Path) -> None:
+    """Also if another rank starts first."""
+    path = shard_path(pairs, 1)
+    path.write_bytes(with_flipped_bit(path.read_bytes(), 3000, 1))
+    arguments, (first, second) = ["pairs", "repair", str(pairs), "--json"], environments(2)
+    other = Running(arguments, tmp_path / "rank1", second)
+    end = time.monotonic() + 3
+    while not (pairs / "quarantine").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    ended = d2g(arguments, tmp_path / "rank0", environment=first)
+    assert (ended.code, other.wait().code) == (0, 0), ended.stderr
+    assert ended.json == {"quarantined": [S1], "regenerated": 5} and verify_store(pairs).ok
 
 
 def test_repair_without_a_prompt_list_asks_for_it(job: Path, pairs: Path, tmp_path: Path) -> None:

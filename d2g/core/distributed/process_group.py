@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import GradBucket, HashStore, PrefixStore, Store
 
 from d2g.core.allocator import keep_freed_memory
 from d2g.core.environment import unusable_gpus
-from d2g.core.errors import UserError
+from d2g.core.errors import UserError, first_line
 from d2g.core.logs import log_once
 from d2g.core.precision import set_exact_fp32
 from d2g.core.signals import StopFlag
@@ -48,6 +48,11 @@ def init(long_waits: bool = False) -> torch.device:
     long_waits: for ranks that communicate only at the start and at the end of days of work, where the others
     wait as long. Raises UserError if it is not clear which GPU is this process's.
     """
+    if "RANK" not in os.environ and world_size() > 1:
+        raise UserError(
+            f"WORLD_SIZE is {world_size()} in the environment, but RANK is not set; start the processes with "
+            "torchrun or `d2g launch`, or unset WORLD_SIZE"
+        )
     device = own_device()  # before the group: NCCL takes the GPU that is current then
     if "RANK" in os.environ and not td.is_initialized():
         _join(_backend(), timedelta(days=30) if long_waits else None)
@@ -88,8 +93,16 @@ def _gpu_or_cpu() -> torch.device:
 
 def _join(backend: str, timeout: timedelta | None = None) -> None:
     if not by_torchrun():  # the default store, which rank 0 creates
-        with stdout_to_stderr():
-            td.init_process_group(backend, timeout=timeout)
+        try:
+            with stdout_to_stderr():
+                td.init_process_group(backend, timeout=timeout)
+        except (ValueError, td.DistNetworkError) as error:
+            # A variable is missing or is no number, the port is in use, or rank 0 does not answer.
+            raise UserError(
+                f"process {rank()} cannot join a group of {world_size()} ({first_line(error)}); start the "
+                "processes with torchrun or `d2g launch`, set MASTER_ADDR and a free MASTER_PORT, or unset "
+                "RANK"
+            ) from error
         return
     store = _torchrun_store(JOIN_TIMEOUT)
     if rank() == 0:
