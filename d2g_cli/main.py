@@ -11,7 +11,6 @@ import typer
 from typer.core import TyperGroup
 
 from d2g.core.errors import Interrupted, UserError
-from d2g.core.launcher import check_launcher
 from d2g.core.logs import logger
 from d2g.core.machine_errors import explain_error
 from d2g.core.signals import CommandInterrupts
@@ -141,6 +140,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(argv: list[str], debug: bool, interrupts: CommandInterrupts) -> None:
     """Run a command and exit."""
+    from d2g.core.launcher import check_launcher
+
     try:
         check_launcher()
         app(args=[a for a in argv if a != "--debug"], obj=argv, standalone_mode=True)

@@ -68,3 +68,8 @@ class OptimConfig:
             raise SettingError(
                 f"final_lr is {self.final_lr} but decay_images is 0: the rate is constant; set decay_images"
             )
+        if self.decay == "step" and self.decay_images == -1:
+            raise SettingError(
+                "decay is 'step' but decay_images is -1, the length of the run: the rate is constant; set "
+                "decay_images to the images before the change, or decay=linear or cosine"
+            )

@@ -211,12 +211,14 @@ def _open_run(config: DistillConfig, out: Path, device: torch.device, validate: 
     newest = agree_on_checkpoint(folder)
     state = new_state(config, device, fresh=newest is None)
     autocast, logit_stats = _build_autocast(options.bf16, config.engine.parallel, device), LogitStats()
-    log = _resume(_open_log(config, out, reader, mix_in_real_images.images), state, newest, options.loggers)
+    log = _open_log(config, out, reader, mix_in_real_images.images)
+    reports = log.read()  # those after the checkpoint, too: the time that they took counts
+    _resume(log, state, newest, options.loggers)
 
     # Checkpoints, speed, and the check for losses and gradients that are not finite.
     writer = sharded_checkpoint.Writer(folder, options.keep_checkpoints, config.engine.async_checkpoints)
     peak_seconds = seconds_per_image_at_peak(config, device) if process_group.rank() == 0 else None
-    pace = Pace(log.read(), state.nimg, process_group.world_size(), peak_seconds)
+    pace = Pace(reports, state.nimg, process_group.world_size(), peak_seconds)
     finite_check = FiniteCheck(out, config.pairs, state, logit_stats, writer, device)
 
     # Reports, previews and validation sample with the student.
@@ -285,15 +287,12 @@ def _set_latent_size(student: nn.Module, shape: tuple[int, int, int]) -> None:
         )
 
 
-def _resume(
-    log: RunLog, state: State, newest: checkpoint.Checkpoint | None, loggers: Sequence[str]
-) -> RunLog:
+def _resume(log: RunLog, state: State, newest: checkpoint.Checkpoint | None, loggers: Sequence[str]) -> None:
     """Load the newest checkpoint if there is one, and drop lines of the log beyond its image."""
     if newest is not None:
         state.load(newest)
     log.rewind(state.nimg)
     log.attach(loggers, state.nimg)
-    return log
 
 
 def _open_log(

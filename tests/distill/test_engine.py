@@ -457,9 +457,11 @@ def test_reports_of_a_run_killed_before_its_first_checkpoint_are_dropped(
     running.send(signal.SIGKILL)
     running.wait()
     assert not (out / "ended.json").exists(), "a killed run writes no ended.json"
+    hours = read_stats(out)[-1]["time/device_hours"]
     done = d2g(distill_arguments(config, out), tmp_path / "log")
     assert done.code == 0, done.stderr
     assert [line["nimg"] for line in read_stats(out)] == [4, 8]
+    assert read_stats(out)[0]["time/device_hours"] > hours, "lost steps count, too"
     assert json.loads((out / "ended.json").read_text())["how"] == "done"
 
 

@@ -231,6 +231,10 @@ def group(name: str, /, **values: object) -> DistillConfig:
         (lambda: group("optim", betas=(0.9, 1.0)), "optim.betas"),
         (lambda: group("optim", name="adm"), r"optim.name is 'adm'; did you mean 'adam'\?"),
         (lambda: group("optim", final_lr=1e-5), "set decay_images"),
+        (
+            lambda: group("optim", decay="step", decay_images=-1),
+            r"^optim\.decay is 'step' but decay_images is -1",
+        ),
         (lambda: group("gan.optim", lr=0), r"^gan\.optim\.lr is 0; expected a positive number$"),
         (lambda: group("optim", final_lr=1.0, decay_images=1), "optim.final_lr is 1.0; expected 0 to lr"),
         (lambda: group("regression", losses=(("mse", 1.0), ("mse", 2.0))), "each once"),
