@@ -8,7 +8,7 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.progress import Progress, quiet
 from eval.measure.measure import measure_source
 from eval.measure.reference import Reference
-from eval.measure.required_networks import DREAMSIM_ROWS, Networks, measures_of
+from eval.measure.required_networks import DREAMSIM_ROWS, Networks, complete_networks, measures_of
 from eval.measure.rows import MeasuredRows, MeasureOptions
 from eval.measure.source import ImageSource
 from eval.protocols.metric import all_metrics, check_metrics, paired_metrics
@@ -74,6 +74,7 @@ def evaluate(
     # Check everything before the first image is drawn.
     metrics = metrics or protocol.metrics
     number = _check_request(source, protocol, networks, metrics, reference, other, count, allow_fewer)
+    networks = complete_networks(metrics, networks)
     real = reference() if callable(reference) else reference
     if real is not None:
         real.check(protocol, networks.compared)

@@ -105,24 +105,46 @@ def load_networks(
     for name, load in LOADERS.items():
         if name in needed:
             networks = load(networks, options)
-    # A metric of class probabilities needs a classifier.
-    for metric in requested:
+    return complete_networks(metrics, replace(networks, pairs=_chosen_pairs(metrics, networks)))
+
+
+def _chosen_pairs(metrics: tuple[str, ...], networks: Networks) -> dict[str, PairDistance]:
+    """The loaded distances of the chosen paired metrics; loading DreamSim adds one that may be unused."""
+    return {name: distance for name, distance in networks.pairs.items() if name in metrics}
+
+
+def complete_networks(metrics: tuple[str, ...], networks: Networks) -> Networks:
+    """Add the distances of the paired metrics that need no network.
+
+    Raises SettingError for a metric whose network is missing, or has no classes although it needs them.
+    """
+    chosen = [metric for metric in all_metrics().values() if metric.name in metrics]
+    own = {metric.name: metric.pair_distance for metric in chosen if metric.pair_distance is not None}
+    networks = replace(networks, pairs={**networks.pairs, **own})
+    # Networks by the names that metrics use.
+    loaded = {
+        **networks.sets,
+        **networks.extra,
+        "clip": networks.clip,
+        "pickscore": networks.pick,
+        "dreamsim": networks.sets.get(DREAMSIM_ROWS),
+    }
+    for metric in chosen:
+        needed = (metric.name,) if metric.paired else metric.networks
+        available = networks.pairs if metric.paired else loaded
+        for name in needed:
+            if available.get(name) is None:
+                raise SettingError(
+                    f"metric {metric.name!r} ({metric.description}) needs the network {name!r}, which is not "
+                    f"loaded; add it to `networks`, or leave {metric.name} out"
+                )
         if metric.needs_classes and networks.sets["features"].classifier is None:
             raise SettingError(
                 f"metric {metric.name!r} needs a network with classes, and "
                 f"{networks.sets['features'].name} has none; take --features inception, or leave "
                 f"{metric.name} out"
             )
-    return replace(networks, pairs=_pair_distances(metrics, networks))
-
-
-def _pair_distances(metrics: tuple[str, ...], networks: Networks) -> dict[str, PairDistance]:
-    """The distances of the chosen paired metrics, in the order of the registry."""
-    pairs: dict[str, PairDistance] = {}
-    for metric in all_metrics().values():
-        if metric.paired and metric.name in metrics:
-            pairs[metric.name] = metric.pair_distance or networks.pairs[metric.name]
-    return pairs
+    return networks
 
 
 def _load_features(networks: Networks, options: NetworkOptions) -> Networks:

@@ -122,8 +122,11 @@ def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> ImageSource:
 
 
 def batch_source(name: str, batches: Iterable[Batch]) -> ImageSource:
-    """A source of images that are already in memory. Raises UserError when there are none."""
-    images, prompts = load_all(batches)
+    """A source of images that are already in memory: batches of uint8 [B, 3, H, W] and B captions.
+
+    Raises UserError when there are none, and for other tensors or another number of captions.
+    """
+    images, prompts = load_all(_checked(name, batches))
 
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         for first in range(numbers.start, numbers.stop, batch_size):
@@ -131,3 +134,18 @@ def batch_source(name: str, batches: Iterable[Batch]) -> ImageSource:
             yield SampledBatch(first=first, views=views_of(images[part], sizes), prompts=prompts[part])
 
     return ImageSource(name=name, facts={"kind": "memory", "name": name}, draw=draw, count=len(images))
+
+
+def _checked(name: str, batches: Iterable[Batch]) -> Iterator[Batch]:
+    for images, captions in batches:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise UserError(
+                f"{name}: images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 [B, 3, H, W] "
+                "of 0 to 255"
+            )
+        if len(captions) != len(images):
+            raise UserError(
+                f"{name}: {len(images)} images with {len(captions)} captions; expected one for each image, "
+                '"" where there is none'
+            )
+        yield images, captions

@@ -220,6 +220,32 @@ def test_one_metric_needs_only_its_own_network() -> None:
         measure(source(9, 2), metrics=("fad",))
 
 
+def test_a_missing_network_is_refused_before_an_image_is_drawn() -> None:
+    def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
+        raise AssertionError("an image was drawn")
+
+    unread, only = ImageSource(name="unread", facts={}, draw=draw, count=30), Networks(clip=color_clip())
+    for name, network in [("is", "features"), ("fd_dinov2", "dinov2"), ("pickscore", "pickscore")]:
+        with pytest.raises(SettingError, match=rf"'{name}' .* needs the network '{network}', which is not"):
+            measure(unread, networks=only, metrics=(name,))
+    for name in ("dreamsim", "lpips"):
+        with pytest.raises(
+            SettingError, match=f"metric '{name}' .* needs the network '{name}', which is not"
+        ):
+            measure(unread, networks=only, metrics=(name,), other=unread)
+    with pytest.raises(SettingError, match="needs the network 'dreamsim', which is not loaded; add it to"):
+        measure(unread, networks=only, metrics=("dreamsim_diversity",))
+    without = Networks(sets={"features": dataclasses.replace(ORACLE, classifier=None)})
+    with pytest.raises(SettingError, match="metric 'is' needs a network with classes, and oracle has none"):
+        measure(unread, networks=without, metrics=("is",))
+
+
+def test_a_distance_without_a_network_needs_none() -> None:
+    result = measure(source(9, 2), networks=Networks(), metrics=("psnr",), other=source(9, 3))
+    expected = psnr(color_images(9, 2)[0], color_images(9, 3)[0]).double().mean()
+    assert result.numbers() == {"psnr": pytest.approx(expected.item())}
+
+
 def test_too_few_images_are_refused_or_noted() -> None:
     protocol = dataclasses.replace(TINY, images=40, reference_images=120)
     exact = measure(source(90, 2), protocol)
@@ -237,6 +263,16 @@ def test_too_few_images_are_refused_or_noted() -> None:
         measure(source(1, 2))
     with pytest.raises(UserError, match="got no images at all"):
         batch_source("none", [])
+
+
+def test_other_tensors_than_uint8_images_with_a_caption_each_are_refused() -> None:
+    images, captions = color_images(9, 2)
+    others = [images / 255, images.permute(0, 2, 3, 1), images[:, :1], images[0]]
+    for other in others:
+        with pytest.raises(UserError, match=r"mine: images are .*; expected torch.uint8 \[B, 3, H, W\] of 0"):
+            batch_source("mine", [(images, captions), (other, captions)])
+    with pytest.raises(UserError, match="mine: 9 images with 3 captions; expected one for each"):
+        batch_source("mine", [(images, captions[:3])])
 
 
 def test_fewer_images_than_features_are_noted() -> None:
