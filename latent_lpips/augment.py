@@ -33,6 +33,8 @@ SYM6 = (
     0.0017677118642428036,
     -0.007800708325034148,
 )
+FP32 = torch.float32
+"""The type of transforms and filters, whatever torch's default type is."""
 LOWPASS = tuple(c / math.sqrt(2) for c in SYM6)  # sums to 1
 FILTER_TAPS = len(LOWPASS)
 CENTROID = sum(i * c for i, c in enumerate(LOWPASS))
@@ -74,8 +76,8 @@ def sample_transforms(
     """
     # Always draw all numbers, so that one family's transforms do not depend on the others.
     source = generator.device if generator is not None else device
-    uniform = to_device(torch.rand(batch, 11, generator=generator, device=source), device)
-    normal = to_device(torch.randn(batch, 4, generator=generator, device=source), device)
+    uniform = to_device(torch.rand(batch, 11, generator=generator, device=source, dtype=FP32), device)
+    normal = to_device(torch.randn(batch, 4, generator=generator, device=source, dtype=FP32), device)
     # Map the uniform numbers to [-1, 1), and whole shifts to positions of this size.
     wh = torch.stack([torch.full_like(uniform[:, 0], float(n)) for n in (size[1], size[0])], 1)
     signed = 2 * uniform - 1
@@ -132,7 +134,7 @@ def inverse_affine(params: AugmentParams, size: Sequence[int]) -> Tensor:
     The transforms act in the order b, g, so the inverse is the product of their inverses in that order.
     """
     one = torch.ones_like(params.flip)
-    matrix = torch.eye(3, device=one.device).expand(len(one), 3, 3)
+    matrix = torch.eye(3, device=one.device, dtype=FP32).expand(len(one), 3, 3)
     # Blitting: flip, quarter turn, shift by whole positions.
     if "b" in params.letters:
         matrix = _mul(matrix, _scaling(1 - 2 * params.flip, one))
@@ -243,13 +245,14 @@ def _upsampler(size: int, device: torch.device) -> Tensor:
     pad = _padding(size)
     padded = size + 2 * pad
     fine = torch.arange(2 * padded + FILTER_TAPS - 2, device=device)
-    matrix = torch.zeros(len(fine), size, device=device)
+    matrix = torch.zeros(len(fine), size, device=device, dtype=FP32)
     for tap, value in enumerate(LOWPASS):
         # Filter tap `tap` reads padded sample `coarse`, which is the reflected input sample `source`.
         coarse = (fine - tap).div(2, rounding_mode="floor")
         valid = ((fine - tap) % 2 == 0) & (coarse >= 0) & (coarse < padded)
         source = size - 1 - ((coarse - pad) % (2 * size - 2) - (size - 1)).abs()
-        matrix += 2 * value * (valid[:, None] & (source[:, None] == torch.arange(size, device=device)))
+        reads = valid[:, None] & (source[:, None] == torch.arange(size, device=device))
+        matrix += 2 * value * reads.to(FP32)
     return matrix
 
 
@@ -257,7 +260,7 @@ def _downsampler(size: int, device: torch.device) -> Tensor:
     """Matrix [size, 2 size + FILTER_TAPS - 2]: the adjoint low-pass filter at every second sample."""
     fine = torch.arange(2 * size + FILTER_TAPS - 2, device=device)
     offset = fine - 2 * torch.arange(size, device=device)[:, None]
-    return torch.stack([value * (offset == tap) for tap, value in enumerate(LOWPASS)]).sum(0)
+    return torch.stack([value * (offset == tap).to(FP32) for tap, value in enumerate(LOWPASS)]).sum(0)
 
 
 def _adjust_color(x: Tensor, params: AugmentParams) -> Tensor:
@@ -271,8 +274,7 @@ def _adjust_color(x: Tensor, params: AugmentParams) -> Tensor:
 
 def _zero_cutout(x: Tensor, params: AugmentParams) -> Tensor:
     height, width = x.shape[2:]
-    xs = (torch.arange(width, device=x.device) + 0.5) / width
-    ys = (torch.arange(height, device=x.device) + 0.5) / height
+    xs, ys = (_index_range(width, x) + 0.5) / width, (_index_range(height, x) + 0.5) / height
     inside_x = (xs - params.center[:, :1]).abs() < params.cutout / 2
     inside_y = (ys - params.center[:, 1:]).abs() < params.cutout / 2
     return x.masked_fill((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)

@@ -70,7 +70,7 @@ class PerceptualDistance(nn.Module):
             return [s.mean((2, 3)) for s in self._squares(pred, target)]
 
     def _squares(self, pred: Tensor, target: Tensor) -> list[Tensor]:
-        self._check_shapes(pred, target)
+        self.check(pred, target)
         with torch.no_grad():
             target_features = [normalize_features(f) for f in self.taps(target)]
         return [
@@ -78,7 +78,8 @@ class PerceptualDistance(nn.Module):
             for f, g in zip(self.taps(pred), target_features, strict=True)
         ]
 
-    def _check_shapes(self, pred: Tensor, target: Tensor) -> None:
+    def check(self, pred: Tensor, target: Tensor) -> None:
+        """Raise UserError for inputs of different shapes, or of a shape that the network cannot take."""
         if pred.shape != target.shape:
             raise UserError(
                 f"{type(self).__name__} compares inputs of one shape, got {tuple(pred.shape)} and "
@@ -147,6 +148,11 @@ class LatentLPIPS(PerceptualDistance):
         """Return the trunk's five feature maps of latents [B, C, h, w] (see `VGG16.taps`)."""
         return self.trunk.taps(x)
 
+    def check(self, pred: Tensor, target: Tensor) -> None:
+        """Raise UserError for latents of different shapes, or that do not fit the trunk."""
+        super().check(pred, target)
+        self.trunk.check(pred)
+
     def forward(self, pred: Tensor, target: Tensor, spatial: bool = False) -> Tensor:
         """Return the distance per sample, [B] in fp32, or a map [B, h, w] with `spatial`.
 
@@ -156,8 +162,7 @@ class LatentLPIPS(PerceptualDistance):
         if spatial or self.config.norm != "none":
             return super().forward(pred, target, spatial)
         # The fused path (latent_lpips/fused.py), with a gradient only where one is needed.
-        self._check_shapes(pred, target)
-        self.trunk.check(pred)
+        self.check(pred, target)
         compute = (
             distance_with_gradient
             if torch.is_grad_enabled() and pred.requires_grad
@@ -230,10 +235,19 @@ class ELatentLPIPS(nn.Module):
 
         `generator` may live on the CPU or on the latents' device; the default is torch's global generator.
         `transforms` come from `sample_transforms`. Pass them to reuse the same transforms, or to stay in one
-        graph under torch.compile, which does not support generators.
+        graph under torch.compile, which does not support generators. Raises UserError for latents as the
+        metric does, and for transforms of another number of samples.
         """
+        # Some transforms would broadcast one sample over the others.
+        self.metric.check(pred, target)
         if transforms is None:
             transforms = self.sample_transforms(pred, generator)
+        for transform in transforms:
+            if len(transform.flip) != len(pred):
+                raise UserError(
+                    f"ELatentLPIPS got transforms of {len(transform.flip)} samples for {len(pred)} latents; "
+                    "sample them for these latents"
+                )
         # The mean over draws, then the terms without transforms.
         distances = [self._transformed_distance(transform, pred, target) for transform in transforms]
         terms = {"e_latent_lpips": torch.stack(distances).mean(0)}

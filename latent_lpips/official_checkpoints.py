@@ -61,7 +61,7 @@ def read_official_checkpoint(
     state = _calibrated_state(content, path) if calibrated else _trunk_state(content["state_dict"], path)
     # Complete the state: heads of a trunk, and counters that files of old torch versions lack (eval mode
     # does not read them).
-    metric = LatentLPIPS(_network(state, path))
+    metric = LatentLPIPS(_network(state, path)).float()
     expected = metric.state_dict()
     if not calibrated:
         state |= {key: value for key, value in expected.items() if key.startswith("heads.")}

@@ -162,7 +162,7 @@ def fold_batch_norms(trunk: VGG16, precision: Precision = "fp32") -> VGG16:
     the sixth convolution on to bf16 if `precision` says so (see `convolution_dtype`).
     """
     # A trunk of the same shape without norms.
-    plain = VGG16(LPIPSConfig(channels=trunk.config.channels, width=trunk.config.width, norm="none"))
+    plain = VGG16(LPIPSConfig(channels=trunk.config.channels, width=trunk.config.width, norm="none")).float()
     convolutions = [m for m in plain.features if isinstance(m, nn.Conv2d)]
     device = next(trunk.parameters()).device
     dtype = convolution_dtype(precision, device)

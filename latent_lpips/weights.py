@@ -81,7 +81,7 @@ def load_lpips(
         folder = _complete_folder(path)
         config = read_lpips_config(folder)
         _check_channels(path, config.channels, latent_channels)
-        metric = LatentLPIPS(config)
+        metric = LatentLPIPS(config).float()
         # Check names, shapes and signs before anything is loaded.
         state = _read_tensors(folder / WEIGHTS_FILE)
         state = {

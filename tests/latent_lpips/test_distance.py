@@ -1,6 +1,7 @@
 import copy
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from d2g.core.errors import SettingError, UserError
 from latent_lpips import ELatentLPIPS, LatentLPIPS, augment
 from latent_lpips.config import AugmentConfig, LPIPSConfig
+from latent_lpips.weights import load_lpips, save_lpips
 
 FAMILIES = ["none"] + ["".join(c) for n in range(1, 5) for c in itertools.combinations("bgco", n)]
 
@@ -177,6 +179,45 @@ def test_negative_or_nan_heads_are_refused() -> None:
 def test_different_shapes_are_refused(metric: LatentLPIPS) -> None:
     with pytest.raises(UserError, match=r"\(1, 4, 8, 8\) and \(2, 4, 8, 8\)"):
         metric(latents(1, 4, 8, 8), latents(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize("families", ["none", "b", "c", "o", "bgco"])
+def test_transforms_broadcast_no_sample_over_the_others(metric: LatentLPIPS, families: str) -> None:
+    """Color and cutout alone would: one latent with two transforms gave two distances."""
+    loss = ELatentLPIPS(metric, families)
+    one, two = latents(1, 4, 8, 8), latents(2, 4, 8, 8)
+    for pred, target in ((one, two), (two, one)):
+        with pytest.raises(UserError, match="compares inputs of one shape, got"):
+            loss(pred, target)
+    with pytest.raises(UserError, match="got transforms of 2 samples for 1 latents; sample them for these"):
+        loss(one, one, transforms=loss.sample_transforms(two))
+    with pytest.raises(UserError, match=r"got latents of shape \(4, 8, 8\), its trunk takes \[B, 4, h, w\]"):
+        loss(one[0], one[0])
+    with pytest.raises(UserError, match="got latents of 1x1 positions, expected at least 4x4"):
+        loss(one[:, :, :1, :1], one[:, :, :1, :1])
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_torch_changes_nothing(
+    metric: LatentLPIPS, tmp_path: Path, default: torch.dtype
+) -> None:
+    """A program that sets bf16 as default got rounded weights, and an error in the transforms."""
+    save_lpips(metric, tmp_path, {})
+    pred, target = latents(2, 4, 8, 8), latents(2, 4, 8, 8, seed=1)
+
+    def distances() -> list[Tensor]:
+        augment._cached_matrix.cache_clear()
+        loaded = [load_lpips(tmp_path), load_lpips(tmp_path, fold=False)]
+        return [ELatentLPIPS(m, f)(pred, target, generator=rng(1)) for m in loaded for f in ("none", "bgco")]
+
+    expected = distances()
+    torch.set_default_dtype(default)
+    try:
+        result = distances()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        augment._cached_matrix.cache_clear()
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(result, expected, strict=True))
 
 
 def test_no_host_synchronization(metric: LatentLPIPS) -> None:
