@@ -80,6 +80,7 @@ class OneStepSampler:
 
         prior: B latents of the stage before, for a later stage of a cascade.
         """
+        require_list(prompts)
         cond = self.conditioner.encode(prompts)
         return self.latents_of(noise, cond if prior is None else cond.with_prior(prior))
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from d2g.core.config import pick
 from d2g.core.errors import SettingError, UserError, first_line
 from d2g.core.machine_errors import raise_machine_error
 from d2g.core.transfer import to_device
@@ -167,6 +168,7 @@ class Teacher:
         prompts of the B rows. steps: solver steps. Call `check_solver` with these settings first.
         """
         if cond is None:
+            require_list(prompts)
             unique = list(dict.fromkeys(prompts))  # each different prompt is encoded once
             position = {prompt: i for i, prompt in enumerate(unique)}
             cond = self.encode(unique)[[position[prompt] for prompt in prompts]]
@@ -253,15 +255,16 @@ def load_teacher(
     """Load a teacher from a folder or hub id. `spacing` and `final_alpha`, as in PairConfig, override the
     scheduler's.
 
-    Network and text encoders are loaded in `precision`; of the autoencoder only the config is read. Raises
-    UserError for what cannot be a teacher, SettingError for a spacing that a flow or an EDM does not have.
+    Network and text encoders are loaded in `precision`: fp32, bf16 or fp16; of the autoencoder only the
+    config is read. Raises UserError for what cannot be a teacher, SettingError for another precision and for
+    a spacing that a flow or an EDM does not have.
 
     >>> from d2g.diffusion import load_teacher
     >>> teacher = load_teacher("miniature")
     >>> teacher.conditioning, teacher.schedule.prediction
     ('text', 'epsilon')
     """
-    device, dtype = torch.device(device), PRECISIONS[precision]
+    device, dtype = torch.device(device), pick(PRECISIONS, precision, "precision")
     teacher = _teacher_on_meta(name, spacing, final_alpha)  # every check runs before gigabytes are read
     return replace(
         teacher,

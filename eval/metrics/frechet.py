@@ -18,12 +18,20 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
     complex parts, and singular covariances (fewer images than features) need no offset. F factors the
     covariance of lower rank, so that no eigenvalue consists of rounding alone.
 
-    Raises UserError for values that are not finite.
+    Raises UserError for other shapes, and for values that are not finite.
 
     >>> import torch
     >>> frechet_distance(torch.zeros(2), torch.eye(2), torch.ones(2), 4 * torch.eye(2))
     4.0
     """
+    # Other means would be broadcast.
+    shapes = [tuple(value.shape) for value in (mean_a, cov_a, mean_b, cov_b)]
+    dim = mean_a.numel()
+    if shapes != [(dim,), (dim, dim)] * 2:
+        raise UserError(
+            f"frechet_distance got the shapes {', '.join(map(str, shapes))}; expected means [D] and "
+            "covariances [D, D] of the same D, as of x.mean(0) and x.T.cov() of features x [N, D]"
+        )
     _require_finite(mean_a=mean_a, cov_a=cov_a, mean_b=mean_b, cov_b=cov_b)
     a, b = cov_a.double(), cov_b.double()
     factor_a, factor_b = factor(a), factor(b)

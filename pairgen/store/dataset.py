@@ -8,6 +8,7 @@ from itertools import count, islice
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -44,7 +45,8 @@ class PairRows(AnnouncedRows, Protocol):
 class PairDataset(Dataset[PairBatch]):
     """The rows of a store as a map-style data set: a position, or a list of positions, gives a PairBatch.
 
-    Use it with a PairSampler and `batch_size=None` in a DataLoader of your own; `pair_loader` does that.
+    Use it with a PairSampler, or a BatchSampler around another sampler, and `batch_size=None` in a DataLoader
+    of your own; `pair_loader` does that.
 
     dtype: of noise and latents [B, C, H, W]; None keeps the stored type (float16 halves the bytes to move).
 
@@ -80,7 +82,7 @@ class PairDataset(Dataset[PairBatch]):
         return len(self.reader)
 
     def __getitem__(self, rows: int | Sequence[int]) -> PairBatch:
-        return self.reader.read([rows] if isinstance(rows, int) else rows, self.dtype)
+        return self.reader.read(np.atleast_1d(rows).tolist(), self.dtype)
 
 
 class PairSampler(Sampler[list[int]]):

@@ -245,6 +245,11 @@ def test_the_network_may_be_replaced(teacher: Path) -> None:
     assert torch.equal(result, loaded.sample(z, ["a", "b"], 2, 3.0, "ddim"))
 
 
+def test_an_unknown_precision_is_refused(teacher: Path) -> None:
+    with pytest.raises(SettingError, match=r"unknown precision 'float16'; .*fp16"):
+        load_teacher(str(teacher), precision="float16")
+
+
 def test_invalid_settings_are_refused_before_sampling(teacher: Path, tmp_path: Path) -> None:
     loaded = load_teacher(str(teacher))
     check_solver(loaded, "ddim", 50, 3.0, 0.7)

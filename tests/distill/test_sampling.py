@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,15 @@ def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_string_is_no_list_of_prompts(run: Path, teacher: Path) -> None:
     """Its characters would be the prompts."""
-    for call in (load_student(str(run)), load_teacher(str(teacher)).encode):
+    student, frozen = load_student(str(run)), load_teacher(str(teacher))
+    z = torch.randn(6, *frozen.latent_shape)
+    calls: list[Callable[[str], Any]] = [
+        student,
+        frozen.encode,
+        partial(student.images, z),
+        lambda prompts: frozen.sample(z, prompts, steps=2, guidance=1.0, solver="ddim"),
+    ]
+    for call in calls:
         with pytest.raises(AssertionError, match="prompts is the string 'a bear'; give a list of prompts"):
             call("a bear")
 

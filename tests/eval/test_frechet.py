@@ -54,6 +54,20 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
         frechet_standard_error(broken, mean, covariance)
 
 
+def test_other_shapes_are_refused() -> None:
+    """A mean of one number, or features in place of their mean, would be broadcast."""
+    x = rows(50, 6)
+    mean, covariance = x.mean(0), x.T.cov()
+    for other in (mean[:1], x, mean[None]):
+        for arguments in ((other, covariance, mean, covariance), (mean, covariance, other, covariance)):
+            with pytest.raises(
+                UserError, match=r"expected means \[D\] and covariances \[D, D\] of the same D"
+            ):
+                frechet_distance(*arguments)
+    with pytest.raises(UserError, match=r"got the shapes \(6,\), \(6, 6\), \(5,\), \(5, 5\); expected"):
+        frechet_distance(mean, covariance, mean[:5], covariance[:5, :5])
+
+
 def test_diagonal_covariances_have_a_closed_form() -> None:
     a, b = torch.tensor([1.0, 4.0, 0.0]), torch.tensor([9.0, 4.0, 2.0])
     expected = (a.sqrt() - b.sqrt()).square().sum().item()

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -99,6 +100,16 @@ def test_indexing_by_one_or_many_positions(shared_store: Path) -> None:
     dataset = PairDataset(PairReader(shared_store), dtype=None)
     assert len(dataset) == 20 and dataset[2].noise.dtype == torch.float16
     assert same(dataset[2], rows_of(SPEC, [4])) and same(dataset[[19, 2]], rows_of(SPEC, [21, 4]))
+
+
+def test_a_position_may_be_an_integer_of_numpy_or_torch(shared_store: Path) -> None:
+    """As of `numpy.random.permutation` or `torch.randperm`."""
+    dataset: Any = PairDataset(PairReader(shared_store), dtype=None)
+    for one, several in ((np.int64(2), np.array([19, 2])), (torch.tensor(2), torch.tensor([19, 2]))):
+        assert same(dataset[one], rows_of(SPEC, [4])) and same(dataset[several], rows_of(SPEC, [21, 4]))
+    assert len(dataset[[]].index) == 0
+    with pytest.raises(IndexError, match="positions 20 to 20 of 20 pairs"):
+        dataset[20]
 
 
 def test_an_endless_sampler(shared_store: Path) -> None:
