@@ -231,6 +231,7 @@ def generator_kind(
         build_on_meta=lambda teacher, timestep, config, seed, stage: build_on("meta", teacher, config),
         shard_units=lambda teacher, student: student.network.shard_units(),
         settings=(*settings, "resolution") if grows else settings,
+        own_noise=True,
         regresses=upsamples,
         enlarges=upsamples,
     )

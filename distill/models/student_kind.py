@@ -26,6 +26,8 @@ class StudentKind:
     """(teacher, student) -> the blocks that FSDP2 gathers and activation checkpointing recomputes."""
     settings: tuple[str, ...] = ()
     """Fields of GeneratorConfig that this kind uses and others may not."""
+    own_noise: bool = False
+    """Whether its noise is not that of the pairs, as `Student.own_noise` says."""
     regresses: bool = True
     """Whether its output corresponds to the latents of the same row, so that a regression loss applies."""
     enlarges: bool = False

@@ -66,7 +66,8 @@ def check_student(config: DistillConfig) -> None:
             f"{kind}, whose noise is its own, so that it has no latents of the pairs to compare with; "
             "train it by `d2g distill gan` with regression.losses=[]"
         )
-    if config.stage == "gan" and gan.sees_noise:
+    own_noise = STUDENTS[student.kind].own_noise
+    if own_noise and config.stage == "gan" and gan.sees_noise:
         raise SettingError(
             f"{kind}, whose noise is its own, but gan.z_conditioning is true; set gan.z_conditioning=false "
             "and gan.mix_z=0"
@@ -79,7 +80,7 @@ def check_student(config: DistillConfig) -> None:
             f"{kind}, for which the latents of pairs are reduced, but gan.real mixes photographs with them; "
             "leave gan.real out"
         )
-    if config.train.validate_pairs:
+    if own_noise and config.train.validate_pairs:
         raise SettingError(
             f"{kind}, whose noise is its own, but train.validate_pairs is {config.train.validate_pairs}; set "
             "it to 0, and give --validate PROTOCOL"

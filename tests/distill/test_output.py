@@ -15,14 +15,22 @@ from safetensors.torch import load_file, save_file
 
 from d2g.core.errors import SettingError, UserError
 from d2g.core.staged_folder import staged
-from distill.config.export import CardOptions, ExportConfig
+from d2g.diffusion.families.registry import FAMILIES
+from distill.config.export import FORMATS_WITH_CARD, CardOptions, ExportConfig
 from distill.config.student import StudentConfig
-from distill.export.export import export
+from distill.export.export import MAIN_FILES, WRITERS, export
 from distill.export.output import PARITY_BOUND, check_parity, max_abs_diff
 from distill.student_files import student_folder
 from exported import save_lora_run, save_run
 
 FORMATS = ("safetensors", "diffusers", "lora", "comfyui", "onnx")
+
+
+def test_the_lists_of_formats_agree() -> None:
+    """Without a main file, an export could replace that of another student in part."""
+    families = {entry.name for family in FAMILIES.values() for entry in family.exports}
+    assert set(FORMATS) == set(MAIN_FILES) == families
+    assert set(WRITERS) <= set(FORMATS_WITH_CARD) <= set(FORMATS)
 
 
 @pytest.fixture(scope="module")

@@ -607,6 +607,15 @@ def test_settings_that_do_not_fit_a_generator(settings: tuple[str, ...], message
         check_student(override(start, settings))
 
 
+def test_a_kind_with_the_noise_of_the_pairs_may_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its discriminator can see the noise, and it has latents to validate on."""
+    kind = replace(STUDENTS["gigagan"], own_noise=False, regresses=True)
+    monkeypatch.setitem(STUDENTS, "gigagan", kind)
+    settings = ("student.kind=gigagan", "train.validate_pairs=2", "train.validate_images=8")
+    check_student(override(DistillConfig(stage="gan", pairs="pairs"), settings))
+    assert all(entry.own_noise == (name != "diffusion") for name, entry in STUDENTS.items() if entry != kind)
+
+
 def test_bad_input_in_one_line(teachers: Mapping[str, str], tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="stylegan-t"):
         StudentConfig(kind="stylegan")  # type: ignore[arg-type]

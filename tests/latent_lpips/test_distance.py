@@ -220,6 +220,18 @@ def test_the_default_type_of_torch_changes_nothing(
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(result, expected, strict=True))
 
 
+def test_the_unfolded_metric_works_under_torch_func(metric: LatentLPIPS) -> None:
+    pred, target = latents(2, 4, 8, 8).requires_grad_(), latents(2, 4, 8, 8, seed=1)
+    loss = ELatentLPIPS(metric, "none", ensemble=1.0)
+
+    def of_one(a: Tensor, b: Tensor) -> Tensor:
+        return loss(a[None], b[None])[0]
+
+    (expected,) = torch.autograd.grad(loss(pred, target).sum(), pred)
+    gradients = torch.vmap(torch.func.grad(of_one), randomness="different")(pred.detach(), target)
+    torch.testing.assert_close(gradients, expected)
+
+
 def test_no_host_synchronization(metric: LatentLPIPS) -> None:
     """Fake tensors have no values, so reading one on the host would raise."""
     quick = copy.deepcopy(metric).fold()

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -142,12 +142,13 @@ class Trackio:
             trackio.finish()  # type: ignore[no-untyped-call]
 
 
-LOGGERS: dict[str, type[TensorBoard] | type[WandB] | type[Trackio]] = {
+LOGGERS: dict[str, Callable[[Path, Mapping[str, Any], int], RunLogger]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "trackio": Trackio,
 }
-"""Loggers by name. Each needs the package of that name."""
+"""Loggers by name, from a run's folder, its settings and the images so far. Each needs the package of that
+name."""
 
 
 def check_loggers(names: Sequence[str]) -> None:
