@@ -1,4 +1,7 @@
-"""A clock that stands still until a test moves it."""
+"""A clock that stands still until a test moves it, and waiting by the real one."""
+
+import time
+from collections.abc import Callable
 
 
 class Clock:
@@ -18,3 +21,11 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for two minutes at most."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "timeout"
+        time.sleep(0.01)

@@ -148,6 +148,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 12 pairs of that teacher, with prompts.txt beside it. Read only, too."""
+    from jobs import make_pairs
+
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="session")
 def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A program that runs what `python` runs, in processes that need not import torch again."""
     server = ForkServer(tmp_path_factory.mktemp("server"))

@@ -9,9 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor, nn
 
 from d2g.core.config import to_json
+from d2g.core.tracking.run_directory import read_stats
 from latent_lpips.config import CalibrateConfig, LPIPSConfig, LPIPSTrainConfig, TrunkTrainConfig
 from teacher_training.cascade.config import (
     CascadeConfig,
@@ -156,3 +159,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def random_images(count: int = 24) -> Tensor:
+    """Smooth random images, uint8 [N, 3, 16, 16]."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return (nn.functional.interpolate(coarse, 16, mode="bilinear") * 255).to(torch.uint8)
+
+
+def reports(folder: Path) -> list[dict[str, float]]:
+    """The reports of a training without the times, which depend on the machine."""
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_stats(folder)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import Ended, Running, can_mount, distill_arguments, distill_config, make_pairs
+from jobs import Ended, Running, can_mount, distill_arguments, distill_config
 from labeled import save_classes
 from own_pictures import image_folder, train_arguments
 from stores import FORKS
@@ -17,11 +17,6 @@ def mounts() -> None:
     """Skip the tests where this user may not mount file systems."""
     if not can_mount():
         pytest.skip("mounting needs root")
-
-
-@pytest.fixture(scope="module")
-def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"), steps=1, guidance=1.0)
 
 
 def run_on_disk(arguments: list[str], disk: Path, kib: int, log: Path) -> Ended:

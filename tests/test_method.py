@@ -6,16 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (
-    "d2g",
-    "d2g_cli",
-    "pairgen",
-    "latent_lpips",
-    "distill",
-    "eval",
-    "teacher_training",
-    "miniature",
-)
+FOLDERS = ("d2g", "d2g_cli", "pairgen", "latent_lpips", "distill", "eval", "teacher_training", "miniature")
 FOLDERS += ("tests", "benchmarks")
 NUMBERED = re.compile(r"method\.md,? (?:section )?\d")
 CITATION = re.compile(r'(method|pytorch)\.md((?:,? (?:and )?\\?"[^"]+")+)')

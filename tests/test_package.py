@@ -13,16 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {
-    "d2g",
-    "d2g_cli",
-    "pairgen",
-    "latent_lpips",
-    "distill",
-    "eval",
-    "teacher_training",
-    "miniature",
-}
+PACKAGES = {"d2g", "d2g_cli", "pairgen", "latent_lpips", "distill", "eval", "teacher_training", "miniature"}
 PUBLIC_API = {
     "latent_lpips": {"ELatentLPIPS", "LatentLPIPS"},
     "pairgen": {"PairDataset", "PairReader", "PairWriter", "generate_pairs"},

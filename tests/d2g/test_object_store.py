@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import d2g.core.object_store
-from clocks import Clock
+from clocks import Clock, wait_until
 from d2g.core.errors import UserError
 from d2g.core.object_claims import ObjectClaims
 from d2g.core.object_store import MissingObject, ObjectStore
@@ -203,13 +203,6 @@ class Elsewhere(ObjectClaims):
 
 def claims_of(store: ObjectStore, patience: float = 120.0) -> ObjectClaims:
     return ObjectClaims(store, "claims", "pairs", patience)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def write_dead_claim(store: ObjectStore, number: int, **facts: object) -> None:

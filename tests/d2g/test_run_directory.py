@@ -17,11 +17,6 @@ CONFIG = {"seed": 1, "optim": {"lr": 1e-4, "betas": [0.9, 0.999]}, "train": {"im
 LAST = {"nimg": 25, "loss/g": 2.0}
 
 
-def test_config_is_written_at_the_start(tmp_path: Path) -> None:
-    RunLog(tmp_path / "run", CONFIG)
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
-
-
 def test_the_same_config_resumes_and_another_is_refused(tmp_path: Path) -> None:
     RunLog(tmp_path, CONFIG)
     RunLog(tmp_path, CONFIG).write(10, {"loss/g": 1.0})

@@ -35,11 +35,6 @@ def test_lines_end_at_newlines_and_carriage_returns_only(tmp_path: Path, end: st
     assert read_text(path) == end.join(texts)
 
 
-def test_mixed_line_ends(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt", b"a\nb\r\nc\rd\r\r\ne\n\n")
-    assert list(text_lines(path)) == ["a\n", "b\r\n", "c\r", "d\r", "\r\n", "e\n", "\n"]
-
-
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_lines_are_those_of_python_s_universal_newlines(
     tmp_path_factory: pytest.TempPathFactory, text: str

@@ -95,11 +95,6 @@ DRY_RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
-
-
 @pytest.mark.parametrize("sets", DRY_RUNS)
 def test_a_dry_run_refuses_what_the_run_would_refuse(sets: str, teacher: Path, pairs: Path, d2g: Any) -> None:
     words = ["distill", "gan", "--preset", "miniature", "--teacher", teacher, "--pairs", pairs]

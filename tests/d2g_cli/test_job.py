@@ -14,7 +14,6 @@ import tiny
 from d2g_cli import main as cli
 from eval.report.numbers import format_value
 from jobs import distill_arguments, distill_config, make_clip
-from pairgen.store.reader import PairReader
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +76,6 @@ def test_pairs_plan(d2g: Any, job: Path, teacher: Path) -> None:
     assert keys <= set(plan) and plan["pairs"] == 2**20 and plan["gib"] == 0.125
 
 
-def test_pairs_merge(d2g: Any, job: Path, tmp_path: Path) -> None:
-    summary = d2g("pairs", "merge", job / "pairs", job / "pairs", "--out", tmp_path / "all", "--json").json
-    assert summary["pairs"] == 12 and PairReader(tmp_path / "all").complete
-
-
 @pytest.mark.parametrize("stage", ["ode", "gan"])
 def test_distilling_again_trains_no_steps(d2g: Any, job: Path, teacher: Path, stage: str) -> None:
     summary = d2g(*stage_arguments(stage, teacher, job), "--json").json
@@ -109,13 +103,6 @@ def test_sample(d2g: Any, job: Path, tmp_path: Path) -> None:
     assert d2g("sample", "--student", job / "ode", *args, "--json").json["images"] == 6
 
 
-def test_export(d2g: Any, job: Path, tmp_path: Path) -> None:
-    summary = d2g("export", "--student", job / "gan", "--out", tmp_path / "student", "--json").json
-    assert {"out", "parity_max_abs_err"} <= set(summary) and summary["parity_max_abs_err"] < 0.05
-    args = ["--prompt", "a", "--out", tmp_path / "samples"]
-    assert d2g("sample", "--student", tmp_path / "student", *args, "--json").json["images"] == 1
-
-
 def test_teacher_info_and_doctor(d2g: Any, teacher: Path) -> None:
     info = d2g("teacher", "info", teacher, "--json").json
     keys = {"pipeline", "prediction_type", "latent_shape", "params", "solver_defaults", "conditioning"}
@@ -141,11 +128,6 @@ def test_doctor_computes_the_memory_of_a_preset(d2g: Any, tmp_path: Path) -> Non
         result = d2g("doctor", "--preset", "sd15-cfg8", "--teacher", absent)
         assert result.code == 1 and result.stdout == "" and len(result.stderr.splitlines()) == 1
         assert result.stderr.startswith(f"error: --teacher {absent}: no such folder; ")
-
-
-def test_without_json_a_table_is_printed(d2g: Any, job: Path) -> None:
-    result = d2g("pairs", "info", job / "pairs")
-    assert result.code == 0 and "complete" in result.stdout and "True" in result.stdout
 
 
 # `d2g eval`.

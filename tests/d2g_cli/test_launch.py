@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from d2g.core.distributed.process_count import MEASURED_SECONDS, saved_process_count
 from d2g.core.environment import usable_cores
@@ -227,12 +226,6 @@ def test_a_signal_ends_the_demo_and_says_how_to_go_on(
     assert lines and "run the same command again" in lines[-1], err
     assert len(lines) == 1 or (number != signal.SIGINT and len(lines) == 2), err
     assert process.returncode in (130, 128 + number) and "Traceback" not in err
-
-
-def test_help_names_the_processes() -> None:
-    from d2g_cli.main import app
-
-    assert "--processes" in CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).output
 
 
 @pytest.mark.parametrize(

@@ -60,40 +60,6 @@ def test_help_texts_have_no_square_brackets(words: tuple[str, ...]) -> None:
     assert not [text for text in texts if "[" in text]
 
 
-def test_the_documented_commands_exist() -> None:
-    commands = {" ".join(words) for words in COMMANDS}
-    documented = {
-        "demo",
-        "doctor",
-        "teacher train",
-        "teacher cascade",
-        "teacher import",
-        "teacher info",
-        "teacher list",
-        "sample",
-        "export",
-        "lpips distance",
-    }
-    documented |= {f"pairs {name}" for name in ("plan", "generate", "info", "verify", "repair", "merge")}
-    documented |= {"distill ode", "distill gan", "eval run", "eval compare", "eval stats", "eval curve"}
-    assert (
-        documented <= commands and {words.partition(" --")[0] for words in COMMANDS_WITH_SETTINGS} <= commands
-    )
-
-
-def test_help_does_not_import_torch() -> None:
-    """In a new process, because the tests have imported torch."""
-    code = (
-        "import sys\nfrom d2g_cli.__main__ import main\n"
-        "try: main()\nexcept SystemExit: sys.exit('torch' in sys.modules)"
-    )
-    for words in (["--help"], ["distill", "gan", "--help"]):
-        process = subprocess.run(
-            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
-        )
-        assert process.returncode == 0 and "Usage" in process.stdout, process.stderr
-
-
 def test_version_in_a_new_process() -> None:
     process = subprocess.run(
         [sys.executable, "-m", "d2g_cli", "--version"], cwd=ROOT, capture_output=True, text=True
@@ -116,13 +82,8 @@ def test_version_in_a_new_process() -> None:
         ("distill ode --preset minature", "did you mean 'miniature'?"),
         ("distill ode --set regresion.draws=2", "did you mean 'regression'?"),
         ("distill gan --set gan.r1_gama=2", "did you mean 'gan.r1_gamma'?"),
-        ("distill gan --set gan=2", "is a group; set one of its members"),
-        ("distill gan --set train.images=-1", "train.images is -1"),
         ("distill ode", "teacher is not set; give --teacher"),
-        ("distill ode --minutes -1", "train.minutes is -1.0; expected a positive number"),
-        ("distill ode --minutes nan", "--minutes is nan; expected a finite number"),
         ("distill ode --set optim.lr=Infinity", "'optim.lr' is 'Infinity'; expected a finite number"),
-        ("distill ode --set regression.augment=zzz", "regression.augment is 'zzz'; expected 'none' or"),
         ("distill ode --set stage=gan", "stage is 'gan'; expected 'ode' of `d2g distill ode`"),
         (
             "distill ode --set gan.weight=1",
@@ -137,13 +98,7 @@ def test_version_in_a_new_process() -> None:
             "lpips is set, but has an effect only with e_latent_lpips or latent_lpips in regression.losses",
         ),
         ("distill ode --validate nope", "unknown --validate protocol 'nope'; known: "),
-        ("distill ode --validate nope --dry-run", "unknown --validate protocol 'nope'"),
         ("distill ode --validate miniature", "--validate needs to know when"),
-        ("pairs verify x --tolerance nan", "--tolerance is nan; expected 0 or more"),
-        ("pairs merge x --out y --tolerance -1", "--tolerance is -1.0; expected 0 or more"),
-        ("pairs generate --guidance inf", "--guidance is inf; expected a finite number"),
-        ("pairs plan --price nan", "--price is nan; expected 0 or more"),
-        ("pairs plan --price -1 --dry-run", "--price is -1.0; expected 0 or more"),
         ("demo --seed 9223372036854775808", "seed is 9223372036854775808; give an integer from 0 to 2^63"),
         ("sample --prompt a --guidance 0", "guidance is 0.0; expected 1 (no guidance) or more"),
         (
@@ -156,9 +111,7 @@ def test_version_in_a_new_process() -> None:
             "--beside has two folders named 'c'; rename one, both names are in the picture",
         ),
         ("pairs stats x --cells 1025", "--cells is 1025; expected 1 to 1024"),
-        ("lpips distance a b --teacher x --draws 0", "--draws is 0; expected 1 or more"),
         ("doctor --gpus 0 --preset miniature", "--gpus is 0; expected 1 or more"),
-        ("doctor --gpus -3", "--gpus is -3; expected 1 or more"),
         ("doctor --gpus 2", "--gpus needs a run to describe; give --preset"),
         ("doctor --teacher miniature", "--teacher needs a run to describe; give --preset"),
         ("doctor --preset minature", "did you mean 'miniature'?"),
@@ -191,10 +144,8 @@ def test_version_in_a_new_process() -> None:
         ("eval curve --teacher x --out x --over guidance=1,nan", "guidance is nan; expected 0 or more"),
         ("eval curve --teacher x --out x --over steps=4,0", "steps is 0; expected 1 or more"),
         ("eval curve --teacher x --out x --over steps=2.5", "over steps: 2.5; expected whole numbers"),
-        ("eval curve --teacher x --out x --over steps=inf", "over steps: inf; expected whole numbers"),
         ("eval curve --teacher x --out x.json --over steps=1", "give a folder"),
         ("eval protocols coco2014-30k-d2gn", "did you mean 'coco2014-30k-d2gan'?"),
-        ("export --student x --dtype int8 --out y", "dtype is 'int8'"),
         ("lpips distance a b", "--teacher is not set"),
     ],
 )

@@ -42,6 +42,7 @@ from jobs import d2g_ranks, distill_arguments, distill_config
 from pairgen.generate import generate_pairs, resimulate
 from pairgen.store.reader import PairReader
 from pairgen.verify import verify_store
+from runs import equal
 
 GAN = ("gan.discriminator=cascade", "gan.r1_interval=2", "gan.mix_fraction=0.5")
 pytestmark = [
@@ -143,7 +144,7 @@ def test_the_gan_stage_resumes_bit_for_bit(stages: dict[str, Stage], tmp_path: P
         sharded_checkpoint.read(checkpoint.open_checkpoint(tmp_path / run / "checkpoints" / f"{12:09d}"))
         for run in ("once", "twice")
     )
-    assert once.keys() == twice.keys() and all(torch.equal(once[key], twice[key]) for key in once)
+    assert equal(once, twice)
     assert "loss/r1" in read_stats(tmp_path / "once")[0]
 
 

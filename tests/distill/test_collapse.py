@@ -11,7 +11,7 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.tracking.run_directory import read_stats
 from distill.monitoring.collapse import Collapse, Finding, Limits, findings, handle_findings
 from distill.training.train import train
-from jobs import distill_config, make_pairs
+from jobs import distill_config
 
 HEALTHY = {
     "loss/d": 1.2, "loss/g": 0.4, "loss/e_latent_lpips": 0.3, "grad/g": 1.0, "grad/d": 0.5,
@@ -208,10 +208,9 @@ def test_invalid_limits_are_refused() -> None:
             Limits(**settings)
 
 
-def test_a_real_diverging_run_is_detected(teacher: Path, tmp_path: Path) -> None:
+def test_a_real_diverging_run_is_detected(teacher: Path, pairs: Path, tmp_path: Path) -> None:
     """No findings in a normal run, although it starts with a high spread; then a run whose learning rate
     keeps growing."""
-    pairs = make_pairs(teacher, tmp_path)
     settings = ("regression.losses=mse", "train.on_collapse=off")
     rising = ("train.images=40", "optim.lr=10", "optim.warmup_images=400", f"init={tmp_path / 'healthy'}")
     train(
@@ -226,3 +225,9 @@ def test_a_real_diverging_run_is_detected(teacher: Path, tmp_path: Path) -> None
         *({**line, "nimg": line["nimg"] + 100} for line in read_stats(tmp_path / "diverging")),
     ]
     assert "g_regression" in kinds(combined, limits), combined
+
+
+def test_weights_that_do_not_move_end_the_run(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    settings = ("train.images=12", "optim.lr=1e-30", "train.on_collapse=stop")
+    with pytest.raises(Collapse, match="the student's weights do not move"):
+        train(distill_config(teacher, pairs, *settings), tmp_path)

@@ -12,7 +12,7 @@ from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion.pretrained import load_unet
 from distill.training.state import new_state
 from distill.training.train import train
-from jobs import BATCH, distill_config, make_pairs
+from jobs import BATCH, distill_config
 
 STEPS = 3
 COMMON = (
@@ -48,11 +48,6 @@ OPTIONS = (
 )
 OFTEN = ("gan.loss=rpgan", "gan.penalty=r1r2", "gan.penalty=approx", "regression.losses=[]", *OPTIONS[-2:])
 """Options that are tested with every change; the others belong to the long tests."""
-
-
-@pytest.fixture(scope="module")
-def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from distill.training.train import train
 from jobs import d2g, d2g_ranks, distill_arguments, distill_config
 from pairgen.generate import generate_pairs
 from pairgen.store.reader import PairReader
-from runs import losses, state_at
+from runs import equal, losses, state_at
 
 SHAPE = (3, 8, 8)
 SETTINGS = ("regression.losses=pseudo_huber", "optim.lr=1e-3", "consistency.levels=6")
@@ -139,7 +139,7 @@ def test_a_resumed_run_equals_an_unbroken_one(teacher: str, store: Path, engine:
     train(shorter, tmp_path / "twice")
     train(config, tmp_path / "twice")
     once, twice = (state_at(tmp_path / run, 12) for run in ("once", "twice"))
-    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    assert equal(once, twice)
     assert losses(tmp_path / "once") == losses(tmp_path / "twice")
     assert load_student(str(tmp_path / "once"))(["1", "4"]).dtype == torch.uint8
 

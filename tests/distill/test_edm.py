@@ -13,7 +13,6 @@ from torchvision.models import squeezenet1_1
 import tiny_teachers
 from d2g.core.config import override, to_json
 from d2g.core.distributed import checkpoint, sharded_checkpoint
-from d2g.core.errors import SettingError
 from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
 from distill.config.export import ExportConfig
@@ -206,11 +205,6 @@ def test_safetensors_export_samples_the_same_images(run: Path, tmp_path: Path) -
     own, other = (load_student(str(folder)).latents(z, ["2", "7"]) for folder in (run, tmp_path))
     assert torch.equal(own, other)
     assert json.loads((tmp_path / "student.json").read_text())["student_timestep"] == -1
-
-
-def test_text_students_need_a_prompt(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="nothing to draw; give --prompt TEXT"):
-        default_student_prompts("none", str(teacher))
 
 
 def test_evaluation_cycles_through_all_classes(run: Path) -> None:

@@ -36,11 +36,6 @@ STEPS = ("gan.r1_interval=2", "gan.mix_fraction=0.5", "gan.optim.lr=1e-4", "trai
 
 
 @pytest.fixture(scope="module")
-def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
-
-
-@pytest.fixture(scope="module")
 def ode(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short regression run, the start of the GAN stage."""
     out = tmp_path_factory.mktemp("ode")

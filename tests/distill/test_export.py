@@ -114,15 +114,6 @@ def test_guidance_and_negative_prompts_have_no_effect_and_more_steps_are_refused
         pipe(PROMPT, latents=z)
 
 
-def test_parity_detects_another_network(exported: tuple[Path, float], tmp_path: Path) -> None:
-    out, z = exported[0], noise(5, range(2), (4, 4, 4))
-    other = shutil.copytree(out, tmp_path / "other")
-    scheduler = other / "scheduler" / "scheduler_config.json"
-    facts = json.loads(scheduler.read_text())
-    scheduler.write_text(json.dumps(facts | {"prediction_type": "v_prediction"}))
-    assert (sample_with_diffusers(other, z) - sample_with_diffusers(out, z)).abs().max() > 0.1
-
-
 @pytest.mark.parametrize("form", ["safetensors", "diffusers", "lora"])
 def test_an_export_holds_one_student_at_a_time(
     form: Any, lora: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -220,12 +211,6 @@ def test_diffusers_passes_the_guidance_scale_to_a_guided_student(teacher: Path, 
 def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     config = StudentConfig(lora_rank=2, lora_alpha=6.0)
     return save_lora_run(tmp_path_factory.mktemp("lora") / "run", str(teacher), config)
-
-
-def test_adapters_change_the_latents(lora: str, teacher: Path) -> None:
-    z = noise(5, range(2), (4, 4, 4))
-    merged, base = load_student(lora), student_from_teacher(str(teacher))
-    assert (base(z, merged.conditioner.encode(PROMPT)) - merged.latents(z, PROMPT)).abs().max() > 0.1
 
 
 def sample_adapters_with_diffusers(teacher: Path, adapters: Path, z: Tensor) -> Tensor:

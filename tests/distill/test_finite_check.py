@@ -20,12 +20,7 @@ from distill.training import train as run_module
 from distill.training.data import open_pairs, pair_batches
 from distill.training.state import State
 from distill.training.train import train
-from jobs import d2g_ranks, distill_arguments, distill_config, make_pairs
-
-
-@pytest.fixture(scope="module")
-def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
+from jobs import d2g_ranks, distill_arguments, distill_config
 
 
 def pair_numbers(config: DistillConfig, step: int) -> list[int]:

@@ -1,7 +1,6 @@
 """One live run per folder, and checkpoints at signals; with real processes and signals."""
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,11 @@ from d2g.core.errors import LostFolder, UserError
 from d2g.core.tracking.run_directory import ENDED, read_stats
 from distill.training.callbacks import StopControl
 from distill.training.train import train
-from jobs import BATCH, Running, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from jobs import BATCH, Running, d2g, d2g_ranks, distill_arguments, distill_config
 from stores import FORKS
 
 pytestmark = FORKS
 LONG = "train.images=1000000"
-
-
-@pytest.fixture(scope="module")
-def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"), steps=1, guidance=1.0)
 
 
 def start_run(teacher: Path, pairs: Path, run: Path, log: Path) -> Running:
@@ -48,17 +42,6 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(
     numbers = [line["nimg"] for line in read_stats(run)]
     assert numbers == sorted(set(numbers)), "reports come from one run"
     assert not (run / OWNER).exists()
-
-
-def test_a_killed_run_can_be_resumed_immediately(teacher: Path, pairs: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    first = start_run(teacher, pairs, run, tmp_path / "first")
-    first.send(signal.SIGKILL)
-    first.wait()
-    second = d2g(
-        distill_arguments(distill_config(teacher, pairs, f"train.images={BATCH}"), run), tmp_path / "second"
-    )
-    assert second.code == 0 and f"taken over from {os.uname().nodename}, process {first.pid}" in second.stderr
 
 
 def test_a_run_that_lost_its_folder_writes_nothing_more(

@@ -147,13 +147,6 @@ def test_every_preset_has_its_stage_and_round_trips_through_json() -> None:
         preset("minature", "ode")
 
 
-def test_overrides_reach_every_level() -> None:
-    config = override(DistillConfig(), ["gan.optim.betas=[0, 0.99]", "train.minutes=2", "gan.r1_gamma=1"])
-    assert (
-        config.gan.optim.betas == (0.0, 0.99) and config.train.minutes == 2.0 and config.gan.r1_gamma == 1.0
-    )
-
-
 @pytest.mark.parametrize(
     ("settings", "evaluations", "table"),
     [

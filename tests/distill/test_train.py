@@ -12,7 +12,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from d2g.core.distributed import checkpoint, sharded_checkpoint
 from d2g.core.distributed.engine import DistributedModule
 from d2g.core.errors import SettingError, UserError
 from d2g.core.tracking.run_directory import read_stats
-from d2g.diffusion import pretrained
 from d2g.diffusion.fp32_attention import FP32Attention
 from distill.config.optim import OptimConfig
 from distill.config.run import DistillConfig
@@ -35,7 +33,8 @@ from distill.training.optim import optimizer, update
 from distill.training.state import new_state
 from distill.training.train import train
 from exported import save_run
-from jobs import BATCH, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from jobs import BATCH, d2g_ranks, distill_arguments, distill_config, make_pairs
+from runs import equal
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMON = (
@@ -84,16 +83,6 @@ def curve(run: Path) -> list[dict[str, float]]:
     return [
         {k: v for k, v in line.items() if not k.startswith(("time/", "mem/"))} for line in read_stats(run)
     ]
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
 
 
 # Complete runs.
@@ -320,36 +309,6 @@ def test_a_cpu_computes_attention_in_fp32_in_a_run_in_bf16(rank: int, teacher: P
 
 # Several ranks.
 
-RANK_SETTINGS = {
-    "ode": ("train.images=12",),
-    "gan": ("train.images=12", "gan.mix_fraction=0.5", "gan.r1_interval=2"),
-}
-
-
-@pytest.mark.parametrize("stage", ["ode", "gan"])
-def test_two_ranks_train_like_one(
-    stage: str, unbroken: dict[str, Path], teacher: Path, pairs: Path, tmp_path: Path
-) -> None:
-    init = unbroken["ode"] if stage == "gan" else ""
-    config = distill_config(teacher, pairs, stage=stage, init=init)
-    single = d2g(distill_arguments(config, tmp_path / "one", *RANK_SETTINGS[stage]), tmp_path / "log")
-    ranks = d2g_ranks(
-        [*distill_arguments(config, tmp_path / "two", *RANK_SETTINGS[stage]), "--json"], tmp_path / "log"
-    )
-    assert [ended.code for ended in (single, *ranks)] == [0, 0, 0], [
-        ended.stderr for ended in (single, *ranks)
-    ]
-    assert json.loads(ranks[0].stdout)["images"] == 12 and ranks[1].stdout == ""
-    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
-    assert [line["nimg"] for line in two] == [4, 8, 12]
-    for a, b in zip(one, two, strict=True):
-        losses = {k: v for k, v in a.items() if k.startswith("loss/")}
-        assert {k: b[k] for k in losses} == pytest.approx(losses, rel=1e-4, abs=1e-6)
-    a, b = (
-        load_file(tmp_path / run / "checkpoints" / "000000012" / "ema.safetensors") for run in ("one", "two")
-    )
-    assert all((a[k] - b[k]).abs().mean() < 1e-4 for k in a)
-
 
 def test_ranks_report_together_with_different_kinds_of_rows(
     unbroken: dict[str, Path], teacher: Path, pairs: Path, tmp_path: Path
@@ -411,32 +370,6 @@ def test_weight_decay_groups(teacher: Path) -> None:
     assert decay_of == expected and set(decay_of.values()) == {1e-5, 1e-2}
     inside = {n for n, _ in student.named_parameters() if ".attn1." in n or ".attn2." in n or ".ff." in n}
     assert inside <= {n for n, p in student.named_parameters() if decay_of[id(p)] == 1e-5}
-
-
-def test_weight_decay_is_decoupled(teacher: Path) -> None:
-    """With zero gradients AdamW multiplies by 1 - lr * decay and nothing else."""
-    student = student_from_teacher(str(teacher)).requires_grad_(True)
-    before = {n: p.detach().clone() for n, p in student.named_parameters()}
-    for parameter in student.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    update(
-        optimizer(student, OptimConfig()),
-        without_process_group(student),
-        OptimConfig(),
-        0.5,
-        lambda norm: torch.zeros(()),
-    )
-    for name, parameter in student.named_parameters():
-        decay = 1e-5 if ".attentions." in name else 1e-2
-        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.5 * decay))
-        assert parameter.grad is None
-
-
-def test_frozen_parameters_are_not_optimized(teacher: Path) -> None:
-    unet = pretrained.load_unet(str(teacher))
-    unet.conv_in.requires_grad_(True)
-    groups = optimizer(unet, OptimConfig()).param_groups
-    assert [len(g["params"]) for g in groups] == [2] and groups[0]["weight_decay"] == 1e-2
 
 
 def without_process_group(module: nn.Module) -> DistributedModule:

@@ -17,6 +17,7 @@ from distill.losses.adversarial import discriminator_loss
 from distill.models.discriminators import DISCRIMINATORS, check_discriminator
 from distill.models.student import student_from_teacher
 from distill.models.transformer_discriminator import TransformerDiscriminator, discriminator_from_transformer
+from runs import equal
 
 
 @pytest.fixture(scope="module", params=tiny_teachers.TRANSFORMERS)
@@ -38,10 +39,6 @@ def inputs(family: str, rows: int = 3, size: int = 4, seed: int = 0) -> tuple[Te
 def build(folder: str, **settings: Any) -> TransformerDiscriminator:
     config = DiscriminatorConfig(discriminator="transformer", **{"token_heads": 2, **settings})
     return discriminator_from_transformer(folder, config, generator(3))
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def one_step(discriminator: TransformerDiscriminator, family: str) -> None:

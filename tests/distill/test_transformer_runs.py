@@ -12,7 +12,7 @@ from torch import Tensor
 import tiny
 import tiny_teachers
 from d2g.core.config import override
-from d2g.core.distributed import checkpoint, sharded_checkpoint
+from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
 from d2g.core.tracking.run_directory import read_stats
@@ -28,6 +28,7 @@ from distill.training.state import new_state
 from distill.training.train import train
 from jobs import distill_config
 from pairgen.generate import generate_pairs
+from runs import equal, state_at
 
 GAN = (
     "gan.discriminator=transformer",
@@ -82,10 +83,6 @@ def ode(teacher: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
-def state_at(run: Path, images: int) -> dict[str, Tensor]:
-    return sharded_checkpoint.read(checkpoint.open_checkpoint(run / "checkpoints" / f"{images:09d}"))
-
-
 def test_the_student_starts_as_the_teachers_prediction(family: str, teacher: Path) -> None:
     """One step of the teacher's own sampler from pure noise to clean data, as judge."""
     flow = family in tiny_teachers.FLOWS
@@ -107,7 +104,7 @@ def test_both_stages_resume_bit_for_bit(teacher: Path, pairs: Path, ode: Path, t
             settings = (*GAN, f"train.images={images}", "gan.optim.lr=1e-3")
             train(distill_config(teacher, pairs, *settings, stage="gan", init=ode), tmp_path / run)
     once, twice = (state_at(tmp_path / run, 12) for run in ("once", "twice"))
-    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    assert equal(once, twice)
     lines = [
         [
             {k: v for k, v in line.items() if k.startswith(("loss/", "grad/", "logit/"))}

@@ -17,6 +17,7 @@ from d2g.diffusion.families.registry import FAMILIES
 from distill.config.discriminator import DiscriminatorConfig
 from distill.losses.adversarial import discriminator_loss
 from distill.models.unet_discriminator import Discriminator, added_parameters, discriminator_from_teacher
+from runs import equal
 
 SD: Any = FAMILIES["sd"]
 SDXL_FAMILY: Any = FAMILIES["sdxl"]
@@ -61,10 +62,6 @@ def build(teacher: Path, **settings: Any) -> Discriminator:
 
 def count_parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def one_step(discriminator: Discriminator) -> None:

@@ -275,17 +275,6 @@ def lines_of(out: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in names} for line in read_stats(out / "run")]
 
 
-def test_reports_of_a_resumed_run_equal_those_of_an_unbroken_one(
-    data: Path, teacher: Path, tmp_path: Path
-) -> None:
-    uninterrupted = config(data, teacher, epochs=6, score_epochs=2)
-    train_classifier(uninterrupted, tmp_path / "unbroken")
-    while train_classifier(replace(uninterrupted, minutes=1e-6), tmp_path / "resumed").images < 168:
-        pass
-    assert [line["nimg"] for line in lines_of(tmp_path / "unbroken")] == [60, 108, 168]
-    assert lines_of(tmp_path / "resumed") == lines_of(tmp_path / "unbroken")
-
-
 def test_a_kill_before_scoring_or_the_first_checkpoint_has_no_effect(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:

@@ -244,13 +244,6 @@ def test_ranking_net_inputs_are_the_five_published_features() -> None:
     torch.testing.assert_close(net(d0, d1), net.layers(by_hand)[:, 0])
 
 
-def test_agreement_counts_fractions_and_ties() -> None:
-    d0, d1 = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([2.0, 1.0, 1.0])
-    assert two_afc_agreement(d0, d1, torch.tensor([0.25, 0.75, 0.9])) == pytest.approx(
-        (0.75 + 0.75 + 0.5) / 3
-    )
-
-
 def test_rescaling_sets_the_mean_distance_of_unrelated_latents() -> None:
     metric, latents = metric_with_channel_0_features(), torch.randn(300, 4, 8, 8, generator=rng())
     rescale_heads(metric, latents, 0.7)

@@ -43,11 +43,6 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
-
-
-@pytest.fixture(scope="module")
 def config(pairs: Path, teacher: Path) -> PairConfig:
     return tiny.pair_config(str(teacher), str(pairs.parent / "prompts.txt"))
 
@@ -242,17 +237,6 @@ def test_ctrl_c_encodes_no_more_prompts(config: PairConfig, tmp_path: Path) -> N
         generate_pairs(replace(config, shard_size=12, batch_size=2), tmp_path / "pairs", interrupt)
     hook.remove()
     assert encoded == 0
-
-
-def test_an_error_keeps_every_finished_row(config: PairConfig, tmp_path: Path) -> None:
-    def fail(label: str, done: int, total: int) -> None:
-        if done == 8:
-            raise RuntimeError("the machine is on fire")
-
-    with pytest.raises(RuntimeError, match="on fire"):
-        generate_pairs(replace(config, batch_size=1), tmp_path / "pairs", fail)
-    resumed = generate_pairs(replace(config, batch_size=1), tmp_path / "pairs")
-    assert (resumed.pairs, resumed.new_pairs) == (12, 4)
 
 
 # Refused inputs.

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from d2g.core.errors import UserError
 from pairgen.store.hdf5 import DamagedShard, OpenShard, _user_block
 from pairgen.store.reader import PairReader
-from pairgen.store.spec import StoreSpec, quarantine_path, shard_path
+from pairgen.store.spec import quarantine_path, shard_path
 from stores import PROMPTS, SPEC, flip_bit, put_shard, put_store, rows_of, same, spec_of
 
 ASIDE = [0, 7, 8, 9, 21]
@@ -374,9 +374,3 @@ def test_batches_share_no_memory(tmp_path: Path) -> None:
     for order in orders:
         reader.read(order)
     assert all(same(batch, rows_of(spec, order)) for batch, order in zip(batches, orders, strict=True))
-
-
-def test_another_spec_is_refused(shared_store: Path) -> None:
-    other: StoreSpec = spec_of(guidance=3.0)
-    with pytest.raises(UserError, match=r"guidance \(8\.0 -> 3\.0\)"):
-        PairReader(shared_store, expect=other)

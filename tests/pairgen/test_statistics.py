@@ -22,7 +22,7 @@ from d2g.core.captioned_grid import SMALLEST, captioned_grid, columns, load_font
 from d2g.core.errors import UserError
 from d2g.diffusion.latents import LatentSpace, decode_uint8
 from d2g.diffusion.pretrained import load_vae
-from jobs import d2g, make_pairs
+from jobs import d2g
 from pairgen import statistics
 from pairgen.contact_sheet import save_sheet
 from pairgen.prompts import PromptList, label_list, prompt_list_sha256
@@ -352,11 +352,6 @@ def test_images_are_scaled_to_a_limited_cell_size(size: int, cell_size: int) -> 
     top = next(y for y in range(sheet.shape[1]) if sheet[0, y, 8] == 0)
     cell = sheet[:, top : top + cell_size, 8 : 8 + cell_size]
     assert (cell[:, :, : cell_size // 2 - 1] == 0).all() and (cell[:, :, cell_size // 2 + 1 :] == 200).all()
-
-
-@pytest.fixture(scope="module")
-def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
 
 
 def test_a_sheet_shows_decoded_rows_and_their_prompts(pairs: Path, teacher: Path, tmp_path: Path) -> None:

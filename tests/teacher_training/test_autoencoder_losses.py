@@ -19,7 +19,8 @@ from d2g.diffusion.latents import from_uint8
 from d2g.vision.normalization import HALF
 from distill.models.feature_networks import ConvolutionalNetwork
 from forks import on_ranks
-from own_pictures import CONFIG, image_folder
+from own_pictures import CONFIG, image_folder, random_images, reports
+from runs import equal
 from teacher_training.autoencoder import autoencoder_loss, build_autoencoder, train_autoencoder
 from teacher_training.autoencoder_losses import (
     LARGEST_WEIGHT,
@@ -45,12 +46,6 @@ ADVERSARIAL = replace(PLAIN, adversarial_weight=0.5)  # from 24 of 48 images on
 BOTH = replace(ADVERSARIAL, perceptual_weight=1.0)
 
 
-def random_images(count: int = 24) -> Tensor:
-    """Smooth random images, uint8 [N, 3, 16, 16]."""
-    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    return (nn.functional.interpolate(coarse, 16, mode="bilinear") * 255).to(torch.uint8)
-
-
 def train(folder: Path, config: AutoencoderConfig, stop_at: int = -1) -> nn.Module:
     def progress(label: str, done: int, total: int) -> None:
         if done == stop_at:
@@ -66,26 +61,11 @@ def weights(folder: Path, name: str, nimg: int = 48) -> dict[str, Tensor]:
     return load_file(folder / "checkpoints" / f"{nimg:09d}" / f"{name}.safetensors")
 
 
-def equal(one: Any, two: Any) -> bool:
-    """Whether two nested states are equal to the bit."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(equal(one[key], two[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(two) and all(map(equal, one, two))
-    return bool(one == two)
-
-
 def checkpoint_state(folder: Path) -> list[Any]:
     """Everything in the last checkpoint: weights, averages, the discriminator and both optimizers."""
     state = torch.load(folder / "checkpoints" / "000000048" / "state.pt")
     assert set(state) == {"optimizer", "discriminator"}
     return [state, *(weights(folder, name) for name in ("model", "ema", "discriminator"))]
-
-
-def reports(folder: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_stats(folder)]
 
 
 def test_the_perceptual_distance_is_that_of_unit_vectors() -> None:

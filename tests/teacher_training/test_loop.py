@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from d2g.core.errors import Interrupted, SettingError
-from d2g.core.tracking.run_directory import RunLog, read_stats
+from d2g.core.tracking.run_directory import RunLog
 from d2g.diffusion.latents import decode, encode, from_uint8
 from distill.models.ema import warmed_up_beta
+from own_pictures import random_images, reports
 from teacher_training.autoencoder import reconstruction_loss, train_autoencoder
 from teacher_training.config import AutoencoderConfig, FitConfig
 from teacher_training.loop import cosine_learning_rate, fit_modules
@@ -21,23 +22,12 @@ FIT = FitConfig(images=96, batch_size=8, lr=2e-3, warmup_images=16, ema=0.5)
 VAE = AutoencoderConfig(channels=(8, 8), latent_channels=4, fit=FIT)
 
 
-def random_images(count: int = 24) -> Tensor:
-    """Smooth random images, uint8 [N, 3, 16, 16]."""
-    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    fine = nn.functional.interpolate(coarse, 16, mode="bilinear")
-    return (fine * 255).to(torch.uint8)
-
-
 def run(folder: Path, stop_at: int = -1) -> nn.Module:
     def progress(label: str, done: int, total: int) -> None:
         if done == stop_at:
             signal.raise_signal(signal.SIGINT)
 
     return train_autoencoder(random_images(), VAE, RunLog(folder, {}), 5, progress)
-
-
-def reports(folder: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_stats(folder)]
 
 
 @pytest.fixture(scope="module")
