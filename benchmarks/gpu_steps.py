@@ -150,7 +150,7 @@ def _steps(item: StepItem, options: Options, rows: Rows) -> Result:
     notes = [
         "Weights are random. Text encoders are not part of the step, nor of its memory. MFU: FLOP of the "
         "forward and backward passes of networks, losses and R1, without recomputation "
-        f"(distill/planning/flops.py), against {stated_peak() / 1e12:.0f} TFLOP/s.",
+        f"(distill/planning/flops.py), against {stated_peak() / 1e12:.0f} TFLOP/s."
     ]
     if (share := _share_of_r1(rows)) == share:
         when = f"every {R1_EVERY} steps, as sd15-cfg3 has it on 16 GPUs"

@@ -25,14 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import compare, median, table, write
 from d2g.core import seeds
 from d2g.core.errors import UserError
-from d2g.diffusion.pretrained import (
-    SHIPPED,
-    new_conditioner,
-    new_tokenizer,
-    new_unet,
-    new_vae,
-    save_pipeline,
-)
+from d2g.diffusion.pretrained import SHIPPED, new_conditioner, new_tokenizer, new_unet, new_vae, save_pipeline
 from distill.planning.flops import count as count_flops
 from pairgen.config import PairConfig
 from pairgen.job import Job, batched, open_job
@@ -109,12 +102,7 @@ class Race:
     def __init__(self, config: PairConfig) -> None:
         from diffusers import DDIMScheduler, DiffusionPipeline
 
-        known = {
-            "auto": torch.float32,
-            "fp32": torch.float32,
-            "bf16": torch.bfloat16,
-            "fp16": torch.float16,
-        }
+        known = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         self.config, self.dtype = config, known[config.precision]
         self.job = open_job(choose_speed(config, torch.device(DEVICE)), DEVICE)
         self.product_dtype = known[self.job.spec.precision]
@@ -225,7 +213,7 @@ def writer_overhead(config: PairConfig, repeats: int) -> list[str]:
     return [
         f"A row takes the writer {1e3 * writer:.3f} ms (checks, HDF5, sha256, fsync, rename; shards of "
         f"{spec.shard_size}) and the teacher {1e3 * teacher:.2f} ms ({spec.steps} steps, batch {size}): "
-        f"**{100 * writer / teacher:.2f} %**, and the writer works in a thread of its own.",
+        f"**{100 * writer / teacher:.2f} %**, and the writer works in a thread of its own."
     ]
 
 

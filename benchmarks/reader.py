@@ -144,7 +144,7 @@ def against_files(folder: Path, repeats: int) -> tuple[list[str], float]:
         "the disk: the files are dropped from the page cache before each epoch (posix_fadvise). One process "
         "each, but for the workers; these hand batches over in shared memory, and their CPU time is not "
         f"counted. Before: the header, index and places of chunks of each shard, {opening * 1e3:.1f} ms "
-        f"of CPU for one of {reader.spec.shard_size} rows.",
+        f"of CPU for one of {reader.spec.shard_size} rows."
     ]
     return about + lines, in_blocks[0]
 
@@ -179,7 +179,7 @@ def against_training(folder: Path) -> list[str]:
     return [
         f"Miniature, batch {config.train.batch_size}, {images} images of stage 1 on this machine: "
         f"{trained:.1f} images/s. Its rows, all shuffled, read in one process: {rate:.0f} rows/s, "
-        f"{rate / trained:.0f} times as many.",
+        f"{rate / trained:.0f} times as many."
     ]
 
 
@@ -204,7 +204,7 @@ def sd15_bound(rows_per_sec: float) -> list[str]:
         f"{flops / 1e12:.2f} TFLOP an image (the forward counted, the backward taken as twice that). At "
         f"{H100_BF16 / 1e12:.0f} TFLOP/s, all of an H100's or H200's stated bf16 peak with nothing else to "
         f"do, that is {bound:.0f} images/s, more than any training reaches. The reader gives "
-        f"{rows_per_sec:.0f} rows/s in blocks from the disk, {rows_per_sec / bound:.0f} times as many.",
+        f"{rows_per_sec:.0f} rows/s in blocks from the disk, {rows_per_sec / bound:.0f} times as many."
     ]
 
 

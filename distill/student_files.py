@@ -140,7 +140,7 @@ def student_prediction(name: str) -> str:
         return str(recorded["prediction_type"])
     teacher = str(facts.get("teacher", ""))
     here = teacher in pretrained.SHIPPED or (Path(teacher) / "model_index.json").is_file()
-    return pretrained.load_any_schedule(teacher).prediction if here else ""
+    return pretrained.load_schedule(teacher).prediction if here else ""
 
 
 def condition_teacher(name: str) -> str:

@@ -189,11 +189,7 @@ class Running:
             os.setpgid(self.pid, self.pid)
 
     def _child(
-        self,
-        arguments: list[str],
-        environment: Mapping[str, str],
-        file_limit: int,
-        disks: Mapping[Path, int],
+        self, arguments: list[str], environment: Mapping[str, str], file_limit: int, disks: Mapping[Path, int]
     ) -> None:
         code = 99
         try:
@@ -244,6 +240,12 @@ class Running:
             time.sleep(0.002)
         _, status = os.waitpid(self.pid, 0)
         return Ended(os.waitstatus_to_exitcode(status), self.out.read_text(), self.err.read_text())
+
+
+def succeed(*commands: Ended) -> None:
+    """Fail unless every command has succeeded."""
+    for ended in commands:
+        assert ended.code == 0, ended.stderr
 
 
 def d2g(arguments: list[str], folder: Path, **settings: Any) -> Ended:

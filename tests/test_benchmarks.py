@@ -63,12 +63,7 @@ def test_a_row_that_fails_stops_no_other_row_and_is_measured_again(tmp_path: Pat
 
 def test_goals_say_whether_they_are_reached() -> None:
     assert goal("speed", 1.6, at_least=1.5)["reached"] == "yes"
-    assert goal("R1", 0.2, at_most=0.15) == {
-        "goal": "R1",
-        "aim": "<= 0.15",
-        "measured": 0.2,
-        "reached": "no",
-    }
+    assert goal("R1", 0.2, at_most=0.15) == {"goal": "R1", "aim": "<= 0.15", "measured": 0.2, "reached": "no"}
     assert goal("speed", float("nan"), at_least=1.5)["reached"] == ""
 
 

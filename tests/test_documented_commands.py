@@ -90,10 +90,7 @@ class Page:
     def __init__(self, folder: Path, teacher: Path) -> None:
         self.folder, self.teacher = folder, str(teacher)
         self.names = {"$SD": self.teacher, "SD": self.teacher, "VAE": self.teacher, "RUN": "runs/gan"}
-        self.settings: dict[str, dict[str, Any]] = {
-            "pairs generate": FEW_PAIRS,
-            "distill": SHORT_RUN,
-        }
+        self.settings: dict[str, dict[str, Any]] = {"pairs generate": FEW_PAIRS, "distill": SHORT_RUN}
         self.options: dict[str, list[str]] = {}
 
     def pairs_and_runs(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from exported import save_run
-from jobs import Running, d2g
+from jobs import Running, d2g, succeed
 from labeled import save_classes
 from own_pictures import image_folder, train_arguments
 from stores import FORKS
@@ -27,8 +27,7 @@ def run_with_kills(
         running.send(signal.SIGKILL)
         if running.wait().code == 0:
             return kill
-    ended = d2g(arguments, log)
-    assert ended.code == 0, ended
+    succeed(d2g(arguments, log))
     return kills
 
 

@@ -250,11 +250,7 @@ def test_both_stages_of_every_family_run(kind: str, device: torch.device, tmp_pa
     config = small_job(kind, tmp_path)
     generate_pairs(config, tmp_path / "pairs")
     for stage in ("ode", "gan"):
-        settings = (
-            *tiny_teachers.stage_settings(kind, stage),
-            "train.images=8",
-            "train.precision=bf16",
-        )
+        settings = (*tiny_teachers.stage_settings(kind, stage), "train.images=8", "train.precision=bf16")
         init = "teacher" if stage == "gan" else ""
         run = jobs.distill_config(Path(config.teacher), tmp_path / "pairs", *settings, stage=stage, init=init)
         assert train(run, tmp_path / stage).steps == 2

@@ -11,12 +11,7 @@ import pytest
 from pairgen.store.reader import PairReader
 
 ROOT = Path(__file__).parents[1]
-TRIAL = {
-    "SD": "miniature",
-    "LPIPS": "miniature/weights/teacher/latent_lpips",
-    "PRESET": "trial",
-    "GPUS": "2",
-}
+TRIAL = {"SD": "miniature", "LPIPS": "miniature/weights/teacher/latent_lpips", "PRESET": "trial", "GPUS": "2"}
 
 
 def bash_block(content: str) -> str:

@@ -142,11 +142,7 @@ def save_sd3(
 
     network: other settings of the transformer; SD3 is `SD3` below.
     """
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(0)
     tokenizers = clip_tokenizer(folder / "tokenizer"), clip_tokenizer(folder / "tokenizer_2", "!")
@@ -264,9 +260,7 @@ def save_dit(folder: Path, classes: int = 1000, **settings: Any) -> str:
         num_embeds_ada_norm=classes,
     )
     DiTPipeline(
-        transformer=lively(transformer),
-        vae=vae(),
-        scheduler=DDIMScheduler(**{**LINEAR, **settings}),
+        transformer=lively(transformer), vae=vae(), scheduler=DDIMScheduler(**{**LINEAR, **settings})
     ).save_pretrained(folder)
     # Published DiT pipelines have id2label; save_pretrained drops it.
     edit(folder, "model_index.json", id2label={str(i): f"thing {i}, thingy {i}" for i in range(classes)})

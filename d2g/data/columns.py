@@ -1,8 +1,7 @@
 """The names of the columns that hold captions or prompts, in every kind of file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from d2g.core.config import nearest
 from d2g.core.errors import UserError
@@ -43,8 +42,3 @@ def caption_column(
     if others and column is None:
         log_once(f"{where}: captions are read from {name}, not from {', '.join(others)}")
     return name
-
-
-def row_caption(where: str, row: Mapping[str, Any], column: str | None, setting: str = "column") -> Any:
-    """The caption of one row, by `caption_column`."""
-    return row[caption_column(where, row, column, setting)]

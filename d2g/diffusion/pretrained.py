@@ -30,7 +30,6 @@ from d2g.diffusion.pipelines import resolve as resolve
 from d2g.diffusion.pipelines import teacher_digests as teacher_digests
 from d2g.diffusion.pipelines import weights_sha256 as weights_sha256
 from d2g.diffusion.schedule import Schedule
-from d2g.diffusion.scheduler_files import load_any_schedule as load_any_schedule
 from d2g.diffusion.scheduler_files import load_schedule as load_schedule
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader workers fork

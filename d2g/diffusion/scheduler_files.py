@@ -110,27 +110,11 @@ _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
 }
 
 
-def load_schedule(name: str) -> Schedule:
-    """The schedule of a variance-preserving pipeline, with the spacing and end of its sampler.
-
-    Raises UserError for flows and EDM schedules, for schedulers that are stochastic or do not end at sigma =
-    0, and for settings that our solvers do not implement.
-    """
-    schedule = load_any_schedule(name)
-    if not isinstance(schedule, Schedule):
-        what = {
-            FlowSchedule: "a flow",
-            EDMSchedule: "preconditioned as in EDM",
-            CosineSchedule: "of continuous time",
-        }[type(schedule)]
-        raise UserError(f"teacher {name} is {what}; expected a variance-preserving teacher, such as SD 1.5")
-    return schedule
-
-
-def load_any_schedule(name: str) -> AnySchedule:
+def load_schedule(name: str) -> AnySchedule:
     """The schedule of a pipeline: variance-preserving, flow or EDM.
 
-    Raises UserError as `load_schedule` does, except for flows and EDM schedules.
+    Raises UserError for schedulers that are stochastic or do not end at sigma = 0, and for settings that our
+    solvers do not implement.
     """
     pipeline = open_pipeline(name)
     kind, settings = _settings(pipeline)

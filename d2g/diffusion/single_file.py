@@ -24,7 +24,7 @@ from d2g.core.staged_folder import staged
 from d2g.core.torch_files import load_tensors
 from d2g.diffusion.pipelines import SINGLE_FILE_SUFFIXES, open_pipeline
 from d2g.diffusion.schedule import NO_SIGNAL, Schedule
-from d2g.diffusion.scheduler_files import load_any_schedule
+from d2g.diffusion.scheduler_files import load_schedule
 from d2g.diffusion.teacher import describe_teacher
 
 NETWORK, AUTOENCODER, AVERAGE = "model.diffusion_model.", "first_stage_model.", "model_ema.diffusion_model"
@@ -142,7 +142,7 @@ def _config_folder(file: Path, tensors: Mapping[str, Tensor], config: str | None
 def _check_marks(file: Path, tensors: Mapping[str, Tensor], folder: Path, source: str) -> None:
     """Raise UserError for a checkpoint that is marked as predicting v, or as trained at zero terminal SNR,
     with a scheduler for other ones."""
-    schedule = load_any_schedule(str(folder))
+    schedule = load_schedule(str(folder))
     last = float(schedule.alphas_cumprod[-1]) if isinstance(schedule, Schedule) else 0.0
     other = "give --config with a copy of that pipeline whose scheduler_config.json says"
     if "v_pred" in tensors and schedule.prediction != "v_prediction":

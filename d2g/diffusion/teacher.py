@@ -18,7 +18,7 @@ from d2g.diffusion.families.base import EMBEDDED, SCHEDULE_NAMES, Family, Pipeli
 from d2g.diffusion.latents import LatentSpace, latent_space
 from d2g.diffusion.pipelines import open_pipeline
 from d2g.diffusion.schedule import NO_SIGNAL, CosineSchedule, Denoised, FlowSchedule, Point, Schedule, Spacing
-from d2g.diffusion.scheduler_files import AnySchedule, load_any_schedule, schedule_kind
+from d2g.diffusion.scheduler_files import AnySchedule, load_schedule, schedule_kind
 from d2g.diffusion.solvers import Churn, Denoise, Solver, first_order, guided, sample_ode
 
 TEACHER_GUIDANCE = 3.0
@@ -293,7 +293,7 @@ def _teacher_on_meta(name: str, spacing: Spacing | Literal["teacher"], final_alp
 def _checked_teacher(
     name: str, pipeline: Pipeline, spacing: Spacing | Literal["teacher"], final_alpha: str
 ) -> Teacher:
-    schedule = _override(name, load_any_schedule(name), spacing, final_alpha)
+    schedule = _override(name, load_schedule(name), spacing, final_alpha)
     space = _latent_space(name)
     network = pretrained.load_on_meta(name, pipeline.family.network)
     return Teacher(
@@ -359,7 +359,7 @@ def describe_stages(name: str) -> str:
     """
     pipeline = open_pipeline(name)
     unconditional = not pipeline.family.reads_text and pretrained.conditioner_on_meta(name).kind == "none"
-    kind = schedule_kind(load_any_schedule(name))
+    kind = schedule_kind(load_schedule(name))
     supported = pipeline.family.supported_stages(kind, unconditional)
     missing = [stage for stage, supports in supported.items() if not supports]
     stages = ", ".join(supports for supports in supported.values() if supports)

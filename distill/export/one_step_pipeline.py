@@ -63,7 +63,7 @@ def one_step_scheduler(schedule: Schedule | FlowSchedule, timestep: int) -> Any:
 
 def pipeline_schedule(teacher: str) -> Schedule | FlowSchedule:
     """The noise schedule of a teacher. Raises UserError if no diffusers pipeline can run its students."""
-    pipeline, schedule = open_pipeline(teacher), pretrained.load_any_schedule(teacher)
+    pipeline, schedule = open_pipeline(teacher), pretrained.load_schedule(teacher)
     instead = "export it with --format safetensors"
     if isinstance(schedule, FlowSchedule):
         return schedule

@@ -147,7 +147,7 @@ def _comfyui_schedule(teacher: str, kind: str) -> Schedule:
             f"teacher {teacher} is a {name}; the format comfyui supports SD 1.x and SDXL; {instead}"
         )
     _require_original_layout(teacher, config, instead)
-    schedule = pretrained.load_any_schedule(teacher)
+    schedule = pretrained.load_schedule(teacher)
     expected = DDIMScheduler(**pretrained.SD_BETAS).alphas_cumprod.double()
     # ComfyUI computes its own table of noise levels.
     if (

@@ -93,7 +93,7 @@ def build_noise_augmentation(
     """Build the noise augmentation of a run. In the regression stage `gan` is None, and no noise is added."""
     if gan is None:
         return NoiseAugmentation(None, None, seed)
-    schedule = pretrained.load_any_schedule(teacher)
+    schedule = pretrained.load_schedule(teacher)
     if isinstance(schedule, Schedule):
         schedule = replace(schedule, alphas_cumprod=schedule.alphas_cumprod.to(device))
     return NoiseAugmentation(gan, schedule, seed)

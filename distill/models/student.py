@@ -279,7 +279,7 @@ def _wrap(
     seed: int,
     wrapper: type[DiffusionStudent] | None,
 ) -> DiffusionStudent:
-    schedule, family = pretrained.load_any_schedule(teacher), family_of(teacher)
+    schedule, family = pretrained.load_schedule(teacher), family_of(teacher)
     downscale = pretrained.latent_downscale(teacher)
     student = (wrapper or DiffusionStudent)(network, schedule, family, timestep, downscale)
     if config is not None:
@@ -309,7 +309,7 @@ def check_teacher(teacher: str, stage: str, student: StudentConfig) -> None:
         )
     pretrained.expect_student_family(teacher)
     # The stage must support the teacher's family and noise schedule.
-    kind = schedule_kind(pretrained.load_any_schedule(teacher))
+    kind = schedule_kind(pretrained.load_schedule(teacher))
     if stage in ("gan", "text") and kind not in family.gan:
         raise SettingError(
             f"stage {stage} has no discriminator for {teacher}, a {pipeline.kind} of kind "

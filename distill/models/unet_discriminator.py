@@ -218,7 +218,7 @@ def _wrap_unet(unet: Any, teacher: str, config: DiscriminatorConfig) -> Discrimi
     family, downscale = family_of(teacher), pretrained.latent_downscale(teacher)
     assert isinstance(family, UNetFamily), "check_discriminator must run first"
     with torch.device("cpu"):
-        schedule = pretrained.load_any_schedule(teacher)
+        schedule = pretrained.load_schedule(teacher)
     return Discriminator(unet, family, config, downscale, schedule)
 
 

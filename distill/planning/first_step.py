@@ -23,7 +23,7 @@ def first_step_notes(config: DistillConfig, model: str) -> list[str]:
     if not stores or not config.student.is_diffusion:
         return []
     with planning_config(config, model) as planned:
-        schedule = pretrained.load_any_schedule(planned.teacher) if planned is not None else None
+        schedule = pretrained.load_schedule(planned.teacher) if planned is not None else None
     # EDM and cascades start at pure noise, pairs as well as students.
     if not isinstance(schedule, Schedule | FlowSchedule):
         return []

@@ -48,7 +48,7 @@ def check_init(name: str) -> None:
     pipeline = open_pipeline(name)
     if pipeline.family.name != "sd":
         raise UserError(f"--init {name} is a {pipeline.kind}; expected a StableDiffusionPipeline")
-    schedule = pretrained.load_any_schedule(name)
+    schedule = pretrained.load_schedule(name)
     if not isinstance(schedule, Schedule) or schedule.prediction != "epsilon":
         kind = schedule.prediction
         raise UserError(f"--init {name} predicts {kind}; expected a teacher that predicts epsilon")

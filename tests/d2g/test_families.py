@@ -18,7 +18,7 @@ from d2g.diffusion import pretrained
 from d2g.diffusion.families.base import Family
 from d2g.diffusion.families.registry import FAMILIES, STAGE_COLUMNS, stage_table
 from d2g.diffusion.pipelines import FAMILY_OF, family_of, open_pipeline
-from d2g.diffusion.scheduler_files import load_any_schedule, schedule_kind
+from d2g.diffusion.scheduler_files import load_schedule, schedule_kind
 from d2g.diffusion.teacher import describe_stages
 from d2g_cli.main import app
 from distill.config.discriminator import DiscriminatorConfig
@@ -112,7 +112,7 @@ def exports_to_diffusers(teacher: str) -> bool:
 @pytest.mark.parametrize("name", TEACHERS)
 def test_the_table_matches_what_each_stage_accepts(name: str, teachers: dict[str, str]) -> None:
     teacher = teachers[name]
-    family, kind = family_of(teacher), schedule_kind(load_any_schedule(teacher))
+    family, kind = family_of(teacher), schedule_kind(load_schedule(teacher))
     assert family.name == name.split()[0] and kind in family.schedules
     conditioning = pretrained.conditioner_on_meta(teacher).kind
     stages = family.supported_stages(kind, conditioning == "none" or family.reads_text)

@@ -19,13 +19,7 @@ import tiny_teachers
 from d2g.core.errors import UserError
 from d2g.core.seeds import noise
 from d2g.diffusion.families.registry import FAMILIES
-from d2g.diffusion.pipelines import (
-    PIPELINES,
-    choose_weights,
-    component_files,
-    open_pipeline,
-    weights_sha256,
-)
+from d2g.diffusion.pipelines import PIPELINES, choose_weights, component_files, open_pipeline, weights_sha256
 from d2g.diffusion.pretrained import load_model
 from d2g.diffusion.teacher import load_teacher
 

@@ -7,12 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from d2g.core.precision import (
-    exact_fp32,
-    fp32_products_are_exact,
-    set_exact_fp32,
-    set_training_arithmetic,
-)
+from d2g.core.precision import exact_fp32, fp32_products_are_exact, set_exact_fp32, set_training_arithmetic
 from forks import fork
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32:UserWarning")

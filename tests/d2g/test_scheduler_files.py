@@ -18,7 +18,6 @@ from d2g.diffusion.scheduler_files import (
     FLOW,
     REFUSED,
     VARIANCE_PRESERVING,
-    load_any_schedule,
     load_schedule,
 )
 
@@ -103,7 +102,7 @@ def test_defaults_are_those_of_the_class(copy: Path, ldm: Path) -> None:
 @pytest.mark.parametrize("kind", REFUSED)
 def test_schedulers_that_cannot_make_pairs_are_refused(copy: Path, kind: str) -> None:
     with pytest.raises(UserError, match=f"scheduler {kind} cannot make pairs: {REFUSED[kind]}") as caught:
-        load_any_schedule(set_scheduler(copy, kind, **SD_BETAS))
+        load_schedule(set_scheduler(copy, kind, **SD_BETAS))
     assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
     assert "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)" in str(
         caught.value
@@ -114,11 +113,11 @@ def test_unknown_schedulers_are_refused_with_the_supported_ones(copy: Path) -> N
     with pytest.raises(
         UserError, match="IPNDMScheduler does not go with StableDiffusionPipeline; expected DDIM"
     ):
-        load_any_schedule(set_scheduler(copy, "IPNDMScheduler"))
+        load_schedule(set_scheduler(copy, "IPNDMScheduler"))
     with pytest.raises(
         UserError, match="FlowMatchEulerDiscreteScheduler does not go with StableDiffusionPipe"
     ):
-        load_any_schedule(set_scheduler(copy, "FlowMatchEulerDiscreteScheduler", shift=3.0))
+        load_schedule(set_scheduler(copy, "FlowMatchEulerDiscreteScheduler", shift=3.0))
 
 
 SETTINGS: list[tuple[str, str, Any, str]] = [
@@ -160,9 +159,9 @@ def test_unsupported_scheduler_settings_are_refused(
 ) -> None:
     folder = Path(shutil.copytree(sd3, tmp_path / "flow")) if kind in FLOW else ldm
     good = {} if kind in FLOW else {"clip_sample": False}
-    assert isinstance(load_any_schedule(set_scheduler(folder, kind, **good)), FlowSchedule | Schedule)
+    assert isinstance(load_schedule(set_scheduler(folder, kind, **good)), FlowSchedule | Schedule)
     with pytest.raises(UserError, match=f"scheduler {kind} has {key}=") as caught:
-        load_any_schedule(set_scheduler(folder, kind, **{**good, key: value}))
+        load_schedule(set_scheduler(folder, kind, **{**good, key: value}))
     text = str(caught.value)
     assert (
         why in text and "set it to" in text and "scheduler/scheduler_config.json" in text and "\n" not in text
@@ -192,11 +191,9 @@ def test_a_damaged_scheduler_file_is_reported(copy: Path) -> None:
 
 
 def test_a_flow_is_read_from_its_file(sd3: Path, tmp_path: Path) -> None:
-    result = load_any_schedule(str(sd3))
+    result = load_schedule(str(sd3))
     assert result == FlowSchedule(train_steps=1000, shift=3.0, spacing="linspace")
-    with pytest.raises(UserError, match="is a flow; expected a variance-preserving teacher"):
-        load_schedule(str(sd3))
     folder = Path(shutil.copytree(sd3, tmp_path / "dynamic"))
-    result = load_any_schedule(set_scheduler(folder, FLOW[0], use_dynamic_shifting=True, base_shift=0.4))
+    result = load_schedule(set_scheduler(folder, FLOW[0], use_dynamic_shifting=True, base_shift=0.4))
     assert isinstance(result, FlowSchedule) and result.dynamic is not None
     assert (result.dynamic.base_shift, result.dynamic.max_shift, result.dynamic.patch_size) == (0.4, 1.15, 2)

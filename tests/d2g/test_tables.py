@@ -94,10 +94,7 @@ def test_decompression_bombs_are_refused_before_they_are_read(bomb: Path, reader
         "gan.real": lambda: RealImages(str(bomb), (8, 8)),
         "lpips": lambda: open_labeled(str(bomb), None),
     }[reader]
-    with (
-        limit_memory(64 << 20),
-        pytest.raises(UserError, match=r"would grow from .* MiB to \d\.\d GiB when"),
-    ):
+    with limit_memory(64 << 20), pytest.raises(UserError, match=r"would grow from .* MiB to \d\.\d GiB when"):
         read()
 
 

@@ -284,11 +284,7 @@ SIZES: list[tuple[Callable[[Path], str], list[tuple[int, int]], tuple[int, int],
 
 @pytest.mark.parametrize(("save", "good", "bad", "says"), SIZES)
 def test_unsupported_sizes_are_refused(
-    tmp_path: Path,
-    save: Callable[[Path], str],
-    good: list[tuple[int, int]],
-    bad: tuple[int, int],
-    says: str,
+    tmp_path: Path, save: Callable[[Path], str], good: list[tuple[int, int]], bad: tuple[int, int], says: str
 ) -> None:
     loaded = load_teacher(save(tmp_path))
     prompt = {"text": "a", "label": "1", "none": ""}[loaded.conditioning]

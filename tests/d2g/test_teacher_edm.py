@@ -12,8 +12,7 @@ import tiny
 import tiny_teachers
 from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import noise
-from d2g.diffusion.pretrained import load_schedule
-from d2g.diffusion.scheduler_files import load_any_schedule
+from d2g.diffusion.scheduler_files import load_schedule
 from d2g.diffusion.solvers import evaluations_per_sample
 from d2g.diffusion.teacher import Teacher, check_solver, describe_teacher, load_teacher
 from pairgen.config import PAIR_PRESETS, PairConfig
@@ -110,9 +109,7 @@ def test_description(edm: Path) -> None:
     assert result["facts"].items() >= facts.items() and result["prediction_type"] == "epsilon"
     assert result["solver_defaults"] == {"solver": "euler", "spacing": "linspace", "final_alpha_one": True}
     assert result["scheduler"] == "EDMEulerScheduler" and teacher.default_solver == "euler"
-    assert load_any_schedule(str(edm)) == teacher.schedule
-    with pytest.raises(UserError, match="is preconditioned as in EDM; expected a variance-preserving"):
-        load_schedule(str(edm))
+    assert load_schedule(str(edm)) == teacher.schedule
 
 
 def test_a_pair_spec_records_the_schedule(edm: Path) -> None:
@@ -156,24 +153,24 @@ def test_invalid_edm_settings_are_refused(settings: dict[str, Any], says: str, t
     folder = tiny_teachers.save_edm(tmp_path)
     tiny_teachers.edit(tmp_path, "scheduler/scheduler_config.json", **settings)
     with pytest.raises(UserError, match=says) as caught:
-        load_any_schedule(folder)
+        load_schedule(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_settings_of_the_multistep_solver(tmp_path: Path) -> None:
     folder = tiny_teachers.save_edm(tmp_path, scheduler=DPM)
-    load_any_schedule(folder)
+    load_schedule(folder)
     tiny_teachers.edit(tmp_path, "scheduler/scheduler_config.json", algorithm_type="sde-dpmsolver++")
     with pytest.raises(UserError, match="draws fresh noise"):
-        load_any_schedule(folder)
+        load_schedule(folder)
 
 
 def test_networks_without_negative_time_inputs_are_refused(tmp_path: Path) -> None:
     folder = tiny_teachers.save_edm(tmp_path / "edm")
     tiny_teachers.edit(tmp_path / "edm", "unet/config.json", time_embedding_type="fourier")
     with pytest.raises(UserError, match="the UNet has time_embedding_type=fourier; expected positional"):
-        load_any_schedule(folder)
+        load_schedule(folder)
     dit = Path(tiny_teachers.save_dit(tmp_path / "dit", classes=4))
     tiny_teachers.edit(dit, "model_index.json", scheduler=["diffusers", "EDMEulerScheduler"])
     with pytest.raises(UserError, match="EDMEulerScheduler does not go with DiTPipeline; expected DDIM"):
-        load_any_schedule(str(dit))
+        load_schedule(str(dit))

@@ -16,7 +16,7 @@ from d2g.core.seeds import noise
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import decode, encode, latent_space
 from d2g.diffusion.schedule import FlowSchedule
-from d2g.diffusion.scheduler_files import load_any_schedule
+from d2g.diffusion.scheduler_files import load_schedule
 from d2g.diffusion.teacher import check_solver, describe_teacher, load_teacher
 
 SHAPE, PROMPTS = (8, 4, 4), [tiny.CAPTIONS[0], " A RED Cube ", "a red cube " * 200, ""]
@@ -125,7 +125,7 @@ def test_other_schedules_are_refused(
     odd = Path(shutil.copytree(folder, tmp_path / "odd"))
     tiny_teachers.edit(odd, "scheduler/scheduler_config.json", **values)
     with pytest.raises(UserError, match=message) as caught:
-        load_any_schedule(str(odd))
+        load_schedule(str(odd))
     assert "\n" not in str(caught.value)
 
 

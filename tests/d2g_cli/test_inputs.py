@@ -22,10 +22,7 @@ MISSING = [
         "distill ode --preset cifar10 --set regression.lpips_weights=none.pth",
         "regression.lpips_weights none.pth: no such file",
     ),
-    (
-        "distill gan --preset cifar10-real --set gan.real=none",
-        "gan.real none: no such",
-    ),
+    ("distill gan --preset cifar10-real --set gan.real=none", "gan.real none: no such"),
     ("sample --student none --prompt a", "student none: expected a run"),
     ("sample --teacher none --prompt a", "--teacher none: no such folder"),
     ("sample --prompts none.txt", "--prompts none.txt: no such file or folder"),

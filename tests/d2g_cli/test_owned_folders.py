@@ -28,10 +28,7 @@ COMMANDS = {
     "eval run --work": ([*EVALUATE, "--work"], "evaluates in"),
     "eval run --keep": ([*EVALUATE, "--keep"], "evaluates in"),
     "eval stats": (["eval", "stats", "--images", "x", "--metrics", "fid", "--out"], "measures in"),
-    "eval curve": (
-        ["eval", "curve", *EVALUATE[2:], "--over", "noise_scale=0.5,1", "--out"],
-        "evaluates in",
-    ),
+    "eval curve": (["eval", "curve", *EVALUATE[2:], "--over", "noise_scale=0.5,1", "--out"], "evaluates in"),
 }
 
 

@@ -22,7 +22,7 @@ from distill.planning.memory import predict
 from distill.planning.unused_settings import refuse_unused
 from distill.student_files import guiding_clip
 from distill.training.train import train
-from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs, succeed
 from runs import losses, state_at
 
 
@@ -149,10 +149,8 @@ def test_contrastive_runs_do_not_depend_on_micro_batches(teacher: Path, clip: st
 def test_contrastive_runs_do_not_depend_on_processes(teacher: Path, clip: str, tmp_path: Path) -> None:
     config = distill_config(teacher, make_pairs(teacher, tmp_path), *contrastive(clip), "train.images=8")
     settings = contrastive(clip)
-    single = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
-    assert single.code == 0, single.stderr
-    for ended in d2g_ranks(distill_arguments(config, tmp_path / "two", *settings), tmp_path / "log"):
-        assert ended.code == 0, ended.stderr
+    succeed(d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log"))
+    succeed(*d2g_ranks(distill_arguments(config, tmp_path / "two", *settings), tmp_path / "log"))
     one, two = ([line["loss/clip"] for line in losses(tmp_path / run)] for run in ("one", "two"))
     assert len(one) > 1 and two == pytest.approx(one, rel=1e-4)
 

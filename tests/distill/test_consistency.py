@@ -29,7 +29,7 @@ from distill.sampling import load_student
 from distill.training.check_config import validate_config
 from distill.training.data import pair_batches
 from distill.training.train import train
-from jobs import d2g, d2g_ranks, distill_arguments, distill_config
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, succeed
 from pairgen.generate import generate_pairs
 from pairgen.store.reader import PairReader
 from runs import equal, losses, state_at
@@ -151,11 +151,9 @@ def test_two_processes_and_micro_batches_train_like_one(
 ) -> None:
     settings = [*SETTINGS, "train.images=12"]
     for run, more in {"one": [], "parts": ["engine.gradient_accumulation=2"]}.items():
-        done = d2g(command(teacher, store, tmp_path / run, *settings, *more), tmp_path / "log")
-        assert done.code == 0, done.stderr
+        succeed(d2g(command(teacher, store, tmp_path / run, *settings, *more), tmp_path / "log"))
     sharded = command(teacher, store, tmp_path / "two", *settings, f"engine.parallel={engine}")
-    for ended in d2g_ranks(sharded, tmp_path / "log"):
-        assert ended.code == 0, ended.stderr
+    succeed(*d2g_ranks(sharded, tmp_path / "log"))
     curves = {run: [line["loss/g"] for line in losses(tmp_path / run)] for run in ("one", "parts", "two")}
     assert len(curves["one"]) == 3
     assert curves["parts"] == pytest.approx(curves["one"], rel=1e-5)

@@ -27,7 +27,7 @@ from eval.images.resize import NATIVE
 from eval.protocols.config import EvalRun
 from eval.protocols.protocol import PROTOCOLS
 from eval.runner.session import EvalSession
-from jobs import TRAIN, d2g, d2g_ranks
+from jobs import TRAIN, d2g, d2g_ranks, succeed
 from pairgen.config import PairConfig
 from pairgen.generate import generate_pairs
 from pairgen.store.reader import PairReader
@@ -42,15 +42,16 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_teachers.save_edm(folder / "teacher")
     torch.manual_seed(0)
     torch.save(squeezenet1_1(weights=None).state_dict(), folder / "squeeze.pth")
-    generated = d2g(
-        [
-            *("pairs", "generate", "--preset", "cifar10", "--teacher", str(folder / "teacher")),
-            *("--out", str(folder / "pairs"), "--num-pairs", "24", "--json"),
-            *("--set", "shard_size=10", "--set", "batch_size=8", "--set", "dtype=float32"),
-        ],
-        folder / "log",
+    succeed(
+        d2g(
+            [
+                *("pairs", "generate", "--preset", "cifar10", "--teacher", str(folder / "teacher")),
+                *("--out", str(folder / "pairs"), "--num-pairs", "24", "--json"),
+                *("--set", "shard_size=10", "--set", "batch_size=8", "--set", "dtype=float32"),
+            ],
+            folder / "log",
+        )
     )
-    assert generated.code == 0, generated.stderr
     return folder
 
 
@@ -88,8 +89,7 @@ def run(workspace: Path) -> Path:
     """An unbroken run of six steps with previews and validation."""
     out = workspace / "run"
     monitoring = {"train.preview_prompts": 4, "train.validate_images": 24, "train.validate_pairs": 4}
-    done = d2g(arguments(workspace, out, 6, **monitoring), workspace / "log")
-    assert done.code == 0, done.stderr
+    succeed(d2g(arguments(workspace, out, 6, **monitoring), workspace / "log"))
     return out
 
 
@@ -126,8 +126,7 @@ def test_a_resumed_run_equals_an_unbroken_one(workspace: Path, run: Path, tmp_pa
     """Bit-identical weights and optimizer states, with dropout on."""
     monitoring = {"train.preview_prompts": 4, "train.validate_images": 24, "train.validate_pairs": 4}
     for steps in (3, 6):
-        done = d2g(arguments(workspace, tmp_path / "run", steps, **monitoring), tmp_path / "log")
-        assert done.code == 0, done.stderr
+        succeed(d2g(arguments(workspace, tmp_path / "run", steps, **monitoring), tmp_path / "log"))
     states = [
         sharded_checkpoint.read(checkpoint.open_checkpoint(p / "checkpoints" / "000000048"))
         for p in (tmp_path / "run", run)
@@ -142,11 +141,9 @@ def test_a_resumed_run_equals_an_unbroken_one(workspace: Path, run: Path, tmp_pa
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_two_processes_train_like_one(workspace: Path, engine: str, tmp_path: Path) -> None:
     """Dropout masks depend on the row only, not on the process."""
-    single = d2g(arguments(workspace, tmp_path / "one", 3), tmp_path / "log")
-    assert single.code == 0, single.stderr
+    succeed(d2g(arguments(workspace, tmp_path / "one", 3), tmp_path / "log"))
     more = {"engine.parallel": engine, "data.text_cache": 4}
-    for ended in d2g_ranks(arguments(workspace, tmp_path / "two", 3, **more), tmp_path / "log"):
-        assert ended.code == 0, ended.stderr
+    succeed(*d2g_ranks(arguments(workspace, tmp_path / "two", 3, **more), tmp_path / "log"))
     curves = [[line["loss/lpips"] for line in read_stats(tmp_path / name)] for name in ("one", "two")]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4) and len(curves[0]) == 3
 
@@ -180,8 +177,9 @@ def test_student_overfits_its_pairs(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_sampling_covers_all_classes(workspace: Path, run: Path, tmp_path: Path) -> None:
-    done = d2g(["sample", "--student", str(run), "--out", str(tmp_path / "all"), "--json"], tmp_path / "log")
-    assert done.code == 0, done.stderr
+    succeed(
+        d2g(["sample", "--student", str(run), "--out", str(tmp_path / "all"), "--json"], tmp_path / "log")
+    )
     assert len(list((tmp_path / "all").glob("0*.png"))) == 10, "all classes if no prompt is given"
     assert default_student_prompts(str(run)) == [str(i) for i in range(10)]
     command = [

@@ -29,7 +29,7 @@ from d2g.diffusion import pretrained
 from distill.config.run import DistillConfig
 from distill.training.train import train
 from forks import environments
-from jobs import Running, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from jobs import Running, d2g, d2g_ranks, distill_arguments, distill_config, make_pairs, succeed
 from pairgen.generate import generate_pairs
 
 STEPS = ("gan.r1_interval=2", "gan.mix_fraction=0.5", "gan.optim.lr=1e-4", "train.images=16")
@@ -52,8 +52,7 @@ def config(teacher: Path, pairs: Path, ode: Path) -> DistillConfig:
 def plain(config: DistillConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reference run: four steps on one process with default engine settings."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    done = d2g(distill_arguments(config, out, *STEPS), out.parent / "log")
-    assert done.code == 0, done.stderr
+    succeed(d2g(distill_arguments(config, out, *STEPS), out.parent / "log"))
     return out
 
 
@@ -90,14 +89,12 @@ SLOW_OPTIONS = dict.fromkeys(("own-passes", "async", "offload", "fused"), (pytes
 
 
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(name, marks=SLOW_OPTIONS.get(name, ())) for name in ENGINE_OPTIONS],
+    "case", [pytest.param(name, marks=SLOW_OPTIONS.get(name, ())) for name in ENGINE_OPTIONS]
 )
 def test_engine_options_do_not_change_training(
     case: str, config: DistillConfig, plain: Path, tmp_path: Path
 ) -> None:
-    done = d2g(distill_arguments(config, tmp_path / "run", *STEPS, *ENGINE_OPTIONS[case]), tmp_path / "log")
-    assert done.code == 0, done.stderr
+    succeed(d2g(distill_arguments(config, tmp_path / "run", *STEPS, *ENGINE_OPTIONS[case]), tmp_path / "log"))
     assert_same_learning(tmp_path / "run", plain)
 
 
@@ -111,13 +108,11 @@ def test_two_ranks_train_like_one_and_one_rank_resumes_them(
     first = distill_arguments(
         config, out, *STEPS, f"engine.parallel={parallel}", async_checkpoints, "train.images=8"
     )
-    ranks = d2g_ranks(first, tmp_path / "log")
-    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
+    succeed(*d2g_ranks(first, tmp_path / "log"))
     last = checkpoint.latest(out / "checkpoints")
     assert last is not None and last.meta["processes"] == 2
     assert len(list((last.folder / "state").glob("*.distcp"))) == 2, "each rank writes its own file"
-    done = d2g(distill_arguments(config, out, *STEPS), tmp_path / "log1")
-    assert done.code == 0, done.stderr
+    succeed(d2g(distill_arguments(config, out, *STEPS), tmp_path / "log1"))
     assert_same_learning(out, plain)
 
 
@@ -139,24 +134,20 @@ def test_row_randomness_does_not_depend_on_the_split(
     """Eight rows in one batch train like two ranks with two micro-batches of two rows each."""
     steps = STEPS[1:] if "approx" in option else STEPS  # approx has no r1_interval
     settings = (*steps, "train.batch_size=8", "train.report_images=8", *option.split())
-    single = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
-    assert single.code == 0, single.stderr
+    succeed(d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log"))
     split = distill_arguments(config, tmp_path / "two", *settings, "engine.gradient_accumulation=2")
-    ranks = d2g_ranks(split, tmp_path / "log")
-    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
+    succeed(*d2g_ranks(split, tmp_path / "log"))
     assert_same_learning(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
 def test_two_ranks_resume_a_run_of_one_rank(config: DistillConfig, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = d2g(distill_arguments(config, out, *STEPS, "train.images=8"), tmp_path / "log")
-    assert done.code == 0, done.stderr
+    succeed(d2g(distill_arguments(config, out, *STEPS, "train.images=8"), tmp_path / "log"))
     arguments = distill_arguments(
         config, out, *STEPS, "engine.parallel=fsdp", "engine.gradient_accumulation=1"
     )
-    ranks = d2g_ranks(arguments, tmp_path / "log")
-    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
+    succeed(*d2g_ranks(arguments, tmp_path / "log"))
     assert_same_learning(out, plain)
 
 
@@ -177,8 +168,7 @@ def unbroken_run(
     """(settings, folder) of an unbroken run: eight steps on two ranks with a checkpoint at each step."""
     out = tmp_path_factory.mktemp("unbroken") / "run"
     settings = (*STEPS, "train.images=32", "train.checkpoint_images=4")
-    ranks = d2g_ranks(distill_arguments(config, out, *settings), out.parent / "log")
-    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
+    succeed(*d2g_ranks(distill_arguments(config, out, *settings), out.parent / "log"))
     return settings, out
 
 
@@ -204,8 +194,7 @@ def test_a_run_with_killed_ranks_resumes_exactly(
     if killed == "one":
         assert ended[0].code == 1
         assert "another process of this run is gone" in ended[0].error and "goes on from" in ended[0].error
-    resumed = d2g_ranks(arguments, tmp_path / "again")
-    assert [each.code for each in resumed] == [0, 0], resumed[0].stderr
+    succeed(*d2g_ranks(arguments, tmp_path / "again"))
     last = [checkpoint.open_checkpoint(run / "checkpoints" / "000000032") for run in (out, unbroken)]
     states = [sharded_checkpoint.read(each) for each in last]
     assert states[0].keys() == states[1].keys()
@@ -275,14 +264,12 @@ def test_damaged_or_foreign_checkpoints_are_refused(
 ) -> None:
     """A checkpoint with a damaged file, or one that a run with another config wrote."""
     out, steps = tmp_path / "run", (*STEPS, "train.checkpoint_images=8")
-    done = d2g(distill_arguments(config, out, *steps), tmp_path / "log")
-    assert done.code == 0, done.stderr
+    succeed(d2g(distill_arguments(config, out, *steps), tmp_path / "log"))
     if damage is not None:
         damage(out)
     else:
         arguments = distill_arguments(config, tmp_path / "other", *steps, "gan.weight=1")
-        other = d2g(arguments, tmp_path / "log")
-        assert other.code == 0, other.stderr
+        succeed(d2g(arguments, tmp_path / "log"))
         (out / "checkpoints" / "000000016").rename(tmp_path / "away")
         (tmp_path / "other" / "checkpoints" / "000000016").rename(out / "checkpoints" / "000000016")
     ended = d2g(distill_arguments(config, out, *steps, "train.images=20"), tmp_path / "log")
@@ -309,8 +296,7 @@ def test_a_non_finite_pair_is_reported_and_repaired(
     assert all(report["norm"] == "nan" and len(report["pairs"]) == 2 for report in reports)
     assert {len(logits) for report in reports for logits in report["logits"].values()} == {6}
     assert d2g(["pairs", "repair", str(store)], tmp_path / "log").code == 0
-    ranks = d2g_ranks(arguments, tmp_path / "log")
-    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
+    succeed(*d2g_ranks(arguments, tmp_path / "log"))
     assert_same_learning(out, plain)
 
 
@@ -322,8 +308,7 @@ def test_three_ranks_resume_bit_for_bit(config: DistillConfig, tmp_path: Path) -
     for run, image_counts in (("unbroken", (24,)), ("resumed", (12, 24))):
         for images in image_counts:
             arguments = distill_arguments(config, tmp_path / run, *settings, f"train.images={images}")
-            ended = d2g_ranks(arguments, tmp_path / "log", 3)
-            assert [each.code for each in ended] == [0, 0, 0], ended[0].stderr
+            succeed(*d2g_ranks(arguments, tmp_path / "log", 3))
     states = [
         sharded_checkpoint.read(checkpoint.open_checkpoint(tmp_path / run / "checkpoints" / "000000024"))
         for run in ("unbroken", "resumed")
@@ -388,10 +373,8 @@ def test_real_images_change_the_discriminator_loss(
         Image.new("RGB", (40, 30), (40 * number, 10, 200)).save(images / f"{number}.png")
         (images / f"{number}.txt").write_text(f"a red cube {number}")
     settings = (*STEPS, f"gan.real={images}", "gan.real_fraction=0.3")
-    done = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
-    assert done.code == 0, done.stderr
-    ranks = d2g_ranks(distill_arguments(config, tmp_path / "two", *settings), tmp_path / "log")
-    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
+    succeed(d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log"))
+    succeed(*d2g_ranks(distill_arguments(config, tmp_path / "two", *settings), tmp_path / "log"))
     assert_same_learning(tmp_path / "two", tmp_path / "one")
     assert losses(tmp_path / "one")[0]["loss/d"] != losses(plain)[0]["loss/d"]
 
@@ -453,8 +436,7 @@ def test_reports_of_a_run_killed_before_its_first_checkpoint_are_dropped(
     running.wait()
     assert not (out / "ended.json").exists(), "a killed run writes no ended.json"
     hours = read_stats(out)[-1]["time/device_hours"]
-    done = d2g(distill_arguments(config, out), tmp_path / "log")
-    assert done.code == 0, done.stderr
+    succeed(d2g(distill_arguments(config, out), tmp_path / "log"))
     assert [line["nimg"] for line in read_stats(out)] == [4, 8]
     assert read_stats(out)[0]["time/device_hours"] > hours, "lost steps count, too"
     assert json.loads((out / "ended.json").read_text())["how"] == "done"
@@ -488,14 +470,12 @@ def test_validate_option_measures_fid_during_training(tmp_path: Path) -> None:
     validation = ("train.validate_pairs=2", "train.validate_images=4", "train.keep_best=true")
     arguments = distill_arguments(config, tmp_path / "run", *validation)
     options = ["--validate", "miniature", "--validate-num", "16"]
-    done = d2g([*arguments, *options], tmp_path / "log")
-    assert done.code == 0, done.stderr
+    succeed(d2g([*arguments, *options], tmp_path / "log"))
     lines = [line for line in read_stats(tmp_path / "run") if "val/fid" in line]
     assert [line["nimg"] for line in lines] == [4, 8]
     assert all(line["val/fid"] > 0 and line["val/psnr"] > 0 for line in lines)
     sharded = distill_arguments(config, tmp_path / "sharded", *validation, "engine.parallel=fsdp")
-    ranks = d2g_ranks([*sharded, *options], tmp_path / "log")
-    assert [ended.code for ended in ranks] == [0, 0], ranks[0].stderr
+    succeed(*d2g_ranks([*sharded, *options], tmp_path / "log"))
     fids = [line["val/fid"] for line in read_stats(tmp_path / "sharded") if "val/fid" in line]
     assert fids == pytest.approx([line["val/fid"] for line in lines], rel=1e-3)
     refused = d2g([*distill_arguments(config, tmp_path / "other"), *options], tmp_path / "log")
@@ -505,8 +485,7 @@ def test_validate_option_measures_fid_during_training(tmp_path: Path) -> None:
 def test_reports_include_terms_of_earlier_steps(config: DistillConfig, tmp_path: Path) -> None:
     """R1 acts at every third step and G at even steps, but each report contains both."""
     settings = ("gan.r1_interval=3", "gan.d_steps_per_g_step=2", "train.report_images=20", "train.images=40")
-    done = d2g(distill_arguments(config, tmp_path / "run", *settings), tmp_path / "log")
-    assert done.code == 0, done.stderr
+    succeed(d2g(distill_arguments(config, tmp_path / "run", *settings), tmp_path / "log"))
     lines = read_stats(tmp_path / "run")
     assert [line["nimg"] for line in lines] == [20, 40]
     for line in lines:

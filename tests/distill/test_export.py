@@ -30,11 +30,7 @@ from distill.config.export import CardOptions, ExportConfig
 from distill.config.student import StudentConfig
 from distill.export.export import export, export_lora, export_pipeline, export_student
 from distill.export.model_card import license_of
-from distill.export.one_step_pipeline import (
-    one_step_scheduler,
-    sample_own_noise,
-    sample_pipeline,
-)
+from distill.export.one_step_pipeline import one_step_scheduler, sample_own_noise, sample_pipeline
 from distill.models.student import student_from_teacher
 from distill.sampling import load_student
 from exported import PROMPT, readme_of, save_lora_run, save_run
@@ -199,10 +195,7 @@ def test_diffusers_passes_the_guidance_scale_to_a_guided_student(teacher: Path, 
     for scale in (1.5, 8.0):
         own = replace(one, guidance=scale).latents(z, PROMPT)
         torch.testing.assert_close(
-            sample_with_diffusers(tmp_path / "out", z, guidance_scale=scale),
-            own,
-            rtol=0,
-            atol=1e-4,
+            sample_with_diffusers(tmp_path / "out", z, guidance_scale=scale), own, rtol=0, atol=1e-4
         )
     assert "guidance_scale=8.0" in (tmp_path / "out" / "README.md").read_text()
 

@@ -22,7 +22,7 @@ from distill.models.gigagan_discriminator import GigaGANDiscriminator
 from distill.models.modulated_readout import LAYERS, ModulatedReadout
 from distill.models.style_layers import initialize
 from distill.planning.memory import predict
-from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs, succeed
 from runs import assert_resumes_exactly, losses
 
 CONFIG = DiscriminatorConfig(discriminator="gigagan", mix_z=0, channel_base=64, channel_max=8)
@@ -180,11 +180,9 @@ def test_two_processes_train_like_one(
 ) -> None:
     config = distill_config(Path(teachers["sd"]), pairs, stage="gan")
     settings = (*RUN, "train.images=12")
-    single = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
-    assert single.code == 0, single.stderr
+    succeed(d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log"))
     command = distill_arguments(config, tmp_path / "two", *settings, f"engine.parallel={engine}")
-    for ended in d2g_ranks(command, tmp_path / "log"):
-        assert ended.code == 0, ended.stderr
+    succeed(*d2g_ranks(command, tmp_path / "log"))
     names = ("loss/d", "loss/g_gan", "grad/d", "grad/g", "loss/r1")
     one, two = (
         [line[name] for line in losses(tmp_path / run) for name in names if name in line]

@@ -87,8 +87,7 @@ def test_moved_inputs_are_accepted(
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["safetensors", "diffusers", pytest.param("onnx", marks=[pytest.mark.slow, pytest.mark.long])],
+    "kind", ["safetensors", "diffusers", pytest.param("onnx", marks=[pytest.mark.slow, pytest.mark.long])]
 )
 def test_export_accepts_a_moved_teacher(kind: Any, pairs: Path, teacher: Path, tmp_path: Path) -> None:
     first = copy(teacher, tmp_path / "first")

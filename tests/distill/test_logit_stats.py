@@ -12,7 +12,7 @@ from distill.config.run import DistillConfig
 from distill.training.logit_stats import LogitStats, auc, logit_report, spread
 from distill.training.microbatch import MicroBatch
 from distill.training.train import train
-from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs, succeed
 
 values = st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=9)
 
@@ -115,8 +115,7 @@ def single_process_runs(
     folder = tmp_path_factory.mktemp("single")
     runs = {BATCH_OF_12: folder / "batch_12", BATCH_OF_2: folder / "batch_2"}
     for batch, out in runs.items():
-        done = d2g(distill_arguments(config, out, *batch, *STEPS), folder / "log")
-        assert done.code == 0, done.stderr
+        succeed(d2g(distill_arguments(config, out, *batch, *STEPS), folder / "log"))
     return runs
 
 
@@ -134,8 +133,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=() if case == "accumulate 3" else pytest.mark.slow) for case in CASES],
+    "case", [pytest.param(case, marks=() if case == "accumulate 3" else pytest.mark.slow) for case in CASES]
 )
 def test_reports_cover_the_whole_batch(
     case: str, config: DistillConfig, single_process_runs: dict[tuple[str, ...], Path], tmp_path: Path

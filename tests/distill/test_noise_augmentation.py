@@ -11,11 +11,7 @@ from torch import Tensor
 import tiny_teachers
 from d2g.core.errors import SettingError
 from distill.config.discriminator import DiscriminatorConfig
-from distill.losses.noise_augmentation import (
-    NoiseAugmentation,
-    build_noise_augmentation,
-    sample_timesteps,
-)
+from distill.losses.noise_augmentation import NoiseAugmentation, build_noise_augmentation, sample_timesteps
 
 
 def sample_times(rows: int = 20_000, steps: int = 1000, **settings: Any) -> Tensor | None:

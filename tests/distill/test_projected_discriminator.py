@@ -30,7 +30,7 @@ from distill.models.pixel_features import DRAWS, RANGE, diff_augment
 from distill.models.projected_discriminator import VirtualBatchNorm, condition_vector
 from distill.planning.memory import predict
 from distill.training.train import train
-from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs, succeed
 from runs import assert_resumes_exactly, losses, state_at
 
 
@@ -296,10 +296,7 @@ def test_memory_counts_the_frozen_networks(teachers: dict[str, str], vit: str) -
             {"feature_networks": ("nowhere",)},
             r"^gan\.feature_networks: nowhere: no such folder; give one as save_pretrained writes",
         ),
-        (
-            {"feature_networks": ("squeezenet:nowhere",)},
-            r"^gan\.feature_networks: nowhere: no weights there",
-        ),
+        ({"feature_networks": ("squeezenet:nowhere",)}, r"^gan\.feature_networks: nowhere: no weights there"),
         (
             {"discriminator": "transformer+projected"},
             r"set gan\.discriminator=unet or gigagan or projected or unet\+projected or gigagan\+projected",
@@ -437,11 +434,9 @@ def test_two_processes_train_like_one(
         f'gan.feature_networks=["{vit}"]',
         "train.images=12",
     )
-    single = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
-    assert single.code == 0, single.stderr
+    succeed(d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log"))
     command = distill_arguments(config, tmp_path / "two", *settings, f"engine.parallel={engine}")
-    for ended in d2g_ranks(command, tmp_path / "log"):
-        assert ended.code == 0, ended.stderr
+    succeed(*d2g_ranks(command, tmp_path / "log"))
     names = ("loss/d", "loss/g_gan", "loss/g", "grad/d", "grad/g", "loss/r1")
     # Reports at every step: the first is from before an update.
     one, two = (losses(tmp_path / run) for run in ("one", "two"))

@@ -51,7 +51,7 @@ from distill.sampling import OneStepSampler, load_student, with_prior, with_psi
 from distill.saved_samples import save_both_samples
 from distill.training.train import train
 from eval.runner.samplers import SamplingRequest, student_source
-from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs, succeed
 from runs import assert_resumes_exactly, losses
 
 SIZES = GeneratorConfig(
@@ -495,11 +495,9 @@ def test_two_processes_train_like_one(
     config = distill_config(Path(teachers["sd"]), pairs, stage="gan")
     settings = (*RUN, f"student.kind={kind}", "train.images=12", "train.preview_prompts=2")
     settings += ("student.generator.factor=2",) if "up" in kind else ()
-    single = d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log")
-    assert single.code == 0, single.stderr
+    succeed(d2g(distill_arguments(config, tmp_path / "one", *settings), tmp_path / "log"))
     command = distill_arguments(config, tmp_path / "two", *settings, f"engine.parallel={engine}")
-    for ended in d2g_ranks(command, tmp_path / "log"):
-        assert ended.code == 0, ended.stderr
+    succeed(*d2g_ranks(command, tmp_path / "log"))
     names = ("loss/d", "loss/g_gan", "loss/g", "grad/d", "grad/g", "loss/r1")
     one, two = (
         [line[name] for line in losses(tmp_path / run) for name in names if name in line]

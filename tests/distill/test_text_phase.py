@@ -24,7 +24,7 @@ from distill.planning.unused_settings import refuse_unused
 from distill.sampling import load_student
 from distill.training.state import new_state
 from distill.training.train import train
-from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, make_pairs, succeed
 from runs import assert_resumes_exactly, losses, state_at
 
 GUIDED = ("clip_guidance.weight=50", "clip_guidance.crop=8", "regression.losses=[]", "gan.mix_fraction=0.5")
@@ -103,8 +103,7 @@ def test_two_ranks_train_as_one(first: DistillConfig, tmp_path: Path) -> None:
     for name, ranks, parallel in (("one", 1, "ddp"), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp")):
         settings = (*clip, "gan.r1_interval=2", "optim.name=adam", f"engine.parallel={parallel}")
         command = distill_arguments(first, tmp_path / name, *settings)
-        ended = d2g_ranks(command, tmp_path / f"{name}-ranks", ranks)
-        assert [one.code for one in ended] == [0] * ranks, ended
+        succeed(*d2g_ranks(command, tmp_path / f"{name}-ranks", ranks))
         runs[name] = losses(tmp_path / name)
     for name in ("ddp", "fsdp"):
         for expected, report in zip(runs["one"], runs[name], strict=True):
@@ -174,8 +173,7 @@ def test_sdxl_trains_its_text_encoders_sharded(tmp_path: Path) -> None:
     reports = []
     for parallel in ("ddp", "fsdp"):
         settings = ("clip_guidance.weight=0", "train.images=8", f"engine.parallel={parallel}")
-        ended = d2g(distill_arguments(config, tmp_path / parallel, *settings), tmp_path / "log")
-        assert ended.code == 0, ended.stderr
+        succeed(d2g(distill_arguments(config, tmp_path / parallel, *settings), tmp_path / "log"))
         reports.append(losses(tmp_path / parallel))
     for expected, report in zip(*reports, strict=True):
         assert report == pytest.approx(expected, rel=2e-3, abs=2e-4)

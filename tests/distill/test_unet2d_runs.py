@@ -26,18 +26,13 @@ from distill.sampling import load_student
 from distill.training.real_images import CaptionKind, RealImages
 from distill.training.real_rows import ImageRows
 from distill.training.train import train
-from jobs import d2g, d2g_ranks, distill_arguments, distill_config
+from jobs import d2g, d2g_ranks, distill_arguments, distill_config, succeed
 from pairgen.generate import generate_pairs
 from pairgen.store.reader import PairReader
 from runs import assert_resumes_exactly, losses, state_at
 
 KINDS = ("unet2d", "edm", "ldm")
-GAN = (
-    "regression.losses=mse:1",
-    "gan.r1_interval=2",
-    "gan.optim.lr=1e-3",
-    "optim.lr=1e-3",
-)
+GAN = ("regression.losses=mse:1", "gan.r1_interval=2", "gan.optim.lr=1e-3", "optim.lr=1e-3")
 WITHOUT_PAIRS = (
     "regression.losses=[]",
     "gan.real_fraction=1",
@@ -136,13 +131,11 @@ def test_two_processes_train_like_one(
     for name, config in cases.items():
         settings = [*(GAN if name == "pairs" else WITHOUT_PAIRS), mixing("edm"), "train.images=12"]
         settings += [] if name == "pairs" else [f"gan.real={images}"]
-        single = d2g(arguments(config, tmp_path / name / "one", *settings), tmp_path / "log")
-        assert single.code == 0, single.stderr
+        succeed(d2g(arguments(config, tmp_path / name / "one", *settings), tmp_path / "log"))
         curves = dict[str, list[float]]()
         for engine in ("ddp", "fsdp"):
             command = arguments(config, tmp_path / name / engine, *settings, f"engine.parallel={engine}")
-            for ended in d2g_ranks(command, tmp_path / f"log-{engine}"):
-                assert ended.code == 0, ended.stderr
+            succeed(*d2g_ranks(command, tmp_path / f"log-{engine}"))
         for run in ("one", "ddp", "fsdp"):
             lines = losses(tmp_path / name / run)
             curves[run] = [line[key] for line in lines for key in ("loss/d", "loss/g_gan", "loss/g")]
@@ -177,12 +170,7 @@ def captioned(images: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [
-        "unet2d",
-        "edm",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("ldm", "sd")),
-    ],
+    "name", ["unet2d", "edm", *(pytest.param(name, marks=pytest.mark.long) for name in ("ldm", "sd"))]
 )
 def test_runs_without_pairs_resume_bit_for_bit(
     name: str, teachers: dict[str, Path], images: Path, tmp_path: Path

@@ -156,12 +156,7 @@ def test_disabled_options(teacher: Path) -> None:
     x, noise, text = inputs()
     assert equal(discriminator(x, noise, text), discriminator(x, noise * 0, text)) and discriminator(
         x, noise, text
-    )["1_after"].shape == (
-        3,
-        1,
-        4,
-        4,
-    )
+    )["1_after"].shape == (3, 1, 4, 4)
     one_step(discriminator)
     assert equal(discriminator(x, noise, text), discriminator(x, noise * 0, text))
     assert added_parameters(discriminator) == 8 + 1

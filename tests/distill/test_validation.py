@@ -19,13 +19,7 @@ from distill.models.ema import EMA
 from distill.models.student import student_from_teacher
 from distill.monitoring.best_point import best_validation, comparable_reports, record_measure
 from distill.training.preview import decode_images, preview, preview_latents, preview_statistics, preview_text
-from distill.training.validation import (
-    held_out,
-    measure,
-    psnr_from_mse,
-    sample_across_ranks,
-    use_ema_weights,
-)
+from distill.training.validation import held_out, measure, psnr_from_mse, sample_across_ranks, use_ema_weights
 from forks import reserve_port
 from jobs import make_pairs
 from latent_lpips.distance import ELatentLPIPS

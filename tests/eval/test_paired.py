@@ -9,7 +9,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from d2g.core.errors import UserError
 from d2g.core.seeds import generator
 from eval.metrics.diversity import prompt_diversity
-from eval.metrics.paired import cosine_distance, encoded, mean_distance, psnr, rmse
+from eval.metrics.paired import cosine_distance, encoded, psnr
 
 
 def random_images(count: int, seed: int) -> Tensor:
@@ -34,17 +34,6 @@ def test_cosine_distance_equals_torch() -> None:
     assert cosine_distance(a, 3 * a).abs().max() < 1e-12
     halved = encoded(lambda x: x[:, :3], cosine_distance)
     assert torch.equal(halved(a, b), cosine_distance(a[:, :3], b[:, :3]))
-
-
-def test_mean_and_standard_error_of_distances() -> None:
-    teacher = torch.zeros(5, 4, 2, 2)
-    student = torch.arange(5.0).view(5, 1, 1, 1).expand_as(teacher)
-    result = mean_distance(rmse(student, teacher))
-    assert (result.mean, result.pairs) == (2.0, 5)
-    assert result.standard_error == pytest.approx((2.5 / 5) ** 0.5)
-    assert mean_distance(torch.ones(1)).standard_error == float("inf")
-    with pytest.raises(UserError, match="no pairs"):
-        mean_distance(torch.empty(0))
 
 
 def test_diversity_compares_images_of_the_same_prompt() -> None:

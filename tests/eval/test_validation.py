@@ -51,9 +51,7 @@ def test_a_run_reports_validation_and_keeps_the_best_checkpoint(
     )
     distillation = distill_config(teacher, make_pairs(teacher, tmp_path), *settings)
     train(
-        distillation,
-        tmp_path / "run",
-        validate=validation_hook(config(job, metrics=("fid",)), str(teacher)),
+        distillation, tmp_path / "run", validate=validation_hook(config(job, metrics=("fid",)), str(teacher))
     )
     lines = [line for line in read_stats(tmp_path / "run") if "val/fid" in line]
     assert [line["nimg"] for line in lines] == [8, 16] and all("val/psnr" in line for line in lines)

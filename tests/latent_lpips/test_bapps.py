@@ -72,10 +72,7 @@ BAD = {
     "no share": (save_half, r"002.npy holds \[1.5\], expected one share between 0 and 1"),
     "no npy": (lambda s: (s / "judge" / "002.npy").write_bytes(b"no"), "002.npy is not a readable .npy file"),
     "empty": (lambda s: [f.unlink() for f in s.rglob("*.*")], "noise holds no judgments"),
-    "nothing": (
-        lambda s: [shutil.rmtree(p) for p in s.iterdir()],
-        "noise holds no judgments; expected ref/",
-    ),
+    "nothing": (lambda s: [shutil.rmtree(p) for p in s.iterdir()], "noise holds no judgments; expected ref/"),
 }
 
 

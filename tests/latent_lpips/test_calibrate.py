@@ -14,7 +14,7 @@ import tiny
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion import pretrained
 from d2g.diffusion.latents import encode
-from jobs import d2g_ranks
+from jobs import d2g_ranks, succeed
 from labeled import save_judgments
 from latent_lpips import load_lpips
 from latent_lpips.config import CalibrateConfig
@@ -82,8 +82,7 @@ def test_two_processes_equal_one(data: Path, teacher: Path, tmp_path: Path) -> N
     words += ["--latents", one.latents, "--weights", one.weights, "--out", str(tmp_path / "two")]
     for setting in ("heads.lr=0.05", "heads.epochs=20", "heads.batch=8", "patch.batch=5"):
         words += ["--set", setting]
-    for ended in d2g_ranks(words, tmp_path):
-        assert ended.code == 0, ended.stderr
+    succeed(*d2g_ranks(words, tmp_path))
     left, right = (load_file(tmp_path / name / "lpips.safetensors") for name in ("one", "two"))
     for key, value in left.items():
         torch.testing.assert_close(right[key], value, rtol=1e-4, atol=1e-6)

@@ -17,7 +17,7 @@ from d2g.core.errors import SettingError, UserError
 from d2g.core.seeds import generator
 from d2g.core.tracking.run_directory import read_stats
 from d2g.diffusion import pretrained
-from jobs import Running, d2g_ranks
+from jobs import Running, d2g_ranks, succeed
 from labeled import save_classes, save_table
 from latent_lpips import load_lpips
 from latent_lpips.config import LPIPSConfig
@@ -116,8 +116,7 @@ def test_two_processes_equal_one(data: Path, teacher: Path, tmp_path: Path) -> N
     settings["batch"] = 26  # two steps only, because rounding differences grow
     for name, value in settings.items():
         words += ["--set", f"{name}={value}"]
-    for ended in d2g_ranks([*words, "--out", str(tmp_path / "two")], tmp_path):
-        assert ended.code == 0, ended.stderr
+    succeed(*d2g_ranks([*words, "--out", str(tmp_path / "two")], tmp_path))
     one = ClassifyConfig(
         data=str(data), latents=str(teacher), **{**settings, "area": (0.5, 1.0), "workers": 1}
     )

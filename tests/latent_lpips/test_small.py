@@ -33,14 +33,7 @@ from latent_lpips.vgg import VGG16
 
 NETWORK = LPIPSConfig(width=1 / 16)
 TRUNK = TrunkTrainConfig(
-    optimizer="adamw",
-    lr=5e-3,
-    schedule="onecycle",
-    batch=32,
-    images=3200,
-    grid=1,
-    held_out=0.2,
-    dropout=0.1,
+    optimizer="adamw", lr=5e-3, schedule="onecycle", batch=32, images=3200, grid=1, held_out=0.2, dropout=0.1
 )
 
 

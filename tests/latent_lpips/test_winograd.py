@@ -20,10 +20,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("blocks", [1, 24, 512])
 @pytest.mark.parametrize("winograd", [Winograd2x2, Winograd4x4])
 def test_equals_direct_convolution(
-    winograd: type[Winograd],
-    size: tuple[int, int],
-    blocks: int,
-    monkeypatch: pytest.MonkeyPatch,
+    winograd: type[Winograd], size: tuple[int, int], blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both directions, whatever the size, and however images and rows are divided."""
     monkeypatch.setattr(winograd, "MAX_BLOCKS", blocks)

@@ -75,10 +75,7 @@ def test_runs_and_stores_of_the_demo_are_ordinary_folders(demo: tuple[DemoResult
     for stage in ("ode", "gan"):
         assert [p.name for p in (out / stage / "checkpoints").iterdir()] == ["000000016"]
     config = EvalRun(
-        student=str(out / "gan"),
-        protocol=PROTOCOLS["miniature"],
-        num=8,
-        metrics=("clip", "caption_accuracy"),
+        student=str(out / "gan"), protocol=PROTOCOLS["miniature"], num=8, metrics=("clip", "caption_accuracy")
     )
     measured = run_evaluation(config)
     assert measured["clip_score"] == pytest.approx(demo[0].clip_score["gan"], abs=1e-6)

@@ -30,10 +30,7 @@ from pairgen.store.reader import PairReader
 @pytest.fixture(scope="module")
 def stores(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     low, high = (tmp_path_factory.mktemp(name) for name in ("low", "high"))
-    return [
-        make_pairs(teacher, low, guidance=2.0, num_pairs=8),
-        make_pairs(teacher, high, guidance=6.0),
-    ]
+    return [make_pairs(teacher, low, guidance=2.0, num_pairs=8), make_pairs(teacher, high, guidance=6.0)]
 
 
 def join_readers(stores: list[Path], with_guidance: bool = True) -> JoinedReader:

@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import tiny
 from d2g.core import seeds
 from d2g.core.errors import Interrupted, SettingError, UserError
-from jobs import Running, d2g, make_pairs
+from jobs import Running, d2g, make_pairs, succeed
 from pairgen import speed
 from pairgen.config import PAIR_PRESETS, PairConfig
 from pairgen.cost import GPU_COUNTS, plan_pairs
@@ -168,8 +168,7 @@ def test_sigkill_leaves_complete_shards_and_the_same_command_continues(
     assert running.wait().code == -signal.SIGKILL
     shard_bytes = {path: path.read_bytes() for path in sorted(out.glob("shards/*.h5"))}
     assert 2 <= len(shard_bytes) < 9 and not PairReader(out).complete and not verify_store(out).bad_shards
-    resumed = d2g(arguments(teacher, prompts, out), tmp_path / "log")
-    assert resumed.code == 0, resumed.stderr
+    succeed(d2g(arguments(teacher, prompts, out), tmp_path / "log"))
     assert verify_store(out).ok and len(PairReader(out)) == 36
     assert all(path.read_bytes() == data for path, data in shard_bytes.items())
     d2g(arguments(teacher, prompts, tmp_path / "unbroken", "batch_size=32"), tmp_path / "log")

@@ -14,7 +14,7 @@ import torch
 import tiny
 from d2g.diffusion.pretrained import load_conditioner, save_component
 from distill.training.data import open_pairs
-from jobs import Running, d2g
+from jobs import Running, d2g, succeed
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import quarantined_rows, read_spec
 from pairgen.verify import verify_store
@@ -38,8 +38,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
 def unbroken(teacher: Path, prompts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store generated without interruption, in larger batches."""
     folder = tmp_path_factory.mktemp("unbroken")
-    done = d2g(command(teacher, prompts, folder / "pairs", "batch_size=32"), folder / "log")
-    assert done.code == 0, done.stderr
+    succeed(d2g(command(teacher, prompts, folder / "pairs", "batch_size=32"), folder / "log"))
     return folder / "pairs"
 
 
@@ -62,8 +61,7 @@ def test_kills_in_a_row(kills: int, teacher: Path, prompts: str, tmp_path: Path)
         time.sleep(moments.uniform(0.05, 0.9))
         running.send(signal.SIGKILL)
         assert running.wait().code == -signal.SIGKILL, "the job finished before the kill"
-    done = d2g(command(teacher, prompts, out, "batch_size=16", "steps=30"), tmp_path / "log")
-    assert done.code == 0, done.stderr
+    succeed(d2g(command(teacher, prompts, out, "batch_size=16", "steps=30"), tmp_path / "log"))
     unbroken = tmp_path / "unbroken"
     assert d2g(command(teacher, prompts, unbroken, "batch_size=32", "steps=30"), tmp_path / "log").code == 0
     assert_equal_stores(out, unbroken)

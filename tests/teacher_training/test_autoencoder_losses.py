@@ -161,9 +161,7 @@ def test_a_resumed_training_equals_an_unbroken_one(
     assert reports(tmp_path) == reports(folder)
 
 
-def test_the_discriminator_begins_at_its_share_of_the_images(
-    unbroken: tuple[nn.Module, Path],
-) -> None:
+def test_the_discriminator_begins_at_its_share_of_the_images(unbroken: tuple[nn.Module, Path]) -> None:
     vae, folder = unbroken
     lines = reports(folder)
     learned = [line["nimg"] for line in lines if "loss/discriminator" in line]
