@@ -11,8 +11,9 @@
 `train` runs one stage from a config, and returns where the checkpoint is.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from d2g.core.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from distill.models.student import Student
@@ -27,9 +28,4 @@ _MODULES = {
     "train": "distill.training.train",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import torch only when one of the public names is asked for."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -3,8 +3,9 @@
 `evaluate` measures any source of images; `frechet_distance` and `precision_recall` take features.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from d2g.core.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from eval.evaluation import evaluate
@@ -37,13 +38,4 @@ __all__ = [
     "precision_recall",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that `import eval` does not load torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,7 +1,8 @@
 """Perceptual distances between latents: LatentLPIPS and its augmented form, E-LatentLPIPS."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from d2g.core.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from latent_lpips.config import AugmentConfig
@@ -18,13 +19,4 @@ _MODULES = {
 }
 __all__ = ["AugmentConfig", "ELatentLPIPS", "LatentLPIPS", "PixelLPIPS", "load_lpips"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that `import latent_lpips` does not load torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,7 +1,8 @@
 """Pair data sets: generate, store, verify and read (noise, latents, prompt) rows of a diffusion teacher."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from d2g.core.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from pairgen.generate import generate_pairs
@@ -17,13 +18,4 @@ _MODULES = {
 }
 __all__ = ["PairDataset", "PairReader", "PairWriter", "generate_pairs"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that `import pairgen` does not load torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

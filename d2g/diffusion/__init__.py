@@ -1,17 +1,12 @@
 """Diffusion and flow teachers: pipelines on disk, schedules, solvers, conditioning, latents."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from d2g.core.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from d2g.diffusion.teacher import Teacher, load_teacher
 
 __all__ = ["Teacher", "load_teacher"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import torch and diffusers only when a teacher is asked for."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from d2g.diffusion import teacher
-
-    return getattr(teacher, name)
+__getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(__all__, "d2g.diffusion.teacher"))

@@ -261,14 +261,12 @@ def is_unconditional(name: str) -> bool:
     return not family_of(name).reads_text and conditioner_on_meta(name).kind == "none"
 
 
-def load_conditioner(
-    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Conditioner:
+def load_conditioner(name: str, dtype: torch.dtype = torch.float32) -> Conditioner:
     """The conditioner of a teacher, with its text encoders in `dtype`, in eval mode, frozen.
 
     Raises UserError as `conditioner_on_meta` and `load_model` do.
     """
-    return load_text_encoders(name, conditioner_on_meta(name), dtype, device)
+    return load_text_encoders(name, conditioner_on_meta(name), dtype, "cpu")
 
 
 def load_text_encoders(

@@ -220,14 +220,12 @@ def pair_loader(
     workers: int = 0,
     dtype: torch.dtype | None = torch.float32,
     pin_memory: bool = False,
-    context: str | None = None,
     on_skip: Callable[[str], None] | None = None,
 ) -> Iterator[PairBatch]:
     """Yield the sampler's endless batches, read ahead by `workers` processes (0: by this process).
 
     - dtype: type of noise and latents; None keeps the stored type.
     - pin_memory: return page-locked memory, so that copies to a GPU overlap with its work.
-    - context: how workers start, "fork" or "spawn".
     - on_skip: called once for each damaged file whose rows a reader with `skip_bad` replaces. The default
       logs a warning.
 
@@ -241,7 +239,6 @@ def pair_loader(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
-        multiprocessing_context=context if workers else None,
         worker_init_fn=_leave_process_group if workers else None,
     )
     reported: set[str] = set()

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -20,8 +19,7 @@ from d2g.core.config import (
     to_json,
     with_values,
 )
-from d2g.core.errors import SettingError, UserError
-from d2g.core.json_files import read_json_object
+from d2g.core.errors import SettingError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,27 +161,6 @@ def test_from_json_uses_defaults_and_refuses_unknown_settings() -> None:
 def test_from_json_refuses_non_finite_numbers(number: str) -> None:
     with pytest.raises(SettingError, match=r"'optim.lr' is .*; expected a finite number"):
         from_json(Job, json.loads(f'{{"optim": {{"lr": {number}}}}}'))
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b'{"seed": 1', r"is damaged \(Expecting .*\); delete it"),
-        (b"", r"is damaged \(Expecting value: .*\); delete it"),
-        (b'{"name": "\xff"}', r"is damaged \(.*can't decode byte.*\); delete it"),
-        (b"[1]", r"is damaged \(expected a JSON object, got '\[1\]'\); delete it"),
-        (None, r"cannot be read: No such file or directory; delete it"),
-    ],
-)
-def test_a_damaged_file_is_reported(content: bytes | None, says: str, tmp_path: Path) -> None:
-    file = tmp_path / "facts.json"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UserError, match=says) as caught:
-        read_json_object(file, "delete it")
-    assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
-    file.write_text('{"seed": 1}', encoding="utf-8")
-    assert read_json_object(file, "delete it") == {"seed": 1}
 
 
 def test_a_value_in_place_of_a_group_is_a_setting_error() -> None:

@@ -1,7 +1,6 @@
 """Every command on one tiny job, and the documented keys of its JSON output."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def test_generating_again_adds_no_pairs(d2g: Any, job: Path, teacher: Path) -> N
     assert (summary["pairs"], summary["new_pairs"], summary["shards"]) == (12, 0, 3)
 
 
-def test_pairs_info_verify_and_repair(d2g: Any, job: Path, tmp_path: Path) -> None:
+def test_pairs_info_verify_and_repair(d2g: Any, job: Path) -> None:
     info = d2g("pairs", "info", job / "pairs", "--json").json
     assert {"pairs", "shards", "spec", "complete", "gib"} <= set(info)
     assert info["complete"] is True and info["spec"]["guidance"] == 3.0
@@ -58,13 +57,6 @@ def test_pairs_info_verify_and_repair(d2g: Any, job: Path, tmp_path: Path) -> No
     assert {"ok", "checked", "bad_shards", "max_abs_err"} <= set(verified)
     assert verified["ok"] is True and verified["checked"] == 12 and verified["max_abs_err"] < 1e-4
     assert d2g("pairs", "repair", job / "pairs", "--json").json == {"quarantined": [], "regenerated": 0}
-    shutil.copytree(job / "pairs", tmp_path / "pairs")
-    shard = next((tmp_path / "pairs").rglob("*.h5"))
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-    result = d2g("pairs", "verify", tmp_path / "pairs")
-    assert result.code == 1 and "not ok" in result.error
 
 
 def test_pairs_plan(d2g: Any, job: Path, teacher: Path) -> None:

@@ -418,20 +418,6 @@ def test_invalid_settings_are_refused(settings: dict[str, Any], message: str, tm
         run_evaluation(EvalRun(**settings))
 
 
-def test_the_error_for_missing_weights_names_the_file(
-    job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for metrics, features, message in (
-        (("fid",), "inception", "pt_inception-2015-12-05-6726825d.pth"),
-        (("dreamsim_diversity",), None, "dreamsim_ensemble_checkpoint.zip"),
-        (("lpips",), None, "alexnet-owt-7be5be79.pth"),
-    ):
-        run = config(job, student=str(job / "run"), metrics=metrics, features=features, weights=())
-        with pytest.raises(UserError, match=message):
-            run_evaluation(run)
-
-
 def test_saved_statistics_replace_the_reference_folder(job: Path, teacher: Path, tmp_path: Path) -> None:
     """A statistics file gives the numbers of its folder; another protocol refuses it."""
     run = config(job, metrics=("fid", "pr", "clip"), reference=None, prompts=None, num=0)
