@@ -5,7 +5,6 @@ import re
 import resource
 import shutil
 import signal
-import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -173,25 +172,14 @@ def test_batches_of_labels(tmp_path: Path) -> None:
         assert batch.labels.tolist() == [7 * spec.prompt_of(i) for i in batch.index.tolist()]
 
 
+@pytest.mark.gpu
 def test_pinned_batches_have_the_same_contents(shared_store: Path) -> None:
-    """Pinning needs a GPU; without one torch warns, and the loader leaves batches unpinned."""
     batch = PairReader(shared_store).read([3, 1])
-    if torch.cuda.is_available():
-        pinned = batch.pin_memory()
-        assert pinned.noise.is_pinned() and pinned.latents.is_pinned() and same(pinned, batch)
-        (loaded,) = take_batches(
-            pair_loader(PairReader(shared_store), PairSampler(20, 4, 0), pin_memory=True), 1
-        )
-        assert loaded.noise.is_pinned()
-    else:
-        with pytest.raises(RuntimeError):
-            batch.pin_memory()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            (loaded,) = take_batches(
-                pair_loader(PairReader(shared_store), PairSampler(20, 4, 0), pin_memory=True), 1
-            )
-    assert same(loaded, rows_of(SPEC, loaded.index.tolist()))
+    pinned = batch.pin_memory()
+    assert pinned.noise.is_pinned() and pinned.latents.is_pinned() and same(pinned, batch)
+    loader = pair_loader(PairReader(shared_store), PairSampler(20, 4, 0), pin_memory=True)
+    (loaded,) = take_batches(loader, 1)
+    assert loaded.noise.is_pinned() and same(loaded, rows_of(SPEC, loaded.index.tolist()))
 
 
 # Damage.
