@@ -6,7 +6,6 @@ There are two forms. A trunk, `SPACE_latent_vgg16.pth.tar`, has a `state_dict` w
 and shapes; it shares no code with the package.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from d2g.core.logs import logger
 from d2g.core.machine_errors import raise_machine_error
 from d2g.core.torch_files import load_tensors
 from d2g.diffusion.latents import LatentSpace
+from d2g.vision.weights import file_sha256
 from latent_lpips.config import LPIPSConfig
 from latent_lpips.distance import LatentLPIPS, require_nonnegative_heads
 
@@ -168,14 +168,9 @@ def _space(path: Path, space: str | None, channels: int) -> str | None:
 
 
 def _metadata(path: Path, calibrated: bool, space: str | None) -> dict[str, Any]:
-    # Hash the file in pieces, because it takes up to half a gigabyte.
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
     metadata: dict[str, Any] = {
         "source": f"elatentlpips, {path.name}",
-        "sha256": digest.hexdigest(),
+        "sha256": file_sha256(path),
         "license": WEIGHTS_LICENSE,
         "calibrated": calibrated,
     }

@@ -1,6 +1,5 @@
 """Scores on a model card: only results measured on the exported weights, or on images, labeled as such."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NotRequired, TypedDict
 from d2g.core.errors import UserError
 from d2g.core.json_files import check_type, parse_json
 from d2g.core.regular_files import open_regular
+from d2g.vision.weights import file_sha256
 from distill.student_files import student_folder
 
 METRICS = ("fid", "kid", "clip_score", "precision", "recall")
@@ -133,8 +133,7 @@ def _weights_sha256(student: str) -> str:
     """SHA-256 of the student's weights file, as evaluation results record it."""
     path = student_folder(student)[0] / "ema.safetensors"
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror}; export another run or checkpoint"

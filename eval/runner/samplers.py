@@ -1,6 +1,5 @@
 """Samplers as image sources: students, teachers and pipelines. Image i gets the noise of (seed, i)."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from d2g.diffusion.latents import decode, to_uint8
 from d2g.diffusion.solvers import sample_ode
 from d2g.diffusion.teacher import PRECISIONS, Teacher, check_solver
 from d2g.diffusion.teacher_sampler import TeacherSampler
+from d2g.vision.weights import file_sha256
 from distill.sampling import OneStepSampler, load_checkpoint, load_student, with_prior, with_psi
 from distill.student_files import student_folder
 from eval.measure.latency import Parts
@@ -157,7 +157,7 @@ def student_source(
 
     # The result file records everything that the images depend on.
     facts = {
-        "weights_sha256": _sha256((folder or weights) / "ema.safetensors"),
+        "weights_sha256": file_sha256((folder or weights) / "ema.safetensors"),
         "teacher_sha256": pretrained.weights_sha256(base),
         "timestep": timestep,
     }
@@ -166,7 +166,7 @@ def student_source(
     if sampler.student.guided:
         facts["guidance"] = sampler.guidance
     if prior is not None:
-        facts["prior_sha256"] = _sha256(student_folder(prior)[0] / "ema.safetensors")
+        facts["prior_sha256"] = file_sha256(student_folder(prior)[0] / "ema.safetensors")
         title = f"{title} after {prior}"
     return one_step_source(title, sampler, request, noise_scale=noise_scale, facts=facts)
 
@@ -263,13 +263,8 @@ def pipeline_source(
     return sampler_source(title, facts, request, sample, parts)
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _folder_sha256(folder: Path) -> str:
     files = [
         path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".safetensors", ".bin", ".txt")
     ]
-    return digest([(path.relative_to(folder).as_posix(), _sha256(path)) for path in files])
+    return digest([(path.relative_to(folder).as_posix(), file_sha256(path)) for path in files])

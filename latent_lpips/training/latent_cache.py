@@ -24,6 +24,7 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.progress import Progress, quiet
+from d2g.vision.weights import file_sha256
 
 ROWS_PER_SHARD = 1024
 """Rows per shard."""
@@ -127,8 +128,6 @@ def _verify_shard(folder: Path, name: str, shard: int, path: Path | None) -> Pat
     """Return the shard's file after checking its sha256."""
     if path is None:
         raise UserError(f"{folder}: shard {shard} of {name} is missing; run again")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest[:HASH_DIGITS] != path.name.split(".")[-2]:
+    if file_sha256(path)[:HASH_DIGITS] != path.name.split(".")[-2]:
         raise UserError(f"{path} is damaged (its sha256 is not the one in its name); delete it and run again")
     return path
