@@ -1,5 +1,7 @@
 """A page in the browser that draws with a student, and with its teacher from the same noise (Gradio)."""
 
+import os
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -240,7 +242,13 @@ def _pictures(drawing: Drawing) -> list[np.ndarray[Any, Any]]:
 
 def serve_page(page: BrowserPage, host: str, port: int, share: bool) -> None:
     """Serve the page until Ctrl-C, and log its address. Raises UserError if the port is taken."""
-    blocks = build_page(page)
+    with tempfile.TemporaryDirectory(prefix="d2g-serve-") as folder:
+        # Gradio's own folder for images belongs to the first user of a machine, and stays.
+        os.environ.setdefault("GRADIO_TEMP_DIR", folder)
+        _serve(build_page(page), page.name, host, port, share)
+
+
+def _serve(blocks: Any, name: str, host: str, port: int, share: bool) -> None:
     import gradio
 
     # Fonts of the reader's system: nothing is downloaded.
@@ -252,6 +260,7 @@ def serve_page(page: BrowserPage, host: str, port: int, share: bool) -> None:
             share=share,
             theme=theme,
             footer_links=[],
+            max_file_size=1,  # the page takes no files, which any other page in the browser could send
             quiet=True,
             prevent_thread_lock=True,
         )
@@ -260,7 +269,7 @@ def serve_page(page: BrowserPage, host: str, port: int, share: bool) -> None:
             f"cannot listen on port {port} of {host}: it is taken, or the address is none of this machine; "
             "choose another --port or --host"
         ) from error
-    logger.info("%s is served at %s; stop it with Ctrl-C", page.name, public or local)
+    logger.info("%s is served at %s; stop it with Ctrl-C", name, public or local)
     try:
         blocks.server.thread.join()
     finally:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,9 @@ def export_store(folder: Path, out: Path, format: str, progress: Progress = quie
 
     format: `parquet` or `webdataset`, whose contents docs/pair-format.md describes. Noise and latents keep
     the stored type, and seeded noise is written out. Missing shards and quarantined pairs are left out, and
-    the log says how many. Files that are newer than their shards stay, so the same call resumes, and copies
-    shards again that `d2g pairs repair` has filled. Returns the numbers of pairs, of files, and of files that
-    this call wrote.
+    the log says how many. A copy gets the modification time of its shard, and stays while they agree. So the
+    same call resumes, and copies shards again that were repaired or replaced. Returns the numbers of pairs,
+    of files, and of files that this call wrote.
 
     Raises SettingError for another format, what `check_copy_folder` raises, DamagedShard, and UserError if
     `out` holds the copy of another store, or cannot be written.
@@ -57,9 +58,11 @@ def export_store(folder: Path, out: Path, format: str, progress: Progress = quie
         for done, shard in enumerate(shards):
             source = shard_path(folder, shard)
             target = out / f"{source.stem}.{suffix}"
-            if not target.exists() or target.stat().st_mtime_ns < source.stat().st_mtime_ns:
+            modified = source.stat().st_mtime_ns
+            if not target.exists() or target.stat().st_mtime_ns != modified:
                 content = encode(load_rows(source, spec), spec)
                 write_and_rename(content, target, target.with_name(f".{target.name}.tmp"))
+                os.utime(target, ns=(modified, modified))
                 written += 1
             pairs += len(spec.rows(shard)) - len(quarantined_in(source))
             progress("export", done + 1, len(shards))

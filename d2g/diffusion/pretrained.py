@@ -100,21 +100,28 @@ def _corrected(pipeline: Pipeline, component: str, module: Any) -> Any:
     return module
 
 
+_UNMERGED = (
+    "that are not merged ({}); in diffusers, load the pipeline, then fuse_lora, unload_lora_weights and "
+    "save_pretrained"
+)
+"""How the error about adapters goes on, with an example."""
+
+
 def _with_weights(folder: Path, kind: Any, dtype: torch.dtype, what: str) -> Any:
     """A model of class `kind` from a folder; `what` begins the error messages."""
     # transformers and diffusers name the dtype differently.
     keyword = "dtype" if kind.__module__.startswith("transformers") else "torch_dtype"
     try:
+        # transformers would add these to the weights, or load the model that they name.
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(f"it holds LoRA adapters {_UNMERGED.format('adapter_config.json')}")
         variant, _ = choose_weights(path.name for path in folder.iterdir())
         module, report = kind.from_pretrained(
             folder, variant=variant, use_safetensors=True, output_loading_info=True, **{keyword: dtype}
         )
         # Adapters that are not merged would be left out, or keep the weights below them from being found.
         if adapters := sorted(key for key in report["unexpected_keys"] if "lora" in key.lower()):
-            raise ValueError(
-                f"its weights hold LoRA adapters that are not merged ({adapters[0]}, ...); in diffusers, "
-                "load the pipeline, then fuse_lora, unload_lora_weights and save_pretrained"
-            )
+            raise ValueError(f"its weights hold LoRA adapters {_UNMERGED.format(f'{adapters[0]}, ...')}")
         if report["missing_keys"]:  # diffusers would fill them with random numbers and a warning
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     except Exception as error:  # on odd configs and damaged files, these constructors raise almost anything

@@ -16,6 +16,7 @@ import tiny
 import tiny_teachers
 from d2g.core.errors import UserError
 from d2g.diffusion.pipelines import resolve
+from d2g.diffusion.pretrained import load_model
 from d2g.diffusion.teacher import check_solver, load_teacher
 from tiny_teachers import edit
 
@@ -173,6 +174,27 @@ def test_adapters_that_are_not_merged_are_refused(names: str, teacher: Path, tmp
         adapters = {"down_blocks.0.attentions.0.processor.to_q_lora.down.weight": torch.ones(2, 8)}
         save_file({**load_file(file), **adapters}, file, metadata={"format": "pt"})
     assert "unet cannot be loaded: its weights hold LoRA adapters that are not merged (" in try_out(folder)
+
+
+@pytest.mark.parametrize("base", ["beside them", "elsewhere"])
+def test_adapters_of_a_text_encoder_are_refused(base: str, teacher: Path, tmp_path: Path) -> None:
+    """transformers adds them to the weights beside them, or loads the model that they name. The digest of the
+    teacher would not change with them."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    encoder: Any = load_model(str(folder), "text_encoder")
+    encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    encoder.save_pretrained(folder / "text_encoder")
+    if base == "elsewhere":
+        (folder / "text_encoder" / "config.json").unlink()
+        edit(
+            folder / "text_encoder",
+            "adapter_config.json",
+            base_model_name_or_path=str(teacher / "text_encoder"),
+        )
+    with pytest.raises(
+        UserError, match="text_encoder cannot be loaded: it holds LoRA adapters that are not merged"
+    ):
+        load_model(str(folder), "text_encoder")
 
 
 def one_model(teacher: Path, out: Path) -> Path:

@@ -1,5 +1,6 @@
 """distill.browser_page: the page draws what `d2g sample` draws, and a click in a real browser shows it."""
 
+import json
 import os
 import re
 import shutil
@@ -7,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -27,6 +31,8 @@ from distill.browser_page import BrowserPage, DrawRequest, build_page, open_page
 from distill.config.student import GeneratorConfig, StudentConfig
 from distill.models.students import build_student
 from distill.sampling import OneStepSampler, untrained_one_step
+from jobs import Running
+from stores import FORKS
 
 SETTINGS = SolverSettings(steps=2, guidance=1.0)
 
@@ -173,6 +179,36 @@ def test_a_click_in_a_browser_draws_with_student_and_teacher(tmp_path: Path) -> 
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130, (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@FORKS
+def test_the_page_takes_no_files_and_removes_its_images(tmp_path: Path) -> None:
+    """Any page in the browser may send files to an address of this machine. Gradio puts them, and the images,
+    into one folder for all users of a machine, which the first of them owns."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve = Running(["serve", "--port", str(port)], tmp_path)
+    try:
+        serve.wait_for(lambda: "is served at" in serve.err.read_text())
+        address, boundary = f"http://127.0.0.1:{port}/gradio_api", "boundary"
+        form = {"Content-Type": f"multipart/form-data; boundary={boundary}", "Origin": "http://other.example"}
+        part = 'Content-Disposition: form-data; name="files"; filename="a.bin"'
+        body = f"--{boundary}\r\n{part}\r\n\r\n{'x' * 1000}\r\n--{boundary}--\r\n".encode()
+        with pytest.raises(HTTPError, match="413"):
+            urlopen(Request(f"{address}/upload", body, form), timeout=60)
+        # A click draws one image.
+        values = json.dumps({"data": ["a red cube", 0, 1, 1, 0, 8]}).encode()
+        click = Request(f"{address}/call/draw", values, {"Content-Type": "application/json"})
+        with urlopen(click, timeout=60) as answer:
+            event = json.load(answer)["event_id"]
+        with urlopen(f"{address}/call/draw/{event}", timeout=60) as answer:
+            image = Path(re.findall(r'"path": "([^"]*image.png)"', answer.read().decode())[0])
+        assert image.is_file() and Path(tempfile.gettempdir(), "gradio") not in image.parents
+    finally:
+        serve.send(signal.SIGINT)
+    assert serve.wait().code == 130 and not image.exists()
 
 
 SPACE = """

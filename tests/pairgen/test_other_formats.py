@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from d2g.core.errors import SettingError, UserError
 from d2g_cli import main as cli
 from jobs import make_pairs
+from pairgen.merge import merge_stores
 from pairgen.other_formats import export_store
 from pairgen.store.reader import PairReader
 from pairgen.store.spec import quarantine_path
@@ -78,6 +79,19 @@ def test_a_shard_that_was_filled_after_the_copy_is_copied_again(tmp_path: Path, 
         put_shard(store, SPEC, shard)
     again = export_store(store, tmp_path / "copy", format)
     assert (again["pairs"], again["written"]) == (22, 2)
+    export_store(store, tmp_path / "once", format)
+    for path in (tmp_path / "once").iterdir():
+        assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_a_filled_shard_that_is_older_than_the_copy_is_copied_again(tmp_path: Path, format: str) -> None:
+    """A merge with hard links, `cp -p` and rsync keep the time of a file that another machine has made."""
+    filled, store = put_store(tmp_path / "filled"), put_store(tmp_path / "pairs", quarantined=[2])
+    assert export_store(store, tmp_path / "copy", format)["pairs"] == 21
+    merge_stores([filled], store, link=True)
+    again = export_store(store, tmp_path / "copy", format)
+    assert (again["pairs"], again["written"]) == (22, 1)
     export_store(store, tmp_path / "once", format)
     for path in (tmp_path / "once").iterdir():
         assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
