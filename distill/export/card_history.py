@@ -9,8 +9,10 @@ from d2g.core.distributed import checkpoint
 from d2g.core.errors import SettingError
 from d2g.core.json_files import read_json_object
 from d2g.core.tracking.run_directory import read_stats
+from d2g.vision.weights import file_sha256
 from distill.config.run import FROM_TEACHER, DistillConfig
 from distill.planning.cost import evaluations
+from distill.training.inputs import RunInputs
 from pairgen.store.hdf5 import StoreSpec
 from pairgen.store.reader import PairReader
 
@@ -19,14 +21,16 @@ NOT_RECORDED = "not recorded with an exported student; export the run itself"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """One run on the way to a student, up to its newest checkpoint.
+    """One run on the way to a student, up to the checkpoint that the next run started from, or that is
+    exported.
 
-    The next run starts from that checkpoint, or it is exported. So `config.train.images` and `device_hours`
-    (None if not recorded) count up to it, not to the planned end of the run.
+    `config.train.images` and `device_hours` (None if not recorded) count up to it. `init_sha256`: of the
+    weights that this run started from; "" if not recorded.
     """
 
     config: DistillConfig
     device_hours: float | None
+    init_sha256: str
 
     @property
     def evaluations(self) -> int:
@@ -57,7 +61,7 @@ def read_history(student: str) -> History:
     Raises UserError for a damaged folder.
     """
     stages: list[Stage] = []
-    folder, visited = Path(student), set[Path]()
+    folder, visited, weights = Path(student), set[Path](), ""
     while True:
         # The history ends where a folder is missing, unreadable or without checkpoints.
         if not (folder / "config.json").is_file():
@@ -65,42 +69,49 @@ def read_history(student: str) -> History:
             break
         visited.add(folder.resolve())
         try:
-            stage = _read_stage(folder)
+            stage = _read_stage(folder, weights)
         except SettingError as error:  # the card mentions it; it does not prevent the export
             gap = f"a run whose config.json is of another version ({error})"
             break
         if stage is None:
-            gap = "a run whose checkpoints are gone"
+            gap = "a run whose checkpoint is gone"
             break
         # Go on with the run that this one started from.
         stages.insert(0, stage)
         if stage.config.init in ("", FROM_TEACHER):
             gap = ""
             break
-        folder = Path(stage.config.init)
+        folder, weights = Path(stage.config.init), stage.init_sha256
         if folder.resolve() in visited:
             gap = "a run that was trained again later"
             break
     return History(stages=tuple(stages), gap=gap)
 
 
-def _read_stage(folder: Path) -> Stage | None:
-    """Read a run up to its newest checkpoint, or return None if it has none.
+def _read_stage(folder: Path, weights: str) -> Stage | None:
+    """Read a run up to its newest checkpoint, or None if it has none.
 
-    Raises SettingError for a config of another version.
+    weights: sha256 of the averaged weights of the checkpoint in its place, because the run may have gone on
+    later; "" if not recorded. Raises SettingError for a config of another version.
     """
-    newest = checkpoint.latest(folder / "checkpoints")
-    if newest is None:
+    folders = checkpoint.list_checkpoints(folder / "checkpoints")
+    if weights:
+        folders = [each for each in folders if file_sha256(each / "ema.safetensors") == weights]
+    if not folders:
         return None
-    config = _read_config(read_json_object(folder / "config.json", RESTORE_CONFIG_HINT))
+    nimg = checkpoint.open_checkpoint(folders[-1]).nimg
+    written = read_json_object(folder / "config.json", RESTORE_CONFIG_HINT, RunInputs)
+    inputs = written.get("inputs", {})
+    config = _read_config(written)
     hours = [
         line["time/device_hours"]
         for line in read_stats(folder)
-        if line["nimg"] <= newest.nimg and "time/device_hours" in line
+        if line["nimg"] <= nimg and "time/device_hours" in line
     ]
     return Stage(
-        config=replace(config, train=replace(config.train, images=newest.nimg)),
+        config=replace(config, train=replace(config.train, images=nimg)),
         device_hours=max(hours, default=None),
+        init_sha256=inputs.get("init", ""),
     )
 
 

@@ -79,6 +79,7 @@ class InputDigests(TypedDict):
 
     images: NotRequired[int]
     pairs: NotRequired[list[StoreFacts]]
+    init: NotRequired[str]
     files: NotRequired[dict[str, str]]
 
 

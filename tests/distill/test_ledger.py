@@ -1,11 +1,15 @@
 """distill.export.ledger: a student's parameters, samples, hours, scores and kg CO2."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from d2g.core.config import override
 from d2g.core.errors import SettingError, UserError
+from d2g.core.tracking.run_directory import read_stats
 from distill.config.export import CardOptions
 from distill.export.export import export_student
 from distill.export.ledger import ledger_rows
@@ -47,6 +51,24 @@ def test_a_row_of_the_ledger(run: Path, tmp_path: Path) -> None:
     hours = row["device_hours"] + 2.0
     assert row["kg_co2"] == pytest.approx(hours * 0.5 * 1.2 * 0.5)
     assert row["pairs_share"] == pytest.approx(2.0 / hours)
+
+
+def test_images_after_the_start_of_the_next_run_are_not_counted(
+    run: Path, teacher: Path, tmp_path: Path
+) -> None:
+    """8 images, then 4 in a run that starts from them; the first run goes on to 16 afterwards."""
+    first, second = Path(shutil.copytree(run, tmp_path / "first")), tmp_path / "second"
+    config = distill_config(teacher, run.parent / "pairs", "regression.losses=mse", "train.images=16")
+    train(override(replace(config, init=str(first)), ["train.images=4"]), second)
+    train(config, first)
+    (row,) = ledger_rows([str(second)], [], CardOptions())
+    assert (row["samples"], row["gap"]) == (8 + 4, "")
+    hours = max(line.get("time/device_hours", 0) for line in read_stats(first) if line["nimg"] <= 8)
+    assert row["device_hours"] == pytest.approx(hours + read_stats(second)[-1]["time/device_hours"])
+    # Without the checkpoint of that time, the first run is not counted.
+    shutil.rmtree(first / "checkpoints" / "000000008")
+    (row,) = ledger_rows([str(second)], [], CardOptions())
+    assert (row["samples"], row["gap"]) == (4, "a run whose checkpoint is gone")
 
 
 def test_what_nobody_recorded_is_not_counted(run: Path, tmp_path: Path) -> None:

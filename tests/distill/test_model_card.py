@@ -213,7 +213,7 @@ def test_gaps_in_the_history_are_stated(tmp_path: Path) -> None:
     )
     bare = run_of(tmp_path / "bare")
     shutil.rmtree(bare / "checkpoints" / "000000600")
-    assert "Before that: a run whose checkpoints are gone" in card_text(
+    assert "Before that: a run whose checkpoint is gone" in card_text(
         run_of(tmp_path / "last", stage="gan", init=str(bare))
     )
     circle = run_of(tmp_path / "circle", stage="gan", init=str(tmp_path / "circle"))
