@@ -227,15 +227,8 @@ def load_student(name: str, teacher: str | None = None, device: torch.device | s
     >>> student(["a red circle on a white background"], seed=0).dtype
     torch.uint8
     """
-    _, recorded_teacher, timestep = student_folder(name)
-    source = teacher or recorded_teacher
-    student, conditioner = empty_student(name, source, timestep), pretrained.load_conditioner(source)
-    _expect_prediction(name, student, source)
-    own_text = load_student_weights(student, name, conditioner)
-    if conditioner.models and not own_text:
-        _warn_of_other_teacher(name, source)
-    sampler = _one_step(student, source, device, student_guidance(name, source), conditioner)
-    return replace(sampler, own_text=own_text)
+    folder, recorded_teacher, _ = student_folder(name)
+    return load_checkpoint(name, folder, teacher or recorded_teacher, device)
 
 
 def _expect_prediction(name: str, student: Student, teacher: str) -> None:
@@ -263,7 +256,10 @@ def _warn_of_other_teacher(name: str, teacher: str) -> None:
 def load_checkpoint(
     run: str, folder: Path, teacher: str, device: torch.device | str = "cpu"
 ) -> OneStepSampler:
-    """Load the EMA student of one checkpoint folder of `run`, ready to sample on `device`."""
+    """Load the EMA student in one weights folder of `student_folder`, ready to sample on `device`.
+
+    A run that trains meanwhile gets newer checkpoints.
+    """
     student, conditioner = (
         empty_student(run, teacher, student_folder(run)[2]),
         pretrained.load_conditioner(teacher),

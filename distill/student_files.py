@@ -174,12 +174,10 @@ def stored_tensors(name: str, folder: Path | None = None) -> dict[str, Tensor]:
 
     folder: one of the run's checkpoints, in place of the newest one.
     """
-    if folder is not None:
-        return checkpoint.open_checkpoint(folder).tensors("ema")
-    _, file, _ = _student_facts(name)
-    # An exported student has no checkpoint before it.
-    advice = REMEDIES[file] if file == "student.json" else ""
-    return checkpoint.Checkpoint(student_folder(name)[0], 0, {}, advice).tensors("ema")
+    exported, file, _ = _student_facts(name)
+    if file == "student.json":  # it has no checkpoint before it
+        return checkpoint.Checkpoint(exported, 0, {}, REMEDIES[file]).tensors("ema")
+    return checkpoint.open_checkpoint(folder or student_folder(name)[0]).tensors("ema")
 
 
 def student_tensors(name: str, folder: Path | None = None) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from distill.export.to_comfyui import CHECKPOINT, export_comfyui
 from distill.export.to_diffusers import export_lora as export_lora
 from distill.export.to_diffusers import export_pipeline as export_pipeline
 from distill.export.to_onnx import export_onnx
-from distill.sampling import load_student
+from distill.sampling import OneStepSampler, load_checkpoint, load_student
 from distill.student_files import (
     GUIDANCE_WEIGHT,
     condition_teacher,
@@ -112,9 +112,9 @@ def export_student(
     the largest difference between the latents of the run's student and of the exported one, on two noises.
     """
     saved_dtype = parse_dtype(dtype)
-    _, source, timestep = student_folder(run)
+    weights, source, timestep = student_folder(run)
     check_out(out, run, teacher or source)
-    tensors = student_tensors(run)
+    tensors = student_tensors(run, weights)
     cast = {k: v.to(saved_dtype) if v.is_floating_point() else v for k, v in tensors.items()}
 
     # student.json: what loading needs, and what the model card tells about the training.
@@ -140,7 +140,8 @@ def export_student(
         write_atomically(folder / "student.json", json.dumps(facts, indent=1))
         save_tensors(cast, folder / "ema.safetensors", {k: str(v) for k, v in facts.items()})
         # Compare the latents of the run's student with those of the written one.
-        original, exported = (_example_latents(name, teacher, device) for name in (run, str(folder)))
+        original = _example_latents(load_checkpoint(run, weights, base, device))
+        exported = _example_latents(load_student(str(folder), teacher, device))
         parity = max_abs_diff((original, exported))
         check_parity(parity, saved_dtype)
         if teacher is not None:
@@ -148,8 +149,7 @@ def export_student(
     return {"out": str(out), "parity_max_abs_err": parity}
 
 
-def _example_latents(name: str, teacher: str | None, device: torch.device | str) -> Tensor:
+def _example_latents(sampler: OneStepSampler) -> Tensor:
     """Latents of a student for its example prompts and two noises, on the CPU."""
-    sampler = load_student(name, teacher, device)
     inputs = (noise(0, range(2), sampler.student.noise_shape), sampler.examples, sampler.example_prior)
     return sampler.latents(*inputs).cpu()

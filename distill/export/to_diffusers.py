@@ -40,7 +40,7 @@ from distill.export.output import (
     save_tensors,
 )
 from distill.models.student import Student, add_guidance_embedding
-from distill.sampling import OneStepSampler, load_student
+from distill.sampling import OneStepSampler, load_checkpoint, load_student
 from distill.student_files import stored_tensors, student_config, student_folder
 
 KOHYA_FILE = "comfyui/lora.safetensors"
@@ -285,10 +285,11 @@ def _load_lora_student(
 
     Raises UserError for a student that adapters alone cannot represent.
     """
-    tensors = stored_tensors(student)
+    weights, _, _ = student_folder(student)
+    tensors = stored_tensors(student, weights)
     if not has_lora(tensors):
         raise UserError(f"student {student} has no adapters; export it with --format diffusers")
-    sampler = load_student(student, teacher, device)
+    sampler = load_checkpoint(student, weights, teacher, device)
     if sampler.own_text:
         raise UserError(
             f"student {student} has text encoders of its own, which adapters cannot hold; export it with "

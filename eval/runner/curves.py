@@ -161,7 +161,8 @@ def _label(value: float) -> str:
 
 def _checkpoints(run: str, values: Sequence[float]) -> dict[float, Path | None]:
     """Checkpoint folders by their number of training images: those of `values`, or all."""
-    folders: dict[float, Path | None] = {float(folder.name): folder for folder in checkpoints(run)}
+    listed = process_group.gather_objects(checkpoints(run))[0]  # those that rank 0 sees
+    folders: dict[float, Path | None] = {float(folder.name): folder for folder in listed}
     if missing := sorted(set(values) - set(folders)):
         known = ", ".join(f"{number:.0f}" for number in folders)
         raise UserError(f"{run} has no checkpoint at {missing[0]:.0f} images; it has {known}")

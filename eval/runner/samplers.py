@@ -19,7 +19,7 @@ from d2g.diffusion.solvers import sample_ode
 from d2g.diffusion.teacher import PRECISIONS, Teacher, check_solver
 from d2g.diffusion.teacher_sampler import TeacherSampler
 from d2g.vision.weights import file_sha256
-from distill.sampling import OneStepSampler, load_checkpoint, load_student, with_prior, with_psi
+from distill.sampling import OneStepSampler, load_checkpoint, with_prior, with_psi
 from distill.student_files import student_folder
 from eval.measure.latency import Parts
 from eval.measure.source import ImageSource, SampledBatch, views_of
@@ -128,25 +128,22 @@ def student_source(
     *,
     teacher: str | None = None,
     folder: Path | None = None,
+    title: str = "",
     noise_scale: float = 1.0,
     psi: float = 1.0,
     prior: str | None = None,
     guidance: float | None = None,
 ) -> ImageSource:
-    """A source of a student: a run, one of its checkpoints (`folder`), an export, or a shipped name.
+    """A source of a student: a run, an export, or a shipped name.
 
+    folder: its weights, a checkpoint of a run (the newest). title: its name in reports and errors (`name`).
     psi: truncation of its styles, 1 for none. prior: the student of the stage before, in a cascade. guidance:
     the scale to imitate, for a student that takes it as an input; others ignore it. Raises SettingError for a
     psi below 1 of a student without styles.
     """
-    # The weights: those of a checkpoint, or the newest of a run or export.
-    weights, named_teacher, timestep = student_folder(name)
-    base = teacher or named_teacher
-    if folder is None:
-        sampler, title = load_student(name, teacher, request.device), name
-    else:
-        sampler = load_checkpoint(name, folder, base, request.device)
-        title = f"{name}, {int(folder.name)} images"
+    newest, named_teacher, timestep = student_folder(name)
+    base, weights, title = teacher or named_teacher, folder or newest, title or name
+    sampler = load_checkpoint(name, weights, base, request.device)
 
     # Settings of the sampler, and the precision of the network.
     sampler = with_psi(with_prior(sampler, name, prior), name, None if psi == 1 else psi)
@@ -157,7 +154,7 @@ def student_source(
 
     # The result file records everything that the images depend on.
     facts = {
-        "weights_sha256": file_sha256((folder or weights) / "ema.safetensors"),
+        "weights_sha256": file_sha256(weights / "ema.safetensors"),
         "teacher_sha256": pretrained.weights_sha256(base),
         "timestep": timestep,
     }

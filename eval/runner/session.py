@@ -306,11 +306,14 @@ class EvalSession:
         student does not take it and nothing is drawn beside it.
         """
         assert self.teacher is not None, "a student has one"
+        # A run that trains meanwhile gets newer checkpoints: all processes take the one that rank 0 sees.
+        newest = process_group.gather_objects(student_folder(name)[0])[0]
         source = student_source(
             name,
             self.sampling_request(self.prompts or pretrained.default_prompts(self.teacher)),
             teacher=config.teacher,
-            folder=checkpoint,
+            folder=checkpoint or newest,
+            title=f"{name}, {int(checkpoint.name)} images" if checkpoint else "",
             noise_scale=config.noise_scale,
             psi=config.psi,
             prior=config.prior,

@@ -2,20 +2,32 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.teacher import load_teacher
-from distill.sampling import untrained_one_step
+from d2g.vision.weights import file_sha256
+from distill.sampling import load_checkpoint, untrained_one_step
+from distill.student_files import student_folder
 from eval.images.resize import NATIVE
 from eval.measure.source import ImageSource
-from eval.runner.samplers import SamplingRequest, checkpoints, ode_source, one_step_source, pipeline_source
+from eval.runner.samplers import (
+    SamplingRequest,
+    checkpoints,
+    ode_source,
+    one_step_source,
+    pipeline_source,
+    student_source,
+)
+from exported import save_run
 
 REQUEST = SamplingRequest(prompts=tiny.CAPTIONS[:4], seed=3)
 
@@ -147,3 +159,34 @@ def test_the_parts_of_each_sampler_for_latency(teacher: Path) -> None:
         assert list(parts) == expected
         for call in parts.values():
             call()
+
+
+def test_a_run_that_goes_on_gives_the_images_of_the_recorded_weights(teacher: Path, tmp_path: Path) -> None:
+    """A training saves checkpoints while an evaluation loads the student."""
+    run = save_run(tmp_path / "run", str(teacher))
+    first = student_folder(run)[0]
+    weights = load_file(first / "ema.safetensors")
+    for number in range(8, 400, 4):
+        later = shutil.copytree(first, tmp_path / "later" / f"{number:09d}")
+        save_file(
+            {name: value * (1 + number / 800) for name, value in weights.items()}, later / "ema.safetensors"
+        )
+    done = threading.Event()
+
+    def go_on() -> None:
+        for folder in sorted((tmp_path / "later").iterdir()):
+            folder.rename(first.with_name(folder.name))
+            done.wait(0.01)
+
+    training = threading.Thread(target=go_on)
+    training.start()
+    source = student_source(run, REQUEST)
+    done.set()
+    training.join()
+    recorded = [
+        folder
+        for folder in checkpoints(run)
+        if file_sha256(folder / "ema.safetensors") == source.facts["weights_sha256"]
+    ]
+    expected = load_checkpoint(run, recorded[0], str(teacher))(REQUEST.prompts, seed=REQUEST.seed)
+    assert torch.equal(images(source, range(4)), expected)
