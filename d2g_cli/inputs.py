@@ -1,16 +1,36 @@
-"""The checks of `--dry-run`: every input that a command names must exist."""
+"""Checks of options: values that the shell has lost; and of `--dry-run`, inputs that do not exist."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from d2g.core.config import pick
-from d2g.core.errors import UserError
+from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import logger
 
 Check = Callable[[str, str], None]
 """(option, value): raises UserError for an input that does not exist."""
+
+
+OUTPUTS = ("--out", "--keep", "--work")
+"""Options that name what is written."""
+
+
+def check_shell_values(argv: Sequence[str]) -> None:
+    """Raise SettingError for an empty value where it would have an effect, and an output that begins with ~.
+
+    An unset variable of the shell gives an empty value. bash does not replace the ~ of `--out=~/images`.
+    """
+    for word, following in zip(argv, [*argv[1:], "."], strict=True):
+        option, equals, value = word.partition("=")
+        value = value if equals else following
+        if option in (*OUTPUTS, "--student", "--host") and not value.strip():
+            raise SettingError(f"{option} is empty; give a value, or leave it out (is a variable unset?)")
+        if option in OUTPUTS and value.startswith("~"):
+            raise SettingError(
+                f"{option} is {value}: the shell has left the ~ as it is; write $HOME, or ./~ for that name"
+            )
 
 
 def check_inputs(inputs: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ from d2g_cli.common import (
     publish_error,
     reporter,
 )
+from d2g_cli.inputs import check_shell_values
 from d2g_cli.terminal import is_terminal, one_line, prepare_streams, printable
 
 INTERRUPTED = 130
@@ -144,6 +145,7 @@ def _run(argv: list[str], debug: bool, interrupts: CommandInterrupts) -> None:
 
     try:
         check_launcher()
+        check_shell_values(argv)
         app(args=[a for a in argv if a != "--debug"], obj=argv, standalone_mode=True)
     except SystemExit as exit_:
         if isinstance(exit_.__context__, typer.TyperException):

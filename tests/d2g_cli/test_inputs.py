@@ -158,3 +158,31 @@ def test_a_plan_is_for_the_processes_that_it_is_started_in(
     plan = first.json
     assert (plan["gpus"], plan["rows_per_gpu"]) == (gpus, 256 // gpus)
     assert second.code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["sample", "--prompt", "a", "--out", ""], "--out is empty"),
+        (["sample", "--prompt", "a", "--student="], "--student is empty"),
+        (["eval", "run", "--preset", "miniature", "--keep", " "], "--keep is empty"),
+        (
+            ["eval", "prefer", "--out", "a.jsonl", "--first", ".", "--second", ".", "--host", ""],
+            "--host is emp",
+        ),
+        (["launch", "--", "sample", "--prompt", "a", "--out="], "--out is empty"),
+        (
+            ["sample", "--prompt", "a", "--out=~/images"],
+            "--out is ~/images: the shell has left the ~ as it is",
+        ),
+    ],
+)
+def test_values_that_the_shell_has_lost_are_refused(
+    words: list[str], error: str, d2g: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unset variable gives an empty text, which was the folder here, the default, or all addresses; bash
+    does not replace ~ after --out=."""
+    monkeypatch.chdir(tmp_path)
+    ended = d2g(*words)
+    assert ended.code == 2 and ended.error.startswith(f"error: {error}"), ended
+    assert not list(tmp_path.iterdir())
