@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from d2g.core.atomic_files import share_weights
 from d2g.core.config import from_json, to_json
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
@@ -52,6 +53,7 @@ def save_lpips(
         (folder / f"{CONFIG_FILE}.tmp").write_text(text + "\n", encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(folder / f"{name}.tmp", folder / name)
+        share_weights(folder)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{folder}: LatentLPIPS weights could not be written ({error}); free space or give another folder"

@@ -17,6 +17,9 @@ DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STALE_WAITS = (0.1, 0.2, 0.4, 0.8, 1.6)
 """Seconds before each new attempt of an operation that met a stale NFS handle."""
 
+UMASK = os.umask(0o077)
+os.umask(UMASK)  # it can only be read by setting it
+
 T = TypeVar("T")
 
 
@@ -76,6 +79,16 @@ def _write_and_rename(data: bytes | memoryview, path: Path, temporary: Path) -> 
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def share_weights(folder: Path) -> None:
+    """Give the .safetensors files of a folder and of the folders in it the permissions of the umask.
+
+    safetensors lets only their owner read them.
+    """
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")):
+        if path.stat().st_uid == os.geteuid():
+            path.chmod(0o666 & ~UMASK)
 
 
 def fsync_path(path: Path) -> None:

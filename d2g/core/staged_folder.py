@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from d2g.core.atomic_files import share_weights
 from d2g.core.claims import FolderOwner
 from d2g.core.errors import UserError
 
@@ -29,8 +30,14 @@ def _staged(out: Path, option: str) -> Iterator[Path]:
             shutil.rmtree(stale)
         temporary.mkdir(parents=True)
         yield temporary
-        # The block has succeeded: replace the entries of `out`, folders before files.
-        for entry in sorted(temporary.iterdir(), key=lambda path: (path.is_file(), path.name)):
+        share_weights(temporary)
+        # The block has succeeded: replace the entries of `out`, folders before files. Old files and links go
+        # first: a kill in between leaves no folder that looks complete.
+        entries = sorted(temporary.iterdir(), key=lambda path: (path.is_file(), path.name))
+        for old in (out / entry.name for entry in entries):
+            if old.is_symlink() or not old.is_dir():
+                old.unlink(missing_ok=True)
+        for entry in entries:
             if (out / entry.name).is_dir():
                 shutil.rmtree(out / entry.name)
             os.replace(entry, out / entry.name)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from d2g.core.atomic_files import write_atomically
+from d2g.core.atomic_files import share_weights, write_atomically
 from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.core.machine_errors import raise_machine_error
@@ -404,6 +404,7 @@ def save_diffusers_pipeline(folder: Path, kind: str, index: Mapping[str, Any], *
     index: further keys of its model_index.json, which `save_pretrained` leaves out.
     """
     new_model(kind, **components).save_pretrained(folder, safe_serialization=True)
+    share_weights(folder)
     file = folder / "model_index.json"
     content = {**read_json_object(file, COPY_AGAIN), **index}
     write_atomically(file, json.dumps(content, indent=2))
@@ -430,8 +431,10 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder, safe_serialization=True)
+    share_weights(folder)
 
 
 def save_component(module: nn.Module, folder: Path) -> None:
     """Save one diffusers or transformers model as config.json and safetensors."""
     cast(Any, module).save_pretrained(folder, safe_serialization=True)
+    share_weights(folder)

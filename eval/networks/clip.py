@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2g.core.atomic_files import share_weights
 from d2g.core.errors import UserError, first_line
 from d2g.core.json_files import COPY_AGAIN, read_json_object
 from d2g.core.machine_errors import raise_machine_error
@@ -195,6 +196,7 @@ def save_clip(
     save_file(
         {name: t.detach().half().contiguous() for name, t in model.state_dict().items()}, out / CLIP_WEIGHTS
     )
+    share_weights(out)
     for name in TOKENIZER_FILES:
         if (Path(tokenizer) / name).is_file():
             shutil.copyfile(Path(tokenizer) / name, out / name)

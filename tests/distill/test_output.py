@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,16 @@ from safetensors.torch import load_file, save_file
 from d2g.core.errors import SettingError, UserError
 from d2g.core.staged_folder import staged
 from d2g.diffusion.families.registry import FAMILIES
+from d2g.diffusion.pretrained import load_vae, save_component
 from distill.config.export import FORMATS_WITH_CARD, CardOptions, ExportConfig
 from distill.config.student import StudentConfig
 from distill.export.export import MAIN_FILES, WRITERS, export
 from distill.export.output import PARITY_BOUND, check_parity, max_abs_diff
 from distill.student_files import student_folder
 from exported import save_lora_run, save_run
+from latent_lpips.config import LPIPSConfig
+from latent_lpips.distance import LatentLPIPS
+from latent_lpips.weights import save_lpips
 
 FORMATS = ("safetensors", "diffusers", "lora", "comfyui", "onnx")
 
@@ -115,6 +120,47 @@ def test_an_export_is_atomic(tmp_path: Path) -> None:
         staged(out / "a", "exports to"),
     ):
         raise AssertionError("not reached")
+
+
+def test_an_export_replaces_links_and_what_is_no_folder(tmp_path: Path) -> None:
+    """A folder on another disk, behind a link, stopped the replacement halfway: new folders, old files."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for folder in (out / "scheduler", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "a").write_text("old")
+    (out / "unet").symlink_to(elsewhere)
+    (out / "vae").write_text("old")
+    (out / "model_index.json").write_text("old")
+    with staged(out, "exports to") as folder:
+        for name in ("scheduler", "unet", "vae"):
+            (folder / name).mkdir()
+            (folder / name / "a").write_text("new")
+        (folder / "model_index.json").write_text("new")
+    assert set(listing(out).values()) == {b"new"} and len(listing(out)) == 4
+    assert listing(elsewhere) == {"a": b"old"}
+
+
+def test_weights_have_the_permissions_of_other_files(run: str, teacher: Path, tmp_path: Path) -> None:
+    """A colleague's account, and a container's, may read what the umask allows. safetensors says 0600."""
+    export(ExportConfig(student=run), tmp_path / "export")
+    export(ExportConfig(student=run, format="diffusers"), tmp_path / "pipeline")
+    save_component(load_vae(str(teacher)), tmp_path / "vae")
+    save_lpips(LatentLPIPS(LPIPSConfig(channels=4, width=0.0625)), tmp_path / "lpips", {})
+    plain = tmp_path / "plain"
+    plain.touch()
+    weights = [*tmp_path.rglob("*.safetensors"), *Path(run).rglob("*.safetensors")]
+    assert len({path.parts[-2] for path in weights}) > 5
+    assert {path.stat().st_mode for path in weights} == {plain.stat().st_mode}
+
+
+def test_weights_that_may_not_be_read_are_named(run: str, tmp_path: Path) -> None:
+    """safetensors says that they are not there."""
+    weights = Path(shutil.copytree(run, tmp_path / "run")) / "checkpoints" / "000000004" / "ema.safetensors"
+    weights.chmod(0)
+    if os.access(weights, os.R_OK):
+        pytest.skip("root reads every file")
+    with pytest.raises(UserError, match=r"ema.safetensors: no permission; change that"):
+        export(ExportConfig(student=str(tmp_path / "run")), tmp_path / "export")
 
 
 def test_parity_bound() -> None:

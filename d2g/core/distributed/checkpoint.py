@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from d2g.core.atomic_files import fsync_path
+from d2g.core.atomic_files import fsync_path, share_weights
 from d2g.core.errors import UserError
 from d2g.core.json_files import read_json_object
 from d2g.core.machine_errors import raise_machine_error
+from d2g.core.regular_files import require_regular
 from d2g.core.torch_files import load_tensors
 
 CHECKPOINTS_KEPT = 2
@@ -53,8 +54,9 @@ class Checkpoint:
                 "choose another checkpoint"
             )
         try:
+            require_regular(path)  # safetensors says that a file is not there which it may not read
             return load_file(path)
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise_machine_error(error, path)
             advice = self.advice or remedy(self.folder)
             raise UserError(f"{path} is damaged ({error}); {advice}") from error
@@ -99,6 +101,7 @@ def save(
             )
         torch.save(dict(state), temporary / "state.pt")
         (temporary / "meta.json").write_text(json.dumps({**meta, "nimg": nimg}, indent=1))
+        share_weights(temporary)
         for path in (*sorted(temporary.iterdir()), temporary):
             fsync_path(path)
         # Give the folder its name. A resumed run may write the same point again.

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from d2g.core.atomic_files import fsync_path
+from d2g.core.atomic_files import fsync_path, share_weights
 from d2g.core.distributed import process_group
 from d2g.core.distributed.checkpoint import Checkpoint, discard, latest, prune, remedy
 from d2g.core.distributed.checkpoint_index import DATA_FILE, INDEX, SafeReader
@@ -199,6 +199,7 @@ def _complete(
     writing.result()
     for name, values in files.items() if process_group.rank() == 0 else ():
         save_file(values, temporary / f"{name}.safetensors")
+        share_weights(temporary)
     return {str(path.relative_to(temporary)): _facts(path) for path in _own_files(temporary)}
 
 
