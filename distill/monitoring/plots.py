@@ -102,7 +102,7 @@ def plot_health(lines: Sequence[Line], file: Path, title: str = "") -> None:
     # Hide the axes that are left over.
     for axis in axes[len(drawn_panels) :]:
         axis.set_axis_off()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a folder may have dollar signs
     figure.supxlabel("images", fontsize=8)
     figure.savefig(png := io.BytesIO(), dpi=110, format="png")
     write_atomically(file, png.getvalue())

@@ -100,7 +100,8 @@ def plot_curve(curve: Curve, file: Path) -> None:
     axes.set_xlabel(curve.x)
     axes.set_ylabel(curve.y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    for text in axes.legend(fontsize=8).get_texts():
+        text.set_parse_math(False)  # a folder may have dollar signs
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=200)

@@ -83,3 +83,9 @@ def test_sparklines() -> None:
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
     assert sparkline([0, 2, 7, 7], 2) == "▁█" and sparkline([3.0, 3.0]) == "▁▁" and sparkline([]) == ""
     assert len(sparkline(list(range(1000)), 24)) == 24
+
+
+def test_a_folder_with_dollar_signs_is_no_formula(tmp_path: Path) -> None:
+    """As of a variable in single quotes. A training stopped at its first report."""
+    plot_health(LINES, tmp_path / "health.png", "runs/$MODEL_$SEED")
+    assert (tmp_path / "health.png").is_file()

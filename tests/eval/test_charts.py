@@ -144,3 +144,8 @@ def test_plot_curve_writes_a_file(suffix: str, tmp_path: Path) -> None:
     assert (tmp_path / "deep" / f"curve.{suffix}").stat().st_size > 1000
     with pytest.raises(UserError, match=r"cannot write .*; choose another --out"):
         plot_curve(loss_curve(a=LINE), Path("/proc/none") / f"curve.{suffix}")
+
+
+def test_a_folder_with_dollar_signs_is_no_formula(tmp_path: Path) -> None:
+    plot_curve(loss_curve(**{"runs/$MODEL_$SEED": LINE}), tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").is_file()
