@@ -53,7 +53,7 @@ def save_lpips(
         (folder / f"{CONFIG_FILE}.tmp").write_text(text + "\n", encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(folder / f"{name}.tmp", folder / name)
-        share_weights(folder)
+        share_weights(folder, WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{folder}: LatentLPIPS weights could not be written ({error}); free space or give another folder"

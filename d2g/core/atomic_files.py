@@ -81,13 +81,12 @@ def _write_and_rename(data: bytes | memoryview, path: Path, temporary: Path) -> 
     fsync_path(path.parent)
 
 
-def share_weights(folder: Path) -> None:
-    """Give the .safetensors files of a folder and of the folders in it the permissions of the umask.
-
-    safetensors lets only their owner read them.
+def share_weights(folder: Path, pattern: str = "*.safetensors") -> None:
+    """Give a folder's files that match `pattern` the permissions of the umask: safetensors lets only their
+    owner read them. Links stay as they are.
     """
-    for path in (*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")):
-        if path.stat().st_uid == os.geteuid():
+    for path in folder.glob(pattern):
+        if not path.is_symlink() and path.stat().st_uid == os.geteuid():
             path.chmod(0o666 & ~UMASK)
 
 

@@ -30,7 +30,7 @@ def _staged(out: Path, option: str) -> Iterator[Path]:
             shutil.rmtree(stale)
         temporary.mkdir(parents=True)
         yield temporary
-        share_weights(temporary)
+        share_weights(temporary, "**/*.safetensors")
         # The block has succeeded: replace the entries of `out`, folders before files. Old files and links go
         # first: a kill in between leaves no folder that looks complete.
         entries = sorted(temporary.iterdir(), key=lambda path: (path.is_file(), path.name))

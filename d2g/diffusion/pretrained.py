@@ -404,7 +404,8 @@ def save_diffusers_pipeline(folder: Path, kind: str, index: Mapping[str, Any], *
     index: further keys of its model_index.json, which `save_pretrained` leaves out.
     """
     new_model(kind, **components).save_pretrained(folder, safe_serialization=True)
-    share_weights(folder)
+    for component in components:
+        share_weights(folder / component)
     file = folder / "model_index.json"
     content = {**read_json_object(file, COPY_AGAIN), **index}
     write_atomically(file, json.dumps(content, indent=2))
@@ -431,7 +432,8 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder, safe_serialization=True)
-    share_weights(folder)
+    for component in ("vae", "unet", "text_encoder"):
+        share_weights(folder / component)
 
 
 def save_component(module: nn.Module, folder: Path) -> None:

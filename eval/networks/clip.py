@@ -196,7 +196,7 @@ def save_clip(
     save_file(
         {name: t.detach().half().contiguous() for name, t in model.state_dict().items()}, out / CLIP_WEIGHTS
     )
-    share_weights(out)
+    share_weights(out, CLIP_WEIGHTS)
     for name in TOKENIZER_FILES:
         if (Path(tokenizer) / name).is_file():
             shutil.copyfile(Path(tokenizer) / name, out / name)
