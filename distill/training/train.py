@@ -19,7 +19,7 @@ from d2g.core.errors import Interrupted, LostFolder, SettingError, UserError
 from d2g.core.precision import set_training_arithmetic
 from d2g.core.progress import Progress, quiet
 from d2g.core.signals import StopFlag
-from d2g.core.tracking.run_directory import Pace, RunLog, sole_owner
+from d2g.core.tracking.run_directory import Pace, RunLog, require_shared_folder, sole_owner
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.pipelines import family_of
@@ -124,6 +124,7 @@ def train(
         device = process_group.init()
         config = decide_precision(config, device, out)
         with sole_owner(out, "trains in") as owner:
+            require_shared_folder(out)
             return _train(config, out, device, progress, validate, owner)
     except RuntimeError as error:
         if not process_group.lost_peer(error):

@@ -13,6 +13,7 @@ from d2g.core.errors import LostFolder, UserError
 from d2g.core.tracking.run_directory import ENDED, read_stats
 from distill.training.callbacks import StopControl
 from distill.training.train import train
+from forks import environments
 from jobs import BATCH, Running, d2g, d2g_ranks, distill_arguments, distill_config
 from stores import FORKS
 
@@ -42,6 +43,20 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(
     numbers = [line["nimg"] for line in read_stats(run)]
     assert numbers == sorted(set(numbers)), "reports come from one run"
     assert not (run / OWNER).exists()
+
+
+def test_processes_that_share_no_folder_are_refused(teacher: Path, pairs: Path, tmp_path: Path) -> None:
+    """As two machines would with the same path on disks of their own."""
+    config = distill_config(teacher, pairs, "train.images=8")
+    running = [
+        Running(distill_arguments(config, tmp_path / f"run{rank}"), tmp_path / f"log{rank}", environment)
+        for rank, environment in enumerate(environments(2))
+    ]
+    ended = [each.wait() for each in running]
+    assert [each.code for each in ended] == [1, 1]
+    assert all("process 1 does not see what process 0 writes to" in each.error for each in ended)
+    assert "on a disk that their machines share; give such an --out" in ended[0].error
+    assert not (tmp_path / "run0").exists(), "nothing was written"
 
 
 def test_a_run_that_lost_its_folder_writes_nothing_more(

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
+from uuid import uuid4
 
 from torch import Tensor
 
@@ -25,6 +26,9 @@ from d2g.core.tracking.loggers import RunLogger, open_loggers
 
 ENDED = "ended.json"
 Ending = Literal["done", "minutes", "stopped", "failed"]
+
+SHARED_SECONDS = 10.0
+"""How long a rank looks for a file that rank 0 has written, on a network disk that shows it late."""
 
 _owned: dict[tuple[int, Path], FolderOwner] = {}
 """The folders that this process holds by `sole_owner`, by process (one may fork) and absolute path."""
@@ -53,6 +57,34 @@ def sole_owner(folder: Path, what: str, option: str = "--out") -> Iterator[Folde
         _owned[place] = owner
         stack.callback(_owned.pop, place)
         yield owner
+
+
+def require_shared_folder(folder: Path) -> None:
+    """Raise UserError on all ranks unless all see what rank 0 writes to `folder`, which exists there.
+
+    On disks of their own, each machine would get its own part of a checkpoint.
+    """
+    if not process_group.joined():
+        return
+    # A new name, which no network disk can remember as absent.
+    mark = folder / f".{process_group.gather_objects(uuid4().hex)[0]}"
+    if process_group.rank() == 0:
+        mark.touch()
+    process_group.barrier()
+    end = time.monotonic() + SHARED_SECONDS
+    while not (shared := mark.exists()) and time.monotonic() < end:
+        time.sleep(0.5)
+        for place in (folder.parent, folder):  # a network disk looks again when it is listed
+            with suppress(OSError):
+                os.listdir(place)
+    alone = [rank for rank, shares in enumerate(process_group.gather_objects(shared)) if not shares]
+    if process_group.rank() == 0:
+        mark.unlink(missing_ok=True)
+    if alone:
+        raise UserError(
+            f"process {alone[0]} does not see what process 0 writes to {folder}; expected one folder for all "
+            "processes, on a disk that their machines share; give such an --out"
+        )
 
 
 class RunLog:
