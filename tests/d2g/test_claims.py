@@ -4,18 +4,26 @@ import fcntl
 import json
 import multiprocessing
 import os
+import signal
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from clocks import wait_until
 from d2g.core.claims import OWNER, FileClaims, FolderOwner
 from d2g.core.errors import UserError
 
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "timeout"
+        time.sleep(0.01)
 
 
 def own_folder(folder: Path, place: str | None, patience: float) -> None:
@@ -87,6 +95,17 @@ def test_a_remote_process_with_heartbeats_keeps_the_folder(tmp_path: Path) -> No
         FolderOwner(tmp_path, "trains in", patience=120.0).__enter__()
     child.kill()
     child.join()
+
+
+def test_a_suspended_process_notices_the_loss_of_its_folder(tmp_path: Path) -> None:
+    child = start_owner(tmp_path, place="elsewhere", patience=0.4)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGSTOP)
+    with FolderOwner(tmp_path, "trains in", patience=0.4):
+        os.kill(child.pid, signal.SIGCONT)
+        wait_until((tmp_path / "lost").exists)
+        child.join()
+    assert str(os.getpid()) in (tmp_path / "lost").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"place": 3}', '{"pid": "x"}'])

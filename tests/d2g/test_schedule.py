@@ -22,6 +22,7 @@ from d2g.diffusion.schedule import (
     Spacing,
     denoised_from,
     diffuse,
+    predict_epsilon,
     predict_x0,
     timesteps,
 )
@@ -43,6 +44,19 @@ def test_timesteps_equal_diffusers(spacing: Spacing, steps: int) -> None:
     scheduler = DDIMScheduler(**SD_BETAS, timestep_spacing=spacing, steps_offset=1)
     scheduler.set_timesteps(steps)
     assert timesteps(1000, steps, spacing, 1) == scheduler.timesteps.tolist()
+
+
+def test_sd_starts_at_981_and_trailing_at_999() -> None:
+    assert timesteps(1000, 50, "leading", 1)[:2] == [981, 961]
+    assert timesteps(1000, 50, "trailing", 1)[::49] == [999, 19]
+    assert timesteps(1000, 50, "linspace", 1)[::49] == [999, 0]
+
+
+@given(st.integers(1, 1000), st.sampled_from(["trailing", "linspace"]))
+def test_timesteps_descend_within_the_table(steps: int, spacing: Spacing) -> None:
+    grid = timesteps(1000, steps, spacing, 0)
+    assert len(grid) == steps and grid[0] <= 999 and grid[-1] >= 0
+    assert all(a > b for a, b in pairwise(grid))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -79,6 +93,21 @@ def test_alpha_before_the_first_timestep() -> None:
     assert sd_schedule(True).alpha_sigma(-19) == (1.0, 0.0)
     assert sd_schedule(False).alpha_sigma(-19) == sd_schedule().alpha_sigma(0)
     assert len(sd_schedule()) == 1000
+
+
+def network_output(x0: torch.Tensor, eps: torch.Tensor, a: float, s: float, kind: Prediction) -> torch.Tensor:
+    return {"epsilon": eps, "sample": x0, "v_prediction": a * eps - s * x0}[kind]
+
+
+@pytest.mark.parametrize("kind", get_args(Prediction))
+@pytest.mark.parametrize("t", [999, 981, 399, 20, 0])
+def test_conversions_recover_both_ends(kind: Prediction, t: int) -> None:
+    alpha, sigma = sd_schedule().alpha_sigma(t)
+    x0, eps = noise(0, [0, 1], (2, 4, 4, 4))
+    output = network_output(x0, eps, alpha, sigma, kind)
+    x = alpha * x0 + sigma * eps
+    torch.testing.assert_close(predict_x0(output, x, alpha, sigma, kind), x0, atol=2e-5, rtol=0)
+    torch.testing.assert_close(predict_epsilon(output, x, alpha, sigma, kind), eps, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", get_args(Prediction))

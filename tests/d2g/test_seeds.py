@@ -6,6 +6,7 @@ import math
 import re
 import struct
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,39 @@ def documented_draw() -> Callable[..., Any]:
     return names["draw"]  # type: ignore[no-any-return]
 
 
+# Correctness.
+
+
+def box_muller_in_decimals(first: int, second: int) -> tuple[Decimal, Decimal]:
+    """Box-Muller with 50 digits, without the argument reductions of the code."""
+    pi = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
+    u = (Decimal(first >> 12) + Decimal("0.5")) / 2**52
+    angle = 2 * pi * (Decimal(second >> 11) + Decimal("0.5")) / 2**53
+    cos, sin, term, order = Decimal(0), Decimal(0), Decimal(1), 0
+    while abs(term) > Decimal("1e-48") or order < 8:
+        if order % 2:
+            sin += term if order % 4 == 1 else -term
+        else:
+            cos += term if order % 4 == 0 else -term
+        order += 1
+        term *= angle / order
+    radius = (-2 * u.ln()).sqrt()
+    return radius * cos, radius * sin
+
+
+@pytest.mark.parametrize("raw", [words(3, 4, 1000), PAIRS_OF_EXTREMES[::7]], ids=["random", "extreme"])
+def test_the_transform_is_within_four_ulp_of_the_formula(raw: np.ndarray) -> None:
+    normals = box_muller(raw[: len(raw) // 2 * 2])
+    with localcontext() as context:
+        context.prec = 50
+        for i in range(0, len(normals), 2):
+            for x, right in zip(
+                normals[i : i + 2].tolist(), box_muller_in_decimals(int(raw[i]), int(raw[i + 1])), strict=True
+            ):
+                error = abs(Decimal(x) - right) / Decimal(math.ulp(float(right)))
+                assert error < 4, (int(raw[i]), int(raw[i + 1]), x, right)
+
+
 def test_extreme_words_give_finite_values_and_the_largest() -> None:
     values = box_muller(PAIRS_OF_EXTREMES)
     assert np.isfinite(values).all() and (values != 0).all()
@@ -147,6 +181,43 @@ def test_extreme_words_give_finite_values_and_the_largest() -> None:
     least = box_muller(np.array([2**64 - 1, 2**61], np.uint64))
     assert least == pytest.approx([2.0**-26.5] * 2, rel=1e-12), "u nearest to 1: 1 - 2^-53"
     assert np.isfinite(values.astype(np.float16)).all()
+
+
+def test_noise_is_standard_normal() -> None:
+    rows = noise(11, range(256), (4, 16, 16)).double()
+    count = rows.numel()  # 262,144: the bounds below are 5 standard errors
+    assert abs(rows.mean()) < 5 / count**0.5
+    assert abs(rows.var() - 1) < 5 * (2 / count) ** 0.5
+    assert abs((rows**3).mean()) < 5 * (15 / count) ** 0.5
+    assert abs((rows**4).mean() - 3) < 5 * (96 / count) ** 0.5
+    assert 4 < rows.abs().max() < 6.5
+
+
+def test_noise_has_the_normal_distribution_function() -> None:
+    """Kolmogorov-Smirnov tests at the 0.1 % level: both values of each pair, and their radii (Rayleigh)."""
+    pairs = box_muller(words(12, 0, 2**16)).reshape(-1, 2)
+    bound = 1.95 / len(pairs) ** 0.5
+    ranks = np.arange(len(pairs)) / len(pairs)
+    for values in pairs.T:
+        normal = np.array([0.5 + 0.5 * math.erf(x / 2**0.5) for x in np.sort(values).tolist()])
+        assert abs(normal - ranks).max() < bound
+    radii = np.sort((pairs**2).sum(axis=1))
+    assert abs(1 - np.exp(-radii / 2) - ranks).max() < bound
+
+
+def test_neighboring_indices_and_seeds_are_independent() -> None:
+    size = 4096
+    rows = torch.cat([noise(seed, range(16), (size,)) for seed in (0, 1)]).double()
+    for values in (rows, rows.square()):
+        correlation = torch.corrcoef(values).fill_diagonal_(0).abs().max()
+        assert correlation < 5.5 / size**0.5
+    assert not torch.equal(noise(0, [1], (8,)), noise(1, [0], (8,))), "seed and index do not commute"
+
+
+def test_the_two_halves_of_box_muller_are_independent() -> None:
+    pairs = torch.from_numpy(box_muller(words(0, 0, 2**16))).view(-1, 2)
+    assert abs(torch.corrcoef(pairs.T)[0, 1]) < 5 / 2**7.5
+    assert abs(torch.corrcoef(pairs.square().T)[0, 1]) < 5 / 2**7.5
 
 
 # Dependence on (seed, index) only.

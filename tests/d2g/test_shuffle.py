@@ -96,6 +96,22 @@ def test_every_order_is_equally_likely(size: int) -> None:
     assert abs(z_score(counts)) < 4
 
 
+@pytest.mark.parametrize("size", [1000, 10_007, 12_000_000])
+def test_positions_epochs_and_seeds_are_independent(size: int) -> None:
+    """Chi-square tests of joint counts on a 25 x 25 grid."""
+    epoch, place = np.divmod(np.arange(60_000), size)
+    rows, far = permuted(0, epoch, size, place), size // 3
+    others = {
+        "the next": permuted(0, epoch, size, (place + 1) % size),
+        "one far away": permuted(0, epoch, size, (place + far) % size),
+        "the next epoch": permuted(0, epoch + 1, size, place),
+        "the next seed": permuted(1, epoch, size, place),
+    }
+    for name, other in others.items():
+        counts = np.bincount(rows * 25 // size * 25 + other * 25 // size, minlength=625)
+        assert z_score(counts) < 5, name
+
+
 # Blocks.
 
 
@@ -134,6 +150,25 @@ def test_a_row_in_blocks_does_not_depend_on_other_queried_positions(
         permuted_blocks(1, e, size, p, block, window).item() for e, p in zip(epochs, positions, strict=True)
     ]
     assert permuted_blocks(1, epochs, size, positions, block, window).tolist() == epoch_order
+
+
+@pytest.mark.parametrize(
+    ("size", "block", "window", "number"),
+    [
+        (5, 1, 2, 120),  # blocks of one row: a full shuffle
+        (6, 2, 1, 6 * 2**3),  # orders of the blocks times orders of the rows in each
+        (5, 2, 1, 6 * 2**2),  # the short block may be at any place
+        (5, 2, 3, 120),  # one window: a full shuffle
+        (5, 2, 2**62, 120),
+    ],
+)
+def test_every_order_of_blocks_and_rows_is_equally_likely(
+    size: int, block: int, window: int, number: int
+) -> None:
+    counts = count_orders(
+        size, number, 40_000, lambda epoch, at: permuted_blocks(5, epoch, size, at, block, window)
+    )
+    assert abs(z_score(counts)) < 4
 
 
 def test_windows_and_epochs_are_shuffled_independently() -> None:

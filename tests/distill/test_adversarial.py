@@ -105,6 +105,14 @@ def test_each_swap_replaces_exactly_one_member() -> None:
     assert torch.equal(z, torch.stack([noise[0], noise[1], noise[2], noise[0]]))
 
 
+def test_unswapped_rows_are_the_fakes() -> None:
+    fake, real, noise = (torch.randn(3, 4, 2, 2) for _ in range(3))
+    text = Conditioning.from_text(torch.randn(3, 4, 2))
+    x, z, c = mix_and_match(fake, real, noise, text, torch.zeros(3, dtype=torch.long), torch.arange(3))
+    assert torch.equal(x, fake) and torch.equal(z, noise)
+    assert torch.equal(c.tensors["hidden"], text.tensors["hidden"])
+
+
 def test_hinge_loss_closed_form() -> None:
     """D: relu(1 - real) + relu(1 + fake), which is 0.5 + 1.5 and 0 + 0 for the two heads. G: -D(G)."""
     real, fake = heads(0.5, 2.0), heads(0.5, -3.0)

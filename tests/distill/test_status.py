@@ -190,6 +190,23 @@ def test_ended_json_is_shown(
     assert result["silent_minutes"] is result["seconds_left"] is None and not result["finished"]
 
 
+def test_a_clock_that_was_set_back_is_no_silence(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The reports lie in the future of the new clock."""
+    for name in ("stats.jsonl", "config.json"):
+        os.utime(run / name, (time.time() + 10_000,) * 2)
+    code, out, _ = watch(capfd, run, "--json")
+    assert code == 0 and json.loads(out)["silent_minutes"] is None
+
+
+def test_a_live_view_exits_when_the_run_fails(run: Path, tmp_path: Path) -> None:
+    running = Running(["distill", "watch", str(run), "--every", "0.05"], tmp_path / "log")
+    running.wait_for(lambda: "40 of 100" in running.out.read_text())
+    RunLog(run, json.loads((run / "config.json").read_text())).end("failed", "loss/g is nan at image 40")
+    ended = running.wait()
+    expected = " ".join(ended.stdout.split())
+    assert ended.code == 0 and "40.0%, it failed" in expected and "loss/g is nan" in expected
+
+
 def test_a_damaged_ended_json_is_reported(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (run / "ended.json").write_text('{"how": "fai')
     code, _, err = watch(capfd, run, "--once")

@@ -146,6 +146,12 @@ def test_the_reference_compared_with_itself_has_fid_zero() -> None:
     assert result.fid == pytest.approx(0, abs=1e-6) and (result.precision, result.recall) == (1, 1)
 
 
+def test_a_collapsed_generator_has_precision_but_no_recall() -> None:
+    images, prompts = color_images(90, seed=2, spread=2.0)
+    collapsed = measure(batch_source("one color", [(images[:3].repeat(30, 1, 1, 1), prompts)]))
+    assert collapsed.precision == 1 and collapsed.recall is not None and collapsed.recall < 0.2
+
+
 @pytest.mark.parametrize("size", [1, 7, 90])
 def test_batches_and_parts_do_not_change_the_result(size: int, tmp_path: Path) -> None:
     expected = measure(source(90, 2), work=MeasureOptions(batch_size=32))

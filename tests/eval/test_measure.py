@@ -6,6 +6,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ from d2g.core.seeds import noise
 from eval.images.folders import open_images
 from eval.images.resize import NATIVE
 from eval.measure.measure import FILE_SHA256, Measure, PairMeasure, measure_source
-from eval.measure.rows import MeasuredRows, MeasureOptions, load_part, save_part
+from eval.measure.rows import MeasuredRows, MeasureOptions, load_part, open_work, save_part
 from eval.measure.source import ImageSource, SampledBatch, batch_source, image_source, views_of
-from forks import on_ranks
+from forks import fork, on_ranks
 
 PROMPTS = ["red", "green", "blue"]
 
@@ -136,6 +137,26 @@ def test_any_number_of_processes_gives_the_same_rows(ranks: int, tmp_path: Path)
         assert rows.values["apart"].min() > 0.5
 
 
+def test_killed_and_resumed_gives_the_same_rows(tmp_path: Path) -> None:
+    """SIGKILL after 1, 3, 6 and 9 parts, before the next one is sampled; the last start finishes."""
+    work = MeasureOptions(part=5, batch_size=5, folder=tmp_path)
+
+    def killed_after(parts: int) -> None:
+        def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
+            if numbers.start >= 5 * parts:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return sampler().draw(numbers, batch_size, sizes)
+
+        measure_source(ImageSource(name="x", facts={}, draw=draw), range(50), MEASURES, work=work)
+
+    for parts in (1, 3, 6, 9):
+        child = fork(partial(killed_after, parts))
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        assert len(list((tmp_path / "parts").glob("0*"))) == parts
+    rows = measure_source(sampler(), range(50), MEASURES, work=MeasureOptions(part=5, folder=tmp_path))
+    assert same(rows, EXPECTED)
+
+
 def test_the_message_of_an_interruption_says_what_is_saved(tmp_path: Path) -> None:
     def draw(numbers: range, batch_size: int, sizes: Sequence[str]) -> Iterator[SampledBatch]:
         for batch in sampler().draw(numbers, batch_size, sizes):
@@ -152,6 +173,16 @@ def test_the_message_of_an_interruption_says_what_is_saved(tmp_path: Path) -> No
     with pytest.raises(Interrupted, match="nothing was kept, give --out a folder"):
         measure_source(stopping, range(50), MEASURES, work=MeasureOptions(part=10, batch_size=5))
     assert same(measure_source(sampler(), range(50), MEASURES, work=work), EXPECTED)
+
+
+def test_a_work_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
+    facts = {"source": {"seed": 0}, "metrics": ("fid",)}
+    open_work(tmp_path, facts)
+    open_work(tmp_path, facts)
+    with pytest.raises(
+        UserError, match=r"holds parts of another evaluation: source.seed \(0 -> 1\); give the same"
+    ):
+        open_work(tmp_path, {**facts, "source": {"seed": 1}})
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:

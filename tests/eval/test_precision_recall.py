@@ -1,5 +1,6 @@
 """eval.metrics.precision_recall and distances against brute force, prdc and torch-fidelity."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -95,6 +96,24 @@ def test_a_collapsed_generator_has_high_precision_and_low_recall() -> None:
     assert result.precision == 1 and result.recall <= 0.05
 
 
+def test_one_repeated_image_has_precision_1_and_low_recall() -> None:
+    real = points(150, 0, dim=32)
+    result = precision_recall(real, real[:1].repeat(150, 1), k=3, chunk=64)
+    assert result.precision == 1 and result.recall == pytest.approx(1 / 150)
+    assert result == brute_force(real, real[:1].repeat(150, 1), 3)
+
+
+def test_a_too_wide_generator_has_high_recall_and_low_precision() -> None:
+    result = precision_recall(points(200, 0), points(200, 1, 10), k=3)
+    assert result.precision < 0.2 and result.recall > 0.9
+
+
+def test_identical_sets_are_perfect_far_from_the_origin() -> None:
+    real = points(100, 0) + 1e4
+    result = precision_recall(real, real.clone(), k=3)
+    assert (result.precision, result.recall, result.coverage) == (1, 1, 1)
+
+
 def test_points_of_a_grid_with_tied_distances() -> None:
     """Every row has many neighbors at the same distance; rounding must not break the ties."""
     axis = torch.arange(7.0)
@@ -158,3 +177,10 @@ def test_features_that_are_not_finite_are_refused(value: float) -> None:
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(UserError, match="k = 3 need more than 3 images, got 3 and 9"):
         precision_recall(points(3, 0), points(9, 1), k=3)
+
+
+def test_kth_neighbor_distances_equal_sorted_distances() -> None:
+    rows = points(50, 3, dim=5)
+    got = pairwise.kth_neighbor_distances(pairwise.CenteredRows(rows, rows.double().mean(0)), (1, 4), 16)
+    expected = np.sort(((rows[:, None] - rows[None]).double().square().sum(2)).numpy(), axis=1)[:, [1, 4]]
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)

@@ -33,6 +33,7 @@ from miniature.sampling import (
 )
 from miniature.scene import project
 from miniature.scene_tensors import BACKGROUND_COLORS, OBJECT_COLORS
+from miniature.sdf import SHAPE_TABLE, march, soft_shadow, surface_normals
 
 EXAMPLE = "a large red metal sphere left of a small blue matte cube, pink background"
 GOLDEN_MEAN = [133.13, 125.96, 126.64]
@@ -212,6 +213,13 @@ def test_rendering_at_half_size_gives_the_same_image():
     assert (small - shrunk).abs().mean() < 3
 
 
+@pytest.mark.parametrize(("size", "low", "high"), [("large", 20, 30), ("small", 13, 20)])
+def test_object_sizes_in_pixels(size, low, high):
+    for index in range(12):
+        mask = near_color(show(f"a {size} red matte sphere, white background", index), "red")
+        assert low <= int(mask.any(0).sum()) <= high
+
+
 @pytest.mark.parametrize("color", COLORS)
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_colors_are_distinguishable_on_every_background(color, background):
@@ -219,6 +227,17 @@ def test_colors_are_distinguishable_on_every_background(color, background):
     counts = {other: int(near_color(picture, other).sum()) for other in COLORS}
     assert max(counts, key=counts.__getitem__) == color
     assert counts[color] > 200
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_metal_has_highlights(shape):
+    """In the same scene, a metal object has a wider range of brightness than a matte one."""
+    matte = scene_from_caption(f"a large purple matte {shape}, gray background", 5, 1)
+    metal_object = replace(matte.objects[0], material="metal")
+    metal = replace(matte, facts=replace(matte.facts, objects=(metal_object,)))
+    pictures = render_scenes([matte, metal]).float().mean(1) / 255
+    mask = near_color(render_scenes([matte])[0].float() / 255, "purple")
+    assert pictures[1][mask].std() > 1.3 * pictures[0][mask].std()
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
@@ -242,6 +261,15 @@ def test_the_relation_is_visible_in_the_image(relation):
                 assert down < -4
 
 
+def test_objects_cast_shadows_away_from_the_light():
+    """The light comes from the left, so the ground is darker right of an object than left of it."""
+    scene = scene_from_caption("a large green matte cube, white background", 5, 2)
+    scene = replace(scene, placements=(replace(scene.placements[0], x=0.0, z=0.0),))
+    picture = render_scenes([scene])[0].float()
+    left, right = picture[:, 38, 8:16].mean(), picture[:, 38, 45:53].mean()
+    assert right < 0.8 * left
+
+
 def test_the_nearer_object_occludes_the_farther_one():
     scene = scene_from_caption(
         "a large red matte cube in front of a large blue matte cube, white background", 5, 3
@@ -263,3 +291,62 @@ def test_render_dataset_returns_images_with_their_captions():
     assert calls == [(4, 10), (8, 10), (10, 10)]
     assert texts == scene_captions(10, 9, "heldout")
     assert torch.equal(images[3:4], render_scenes([sample_scene(9, 3, "heldout")]))
+
+
+# ---- shapes
+
+
+def points(count: int = 2000) -> tuple[Tensor, Tensor, Tensor]:
+    return (torch.rand(3, count, generator=torch.Generator().manual_seed(0)) * 4 - 2).unbind(0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_signed_distances_have_unit_gradients(shape):
+    """The gradient has length one, and shapes stay inside their bounding sphere and above the ground."""
+    distance, height, bound = SHAPE_TABLE[shape]
+    x, y, z = (value.double().requires_grad_() for value in points())
+    value = distance(x, y, z)
+    gradient = torch.stack(torch.autograd.grad(value.sum(), (x, y, z)))
+    outside = value > 0
+    assert gradient[:, outside].norm(dim=0).sub(1).abs().quantile(0.99) < 1e-6
+    far = torch.stack([x, y, z]).norm(dim=0)
+    assert bool((value[far > bound] > 0).all())
+    assert bool((value[y < -height] > 0).all())
+    zero = torch.zeros(1)
+    assert 0 < float(distance(zero, zero - height - 1e-3, zero)) < 0.01  # it touches the ground
+
+
+def test_sphere_tracing_matches_the_closed_form():
+    x, y, _ = (value * 0.5 for value in points(500))
+    origin, direction = (
+        (x, y, torch.full_like(x, 5.0)),
+        (torch.zeros_like(x), torch.zeros_like(x), -torch.ones_like(x)),
+    )
+    length = march("sphere", origin, direction)
+    radius = SHAPE_TABLE["sphere"][2]
+    inside = x * x + y * y < (0.98 * radius) ** 2
+    expected = 5 - (radius**2 - x * x - y * y).clamp(min=0).sqrt()
+    assert (length[inside] - expected[inside]).abs().max() < 2e-3
+    assert bool(length[x * x + y * y > radius**2].isinf().all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normals_are_the_gradient_of_the_distance(shape):
+    x, y, z = (value.double().requires_grad_() for value in points(300))
+    value = SHAPE_TABLE[shape][0](x, y, z)
+    exact = torch.stack(torch.autograd.grad(value.sum(), (x, y, z)))
+    ours = torch.stack(surface_normals(shape, x.detach(), y.detach(), z.detach()))
+    away = value > 0.05  # near edges the four samples may lie on both sides
+    assert (exact[:, away] * ours[:, away]).sum(0).quantile(0.05) > 0.99
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_soft_shadows_are_dark_below_and_bright_beside_an_object(shape):
+    base = -SHAPE_TABLE[shape][1]
+    x = torch.tensor([0.0, 6.0, 0.0])
+    y = torch.tensor([base - 0.02, base, 3.0])
+    z = torch.zeros(3)
+    up = (torch.zeros(3), torch.ones(3), torch.zeros(3))
+    lit = soft_shadow(shape, (x, y, z), up)
+    assert lit[0] < 0.05
+    assert lit[1:].tolist() == [1.0, 1.0]

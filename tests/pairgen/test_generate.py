@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import tiny
 from d2g.core import seeds
 from d2g.core.errors import Interrupted, SettingError, UserError
-from jobs import Running, d2g, make_pairs, succeed
+from jobs import Running, d2g, make_pairs
 from pairgen import speed
 from pairgen.config import PAIR_PRESETS, PairConfig
 from pairgen.cost import GPU_COUNTS, plan_pairs
@@ -40,6 +40,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.save_prompts(tmp_path_factory.mktemp("prompts") / "prompts.txt")
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +173,8 @@ def test_sigkill_leaves_complete_shards_and_the_same_command_continues(
     assert running.wait().code == -signal.SIGKILL
     shard_bytes = {path: path.read_bytes() for path in sorted(out.glob("shards/*.h5"))}
     assert 2 <= len(shard_bytes) < 9 and not PairReader(out).complete and not verify_store(out).bad_shards
-    succeed(d2g(arguments(teacher, prompts, out), tmp_path / "log"))
+    resumed = d2g(arguments(teacher, prompts, out), tmp_path / "log")
+    assert resumed.code == 0, resumed.stderr
     assert verify_store(out).ok and len(PairReader(out)) == 36
     assert all(path.read_bytes() == data for path, data in shard_bytes.items())
     d2g(arguments(teacher, prompts, tmp_path / "unbroken", "batch_size=32"), tmp_path / "log")
@@ -236,6 +242,17 @@ def test_ctrl_c_encodes_no_more_prompts(config: PairConfig, tmp_path: Path) -> N
         generate_pairs(replace(config, shard_size=12, batch_size=2), tmp_path / "pairs", interrupt)
     hook.remove()
     assert encoded == 0
+
+
+def test_an_error_keeps_every_finished_row(config: PairConfig, tmp_path: Path) -> None:
+    def fail(label: str, done: int, total: int) -> None:
+        if done == 8:
+            raise RuntimeError("the machine is on fire")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        generate_pairs(replace(config, batch_size=1), tmp_path / "pairs", fail)
+    resumed = generate_pairs(replace(config, batch_size=1), tmp_path / "pairs")
+    assert (resumed.pairs, resumed.new_pairs) == (12, 4)
 
 
 # Refused inputs.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from d2g.core.errors import SettingError, UserError
 from d2g.diffusion.latents import LatentSpace
-from pairgen.store.hdf5 import create_store, pending, read_spec
+from pairgen.store.hdf5 import PairBatch, create_store, pending, read_spec
 from pairgen.store.reader import PairReader
 from pairgen.store.writer import PairWriter
 from pairgen.verify import store_info, verify_store
-from stores import SPEC, make_store, rows, same, write_shard
+from stores import FORKS, PROMPTS, SPEC, make_store, rows, same, write_shard
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +36,23 @@ def store(tmp_path: Path) -> Path:
 
 
 # Round trips.
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("noise", ["stored", "seeded"])
+def test_round_trip(tmp_path: Path, dtype: str, noise: str) -> None:
+    spec = replace(SPEC, dtype=dtype, noise=noise)
+    reader = PairReader(make_store(tmp_path, spec), expect=spec)
+    assert len(reader) == 22 and reader.complete and reader.spec == spec and read_spec(tmp_path) == spec
+    order = [21, 0, 8, 7, 0, 15]
+    batch, (expected_noise, latent, prompts, _) = reader.read(order), rows(spec, order)
+    assert batch.noise.dtype == batch.latents.dtype == torch.float32 and batch.index.tolist() == order
+    assert torch.equal(batch.noise, expected_noise.float()) and batch.prompts == prompts
+    assert torch.equal(batch.latents, latent.to(spec.torch_dtype).float())
+    assert reader.prompts() == PROMPTS
+    with h5py.File(tmp_path / "shards" / "pairs-00000.h5", locking=False) as file:
+        assert ("noise" in file) == (noise == "stored")
+        assert all(file[name].fletcher32 for name in file)
 
 
 def test_rows_do_not_depend_on_batches_flushes_or_order(tmp_path: Path, shared_store: Path) -> None:
@@ -89,6 +110,37 @@ def test_invalid_specs_are_refused(settings: dict[str, object]) -> None:
 
 
 # Several processes.
+
+
+class Rows(torch.utils.data.Dataset[int]):
+    def __init__(self, reader: PairReader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, str, Tensor]:
+        batch = self.reader.read([row])
+        return batch.noise[0], batch.latents[0], batch.prompts[0], batch.index[0]
+
+
+@FORKS
+def test_a_reader_can_be_used_after_a_fork(shared_store: Path) -> None:
+    reader = PairReader(shared_store)
+    before = reader.read(range(22))  # opens all files
+    for _ in range(2):
+        loader = DataLoader(Rows(reader), batch_size=5, num_workers=2, multiprocessing_context="fork")
+        parts = list(loader)
+        prompts = [prompt for part in parts for prompt in part[2]]
+        noise, latent, index = (torch.cat([part[i] for part in parts]) for i in (0, 1, 3))
+        assert same(PairBatch(noise=noise, latents=latent, prompts=prompts, index=index), before)
+        assert same(reader.read(range(22)), before)
+
+
+def test_a_reader_can_be_pickled(shared_store: Path) -> None:
+    reader = PairReader(shared_store)
+    before = reader.read([3, 20])
+    assert same(pickle.loads(pickle.dumps(reader)).read([3, 20]), before)
 
 
 # Other specs.
@@ -168,6 +220,21 @@ def test_every_flipped_bit_is_found(store: Path) -> None:
             assert same(batch, truth), position
     path.write_bytes(good)
     assert verify_store(store).ok and refused > len(positions) // 4
+
+
+def test_a_flip_in_each_dataset_is_refused_when_read(store: Path) -> None:
+    path = store / "shards" / "pairs-00000.h5"
+    good = path.read_bytes()
+    with h5py.File(path) as file:
+        places = {name: file[name].id.get_chunk_info(0) for name in file}
+    assert sorted(places) == ["index", "latent", "noise", "prompt"]
+    for chunk in places.values():
+        for offset in (0, chunk.size // 2, chunk.size - 1):
+            bad = bytearray(good)
+            bad[chunk.byte_offset + offset] ^= 16
+            path.write_bytes(bad)
+            with pytest.raises(UserError, match=r"pairs-00000\.h5: unreadable"):
+                PairReader(store).read([0])
 
 
 # The documented format.

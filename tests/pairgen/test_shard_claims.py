@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import d2g.core.claims
-from clocks import Clock, wait_until
+from clocks import Clock
 from d2g.core.atomic_files import write_atomically
 from pairgen.shard_claims import Claims
 from pairgen.store.spec import write_through_scratch
@@ -51,6 +51,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
 def hold_claim(folder: Path, shard: int, place: str | None, patience: float) -> None:
     """Claim a shard and create the file `held`; when the claim is lost, create the file `lost`."""
     with Claims(folder, patience) as claims:
@@ -79,6 +86,35 @@ def test_a_shard_belongs_to_one_job_until_released(folder: Path) -> None:
         assert second.take([0, 1, 2]) == 0
         assert not first.lost(2)
     assert list((folder / "claims").glob("*.json")) == [], "leaving the block releases all"
+
+
+def test_a_claim_of_a_killed_job_is_taken_over_immediately(folder: Path) -> None:
+    child = start_process(hold_claim, folder, 3, None, 120.0)
+    wait_until((folder / "held").exists)
+    with Claims(folder) as claims:
+        assert claims.take([3]) is None, "its owner is alive"
+        child.kill()
+        child.join()
+        assert claims.take([3]) == 3
+
+
+def test_a_claim_of_a_silent_remote_job_is_taken_over_after_a_timeout(folder: Path) -> None:
+    write_foreign_claim(folder, 0)
+    with Claims(folder, patience=0.5) as claims:
+        start = time.monotonic()
+        while claims.take([0]) is None:
+            assert claims.undecided([0]) == [0]
+            time.sleep(0.01)
+        assert time.monotonic() - start >= 0.5
+        assert list((folder / "claims").glob(".pairs*")) == []
+
+
+def test_an_empty_claim_is_taken_over_after_a_timeout(folder: Path) -> None:
+    (folder / "claims" / "pairs-00000.json").touch()
+    with Claims(folder, patience=0.2) as claims:
+        assert claims.take([0]) is None
+        time.sleep(0.3)
+        assert claims.take([0]) == 0
 
 
 def test_a_remote_job_with_heartbeats_keeps_its_shard(folder: Path, request: pytest.FixtureRequest) -> None:

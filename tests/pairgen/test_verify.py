@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Semaphore
 
+import h5py
 import pytest
 import torch
 
@@ -135,6 +136,24 @@ def test_the_report_does_not_depend_on_workers(tmp_path: Path, workers: int) -> 
 # Planted faults.
 
 
+@pytest.mark.parametrize(("kind", "noise"), KINDS)
+def test_a_flipped_bit_in_every_512_bytes_is_found(tmp_path: Path, kind: str, noise: str) -> None:
+    make_store(tmp_path, spec_of(kind, noise), shards=(2,))
+    path, draw = shard_path(tmp_path, 2), random.Random(kind + noise)
+    good = path.read_bytes()
+    places = [start + draw.randrange(min(512, len(good) - start)) for start in range(0, len(good), 512)]
+    with h5py.File(path) as file:  # also flip a bit in every dataset
+        for name in file:
+            chunk = file[name].id.get_chunk_info(0)
+            start = good.index(file[name].id.read_direct_chunk(chunk.chunk_offset)[1])
+            places += [start, start + draw.randrange(chunk.size), start + chunk.size - 1]
+    for place in places:
+        path.write_bytes(with_flipped_bit(good, place, draw.randrange(8)))
+        assert bad_files(tmp_path) == [S2], place
+    path.write_bytes(good)
+    assert bad_files(tmp_path) == []
+
+
 def _empty(folder: Path) -> None:
     shard_path(folder, 1).write_bytes(b"")
 
@@ -184,6 +203,12 @@ def _not_a_number(folder: Path) -> None:
     write_rows(folder, 1, batch)
 
 
+def _infinite(folder: Path) -> None:
+    batch = load_shard(folder, 1)
+    batch.latents[0, 0, 0, 0] = float("-inf")
+    write_rows(folder, 1, batch)
+
+
 def _other_noise(folder: Path) -> None:
     batch = load_shard(folder, 1)
     write_rows(folder, 1, replace(batch, noise=batch.noise[[1, 0, *range(2, 8)]]))
@@ -216,6 +241,7 @@ FAULTS: dict[Callable[[Path], None], tuple[list[str], str]] = {
     _disorder: ([S1], "not in order"),
     _foreign_row: ([S1], ""),
     _not_a_number: ([S1], "latent holds values that are not finite"),
+    _infinite: ([S1], "latent holds values that are not finite"),
     _other_noise: ([S1], "noise"),
     _noise_off_by_one_bit: ([S1], "noise"),
     _aside_unrecorded: ([S1], "holds pairs 8 to 15 (7 rows) and quarantines 1, its name says"),
@@ -255,6 +281,12 @@ def test_a_row_of_another_prompt_is_found(tmp_path: Path, kind: str) -> None:
     report = verify_store(tmp_path)
     assert [bad["shard"] for bad in report.bad_shards] == [S1] and report.duplicates == []
     assert report.bad_shards[0]["reason"].startswith("pair 12 has prompt ")
+
+
+def test_a_missing_shard(store: Path) -> None:
+    shard_path(store, 1).unlink()
+    report = verify_store(store)
+    assert (report.missing, report.bad_shards, report.checked, report.ok) == ([S1], [], 14, False)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "pairs-00003.h5", "pairs-0.h5", ".pairs-00000.h5", "folder"])

@@ -189,6 +189,16 @@ def test_rows_with_non_finite_latents_are_quarantined(tmp_path: Path) -> None:
     assert same(PairReader(tmp_path).read(range(22)), PairReader(make_store(tmp_path / "b")).read(range(22)))
 
 
+def test_a_shard_with_only_bad_rows(tmp_path: Path) -> None:
+    create_store(tmp_path, SPEC)
+    noise, latent, prompts, index = rows(SPEC, list(range(8)))
+    with PairWriter(tmp_path, SPEC, 0) as writer:
+        writer.append(noise, latent * float("inf"), prompts, index)
+        writer.commit()
+    assert len(load_rows(tmp_path / "shards" / "pairs-00000.h5", SPEC).index) == 0
+    assert [row["index"] for row in quarantined_rows(tmp_path, SPEC)[0]] == index
+
+
 def test_the_background_writer_keeps_order_and_stops_at_the_first_error() -> None:
     written: list[int] = []
 
