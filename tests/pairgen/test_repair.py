@@ -81,13 +81,14 @@ def test_a_rank_that_starts_late_makes_its_share_of_quarantined_rows(pairs: Path
     records = len(list((pairs / "quarantine").iterdir()))
     assert records == 3
 
-    def wait_for_other_rank(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open" and str(arguments[0]).endswith("unet/config.json"):
-            end = time.monotonic() + 3
-            while len(list((pairs / "quarantine").iterdir())) == records and time.monotonic() < end:
-                time.sleep(0.01)
-
     def work(rank: int) -> None:
+        end = time.monotonic() + 3
+
+        def wait_for_other_rank(event: str, arguments: tuple[object, ...]) -> None:
+            if event == "open" and str(arguments[0]).endswith("unet/config.json"):
+                while len(list((pairs / "quarantine").iterdir())) == records and time.monotonic() < end:
+                    time.sleep(0.01)
+
         if rank:
             sys.addaudithook(wait_for_other_rank)
         regenerate(pairs)
