@@ -79,6 +79,13 @@ def test_kl_samples_the_posterior_from_the_given_generator(kl: Any) -> None:
 
 
 @torch.no_grad()
+def test_taesd_latents_need_no_scale(taesd: Any) -> None:
+    latents = encode(taesd, PIXELS)
+    torch.testing.assert_close(latents, taesd.encode(PIXELS).latents)
+    torch.testing.assert_close(decode(taesd, latents), taesd.decode(latents).sample)
+
+
+@torch.no_grad()
 def test_a_tiny_autoencoder_with_a_scale_is_scaled_as_in_diffusers_pipelines(taesd: Any) -> None:
     scaled = AutoencoderTiny.from_config(taesd.config, scaling_factor=0.7, shift_factor=0.25).eval()
     latents = encode(scaled, PIXELS)

@@ -1,5 +1,6 @@
 """d2g.core.distributed.sharded_checkpoint: round trips, refusal of damaged files, and pruning."""
 
+import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -102,6 +103,12 @@ def test_pruning_keeps_the_newest_and_protected_checkpoints(tmp_path: Path) -> N
     assert checkpoint.complete_points(tmp_path) == [4, 12, 16]
 
 
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".000000004.tmp" / "state").mkdir(parents=True)
+    save(tmp_path, 8, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["000000008"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "foreign", "flipped", "no metadata", "no ema"])
 def test_damage_is_reported(damage: str, tmp_path: Path) -> None:
     save(tmp_path / "run", 8, seed=0)
@@ -130,6 +137,18 @@ def test_damage_is_reported(damage: str, tmp_path: Path) -> None:
         sharded_checkpoint.verify(last)
     assert str(caught.value).startswith(str(shard))
     assert ("is missing" in str(caught.value)) == (damage in ("missing", "no metadata", "no ema"))
+
+
+def test_metadata_without_its_files_is_one_line(tmp_path: Path) -> None:
+    save(tmp_path, 8, seed=0)
+    meta = tmp_path / "000000008" / "meta.json"
+    values = json.loads(meta.read_text())
+    del values["files"]
+    meta.write_text(json.dumps(values))
+    with pytest.raises(
+        UserError, match=r"is not in the list of files in .*meta\.json; delete .*000000008 to"
+    ):
+        sharded_checkpoint.verify(newest(tmp_path))
 
 
 def test_a_network_with_other_parameter_names_is_refused(tmp_path: Path) -> None:

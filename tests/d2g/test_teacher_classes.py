@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,15 @@ def test_guidance_needs_a_null_class(pixels: Path, tmp_path: Path) -> None:
     tiny_teachers.edit(with_names, "model_index.json", null_class=10)
     with pytest.raises(UserError, match=r"null_class=10, but the UNet has 10 classes; expected the last"):
         load_teacher(str(with_names))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_a_row_does_not_depend_on_its_batch(dit: Path, solver: Any) -> None:
+    teacher = load_teacher(str(dit))
+    batch = teacher.sample(noise(0, range(3), (4, 4, 4)), LABELS, 4, 3.0, solver)
+    for row in range(3):
+        single = teacher.sample(noise(0, [row], (4, 4, 4)), LABELS[row : row + 1], 4, 3.0, solver)
+        assert (single[0] - batch[row]).abs().max() < 1e-5 * batch.abs().max()
 
 
 @pytest.mark.parametrize("prompt", ["1000", "-1", "cat", "", "1.0", "\u0661"])

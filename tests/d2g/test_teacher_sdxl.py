@@ -112,6 +112,15 @@ def test_a_first_order_dpm_solver_is_ddim(tmp_path: Path) -> None:
     torch.testing.assert_close(result, pipeline_latents(folder, z, 8, guidance_scale=3.0), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_a_row_does_not_depend_on_its_batch(folder: Path, solver: Any) -> None:
+    teacher = load_teacher(str(folder))
+    batch = teacher.sample(noise(0, range(3), SHAPE), PROMPTS, 4, 3.0, solver)
+    for row in range(3):
+        single = teacher.sample(noise(0, [row], SHAPE), PROMPTS[row : row + 1], 4, 3.0, solver)
+        assert (single[0] - batch[row]).abs().max() < 1e-5 * batch.abs().max()
+
+
 def test_description(folder: Path) -> None:
     result, teacher = describe_teacher(str(folder)), load_teacher(str(folder))
     assert result["pipeline"] == "StableDiffusionXLPipeline" and result["prediction_type"] == "epsilon"

@@ -78,6 +78,15 @@ def test_pixels_need_no_autoencoder(pixels: Path) -> None:
     assert torch.equal(encode(vae, images), images) and torch.equal(decode(vae, images), images)
 
 
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_a_row_does_not_depend_on_its_batch(ldm: Path, solver: Any) -> None:
+    teacher = load_teacher(str(ldm))
+    batch = teacher.sample(noise(0, range(3), (3, 4, 4)), [""] * 3, 4, 1.0, solver)
+    for row in range(3):
+        single = teacher.sample(noise(0, [row], (3, 4, 4)), [""], 4, 1.0, solver)
+        assert (single[0] - batch[row]).abs().max() < 1e-5 * batch.abs().max()
+
+
 def test_settings_without_effect_are_refused(ldm: Path) -> None:
     teacher = load_teacher(str(ldm))
     assert (teacher.conditioning, teacher.num_labels, teacher.label_names) == ("none", 0, None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import tiny
 from d2g.core.config import with_values
 from d2g.core.errors import SettingError, UserError
 from d2g.core.shuffle import permuted_batch
@@ -23,11 +24,34 @@ from pairgen.store.reader import PairReader
 from stores import SPEC, put_store
 
 
+@pytest.fixture(scope="module")
+def pairs(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairs(teacher, tmp_path_factory.mktemp("data"))
+
+
 def batches(reader: PairReader, count: int, start: int = 0, workers: int = 0) -> list[list[int]]:
     stream = pair_batches(reader, 4, 7, start, workers)
     indices = [batch.index.tolist() for batch in islice(stream, count)]
     stream.close()  # type: ignore[attr-defined]  # closing the generator ends its workers
     return indices
+
+
+def test_every_epoch_is_a_fresh_permutation(pairs: Path) -> None:
+    rows = batches(PairReader(pairs), 9)
+    epochs = [[row for batch in rows[i : i + 3] for row in batch] for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_resumed_stream_continues_where_it_stopped(pairs: Path) -> None:
+    reader = PairReader(pairs)
+    assert batches(reader, 5, start=16) == batches(reader, 9)[4:]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns about fork with threads
+def test_workers_do_not_change_the_order(pairs: Path) -> None:
+    reader = PairReader(pairs)
+    assert batches(reader, 5, workers=1) == batches(reader, 5)
 
 
 def test_ranks_share_each_global_batch(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,11 +83,37 @@ def test_batches_keep_the_stored_dtype(teacher: Path, tmp_path: Path) -> None:
     assert torch.equal(batch.latents.float(), PairReader(pairs).read(batch.index.tolist()).latents)
 
 
+def test_a_complete_store_of_the_teacher_is_accepted(pairs: Path, teacher: Path) -> None:
+    reader = open_pairs(str(pairs), pretrained.teacher_digests(str(teacher)))
+    assert len(reader) == 12 and reader.read([3]).noise.dtype == torch.float32
+
+
 def test_an_unfinished_store_is_refused(teacher: Path, tmp_path: Path) -> None:
     pairs = make_pairs(teacher, tmp_path)
     (pairs / "shards" / "pairs-00001.h5").unlink()
     with pytest.raises(UserError, match=r"holds 7 of 12 pairs; run the same `d2g pairs generate` again"):
         open_pairs(str(pairs), pretrained.teacher_digests(str(teacher)))
+
+
+def test_pairs_of_another_teacher_are_refused(pairs: Path, tmp_path: Path) -> None:
+    tiny.save_teacher(tmp_path / "other", seed=1)
+    other = pretrained.teacher_digests(str(tmp_path / "other"))
+    with pytest.raises(UserError, match=rf"was made by teacher .* --teacher has sha256 {other.weights[:12]}"):
+        open_pairs(str(pairs), other)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_bit_is_reported_with_the_shard(teacher: Path, tmp_path: Path, workers: int) -> None:
+    pairs = make_pairs(teacher, tmp_path)
+    shard = pairs / "shards" / "pairs-00002.h5"
+    data = bytearray(shard.read_bytes())
+    latent = PairReader(pairs).read([11]).latents.numpy().tobytes()
+    data[bytes(data).index(latent)] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"pairs-00002\.h5: unreadable .*d2g pairs repair") as caught:
+        batches(PairReader(pairs), 3, workers=workers)
+    assert "\n" not in str(caught.value)
 
 
 def test_skip_bad_replaces_damaged_rows(

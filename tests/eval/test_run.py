@@ -209,6 +209,14 @@ def test_paired_distances_of_student_and_teacher(job: Path, teacher: Path, tmp_p
         run_evaluation(replace(run, against=str(tmp_path / "drawn")))
 
 
+def test_numbered_images_of_others_pair_in_the_order_of_their_numbers(job: Path, tmp_path: Path) -> None:
+    for number in range(12):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
+    run = config(job, student=str(job / "run"), metrics=("psnr",), reference=None, against=str(tmp_path))
+    with pytest.raises(UserError, match=r"11\.png comes before 2\.png.*write the numbers with leading zeros"):
+        run_evaluation(run)
+
+
 def test_latency_of_student_and_teacher(job: Path) -> None:
     run = config(job, student=str(job / "run"), metrics=("clip",), reference=None, latency=True)
     latency = run_evaluation(replace(run, latency_repeats=1))["latency"]

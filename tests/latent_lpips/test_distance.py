@@ -152,6 +152,19 @@ def test_any_number_of_channels(channels: int) -> None:
     assert distance.shape == (2,) and distance.min() > 0
 
 
+def test_folding_does_not_change_the_distance() -> None:
+    torch.manual_seed(1)
+    metric = LatentLPIPS(LPIPSConfig(width=1 / 16))
+    for module in metric.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+    a, b = latents(3, 4, 8, 8), latents(3, 4, 8, 8, seed=1)
+    before = metric(a, b)
+    torch.testing.assert_close(metric.fold()(a, b), before, rtol=1e-5, atol=1e-5)
+    assert not any(p.requires_grad for p in metric.parameters())
+
+
 def test_negative_or_nan_heads_are_refused() -> None:
     metric = LatentLPIPS(LPIPSConfig(width=1 / 16))
     for bad in (-0.25, float("nan")):
