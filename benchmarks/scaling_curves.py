@@ -90,7 +90,7 @@ def draw(scores: dict[tuple[int, int], dict[str, float]], file: Path) -> None:
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter("{x:g}")
         axes.grid(alpha=0.3)
-    panels[-1].legend(fontsize="small", loc="upper center")
+    panels[-1].legend(fontsize="x-small", loc="upper center")
     figure.savefig(file, dpi=110)
 
 
