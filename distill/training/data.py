@@ -95,7 +95,8 @@ def require_enough_pairs(pairs: int, batch_size: int, held_out: int = 0) -> None
     held_out: number of the `pairs` that are excluded from training.
     """
     if batch_size > pairs - held_out:
-        note = f" ({pairs} less {held_out} held out)" if held_out else ""
+        settings = "data.max_pairs or train.validate_pairs"
+        note = f" ({pairs} less {held_out} that {settings} leaves out)" if held_out else ""
         raise UserError(
             f"train.batch_size is {batch_size}, but there are {pairs - held_out} pairs to train on{note}; "
             "make more pairs, or set a smaller batch"
