@@ -9,6 +9,7 @@ from distill.config.run import DistillConfig
 from distill.losses.regression.registry import REGRESSION_LOSSES, regression_networks
 from distill.models.discriminators import DISCRIMINATORS
 from distill.models.students import STUDENTS
+from pairgen.store.remote import is_url
 
 Condition = tuple[Callable[[DistillConfig], bool], str]
 
@@ -71,6 +72,7 @@ _CONDITIONS: dict[tuple[str, ...], Condition] = {
         lambda c: c.adversarial or (c.stage == "cd" and not c.pairs),
         f"{_ADVERSARIAL}, or in `d2g distill cd` without --pairs",
     ),
+    ("gan.real_column",): (lambda c: bool(c.gan.real), "with gan.real"),
     ("consistency.",): (lambda c: c.stage == "cd", "in `d2g distill cd`"),
     ("data.rewire", "clip_guidance.weight"): (
         lambda c: c.stage != "cd",
@@ -133,13 +135,15 @@ _CONDITIONS: dict[tuple[str, ...], Condition] = {
         "data.block",
         "data.window",
         "data.skip_bad",
-        "data.cache",
-        "data.cache_gib",
         "data.max_pairs",
         "data.rewire",
     ): (
         lambda c: not c.without_pairs,
         "with --pairs",
+    ),
+    ("data.cache", "data.cache_gib"): (
+        lambda c: any(is_url(store) for store in c.pairs.split(",")),
+        "with a URL as --pairs",
     ),
     ("lpips",): (
         lambda c: "latent_lpips" in regression_networks(c.regression),

@@ -320,7 +320,8 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("engine.own_generator_passes=true", ("stage=ode",), ("stage=gan",)),
     ("gan.mix_fraction=0", ("stage=cd",), ("stage=gan",)),
     ('gan.real="x"', ("gan.real_fraction=1", "stage=ode"), ("gan.real_fraction=1", "stage=cd")),
-    ("gan.real_column=x", ("stage=cd", "pairs=x"), ("stage=cd",)),
+    ("gan.real_column=x", ("stage=cd", "pairs=x"), ("stage=cd", "gan.real=y", "gan.real_fraction=1")),
+    ("gan.real_column=x", (), ("gan.real=y", "gan.real_fraction=0.5")),
     ("gan.real_fraction=1", ("stage=cd", "pairs=x"), ("stage=cd",)),
     ("consistency.levels=4", (), ("stage=cd",)),
     ("clip_guidance.weight=1", ("stage=cd",), ()),
@@ -404,7 +405,12 @@ UNUSED: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("data.window=2", (*IMAGES_ALONE, "data.block=2"), ("data.block=2",)),
     *(
         (f"data.{name}", IMAGES_ALONE, (*IMAGES_ALONE, "pairs=x"))
-        for name in ("skip_bad=true", "cache=x", "cache_gib=2", "max_pairs=8", "rewire=true")
+        for name in ("skip_bad=true", "max_pairs=8", "rewire=true")
+    ),
+    *(
+        (f"data.{name}", settings, ("pairs=x,s3://bucket/y",))
+        for name in ("cache=x", "cache_gib=2")
+        for settings in (IMAGES_ALONE, ("pairs=x",))
     ),
 ]
 
