@@ -53,6 +53,8 @@ def main() -> None:
     config = override(recorded, ["train.precision=fp32"])
     encode, _, reader = open_rows(config, torch.device("cpu"))
     held_out = config.train.validate_pairs
+    if not held_out:
+        parser.error(f"{args.run} holds no pairs out; train it with train.validate_pairs above 0")
     trained_on = len(reader) - held_out
     parts = {
         "trained on": list(range(0, trained_on, trained_on // held_out))[:held_out],
