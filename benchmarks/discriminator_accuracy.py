@@ -3,7 +3,8 @@
     python benchmarks/discriminator_accuracy.py RUN [--checkpoint 25600 ...]
 
 Compares its logits, averaged over heads and positions, on rows that it was trained on and on rows that
-train.validate_pairs holds out. Writes discriminator_accuracy_DATE_cpu.md.
+train.validate_pairs holds out. The student draws with its weights, not with their average. Writes
+discriminator_accuracy_DATE_cpu.md.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from benchmarks.common import table, write
 from d2g.core.config import override
 from d2g.core.distributed import checkpoint
 from distill.export.card_history import read_history
+from distill.training.data import training_pairs
 from distill.training.open_rows import open_rows
 from distill.training.state import State, new_state
 from distill.training.text_cache import TextCache
@@ -49,34 +51,38 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run of `d2g distill gan` with train.validate_pairs")
     parser.add_argument("--checkpoint", type=int, nargs="+", help="images of the checkpoints (default: all)")
     args = parser.parse_args()
-    recorded = read_history(str(args.run)).stages[-1].config
-    config = override(recorded, ["train.precision=fp32"])
+    stages = read_history(str(args.run)).stages
+    if not stages or not stages[-1].config.adversarial or not stages[-1].config.train.validate_pairs:
+        parser.error(f"{args.run} is no run of `d2g distill gan` with checkpoints and train.validate_pairs")
+    config = override(stages[-1].config, ["train.precision=fp32"])
+    folders = {int(folder.name): folder for folder in checkpoint.list_checkpoints(args.run / "checkpoints")}
+    if missing := set(args.checkpoint or ()) - set(folders):
+        parser.error(f"{args.run} has no checkpoint {sorted(missing)}; it has {list(folders)}")
+
+    # As many of the rows that it was trained on, evenly spaced, as there are held-out rows.
     encode, _, reader = open_rows(config, torch.device("cpu"))
     held_out = config.train.validate_pairs
-    if not held_out:
-        parser.error(f"{args.run} holds no pairs out; train it with train.validate_pairs above 0")
-    trained_on = len(reader) - held_out
+    trained_on = training_pairs(len(reader), config.data.max_pairs, held_out)
+    spacing = max(1, trained_on // held_out)
     parts = {
-        "trained on": list(range(0, trained_on, trained_on // held_out))[:held_out],
-        "held out": list(range(trained_on, len(reader))),
+        "trained on": list(range(0, trained_on, spacing))[:held_out],
+        "held out": list(range(len(reader) - held_out, len(reader))),
     }
     rows = []
-    for folder in checkpoint.list_checkpoints(args.run / "checkpoints"):
-        if args.checkpoint and int(folder.name) not in args.checkpoint:
-            continue
+    for nimg in args.checkpoint or folders:
         state = new_state(config, torch.device("cpu"), fresh=False)
-        state.load(checkpoint.open_checkpoint(folder))
+        state.load(checkpoint.open_checkpoint(folders[nimg]))
         for part, numbers in parts.items():
             real, fake = mean_logits(state, encode, reader, numbers)
             above = (real[:, None] > fake).float().mean().item()
             same_noise = (real > fake).float().mean().item()
             values = (real.mean().item(), fake.mean().item(), above, same_noise)
-            rows.append([f"{int(folder.name):,}", part, *(f"{value:.3f}" for value in values)])
+            rows.append([f"{nimg:,}", part, *(f"{value:.3f}" for value in values)])
             print(*rows[-1], file=sys.stderr, flush=True)
     lines = [
-        f"{held_out} rows that the discriminator was trained on, and {held_out} held out. Logits are means "
-        "over heads and positions. AUC: how often a real row has a larger logit than a fake row. The same "
-        "noise: the same for the teacher's and the student's latents of one noise and caption.",
+        f"{len(parts['trained on'])} rows that the discriminator was trained on, and {held_out} held out.",
+        "Logits are means over heads and positions. AUC: how often a real row has a larger logit than a fake "
+        "row. The same noise: the same for the teacher's and the student's latents of one noise and caption.",
         "",
         *table(["images", "rows", "logit, real", "logit, fake", "AUC", "the same noise"], rows),
     ]
