@@ -1,7 +1,8 @@
 """The documentation's pages: each one is reachable, the API page has every public name, README and recipes
-have every preset, and the evaluation page has every feature network."""
+have every preset, the evaluation page every feature network, and the format of pairs every key of a spec."""
 
 import re
+from dataclasses import fields
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from distill.config.presets import DISTILL_PRESETS
 from eval.networks.registry import FEATURES
+from pairgen.store.spec import StoreSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
@@ -59,3 +61,9 @@ def test_the_readme_lists_every_preset() -> None:
 def test_the_evaluation_page_lists_every_feature_network() -> None:
     section = _section("docs/evaluation.md", "## Feature networks")
     assert set(FEATURES) <= set(re.findall(r"`([\w-]+)`", section))
+
+
+def test_the_format_of_pairs_has_every_key_of_a_spec() -> None:
+    section = _section("docs/pair-format.md", "## store.json")
+    keys = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.+?) \|", section, re.MULTILINE)))
+    assert sorted(keys) == sorted(field.name for field in fields(StoreSpec))
