@@ -173,6 +173,15 @@ def test_a_launch_without_a_number_measures_it(command: list[str]) -> None:
 
 
 @pytest.mark.slow
+def test_options_of_the_command_are_no_abbreviations_of_torchrun_options(command: list[str]) -> None:
+    """`--num` begins `--numa-binding` and `--numa_binding`."""
+    words = [*command, "launch", "--gpus", "1", "--", "sample", "--student", "miniature", "--num", "0"]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 2
+    assert "error: num is 0; expected 1 or more" in process.stderr, process.stderr
+
+
+@pytest.mark.slow
 def test_a_failed_command_gives_its_exit_code_and_one_line(command: list[str]) -> None:
     words = [*command, "launch", "--gpus", "2", "--", "distill", "ode", "--preset", "no-such-preset"]
     process = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)

@@ -34,8 +34,10 @@ def run_module(
         meeting = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous]
         meeting += ["--rdzv-id", job]
     options = [*meeting, "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
-    # Signals go on to the processes, which get time to save a checkpoint. Older torchruns lack these options.
+    # Options of the command, such as --num, are no abbreviations of torchrun's own (--numa-binding).
     parser = get_args_parser()
+    parser.allow_abbrev = False
+    # Signals go on to the processes, which get time to save a checkpoint. Older torchruns lack these options.
     for name, value in SIGNAL_OPTIONS.items():
         if name in parser.format_usage():
             options += [name, value]
