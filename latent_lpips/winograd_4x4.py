@@ -1,13 +1,14 @@
 """3x3 convolutions, and transposed ones, with 36 multiplications instead of 144 for each 4x4 block of
 outputs, in fp32 on a CPU.
 
-Winograd's F(4x4, 3x3) (Lavin and Gray 2016, section 4.2), from blocks of 6x6 inputs. The transform of a block
-is a matrix product as well, of its 36 values with the Kronecker product of B^T and itself: one pass over
-memory. Transformed filters take four times the memory of filters.
+Winograd's F(4x4, 3x3) (Lavin and Gray 2016, section 4.2), from blocks of 6x6 inputs. The transforms of blocks
+are matrix products as well. Transformed filters take four times the memory of filters.
 
 The rounding error is that of fp32, 3e-6 of the output instead of 1e-6. In bf16 it would be 2.7 %, so bf16
 takes latent_lpips/winograd_2x2.py.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ OUTPUT_TRANSFORM = (
 """A^T."""
 
 
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
+"""Whether oneDNN multiplies matrices. `torch.bmm` takes MKL, which uses no AVX-512 on CPUs of AMD."""
+
+
 class Winograd4x4(Winograd):
     """Blocks of 4x4 outputs."""
 
@@ -46,24 +55,22 @@ class Winograd4x4(Winograd):
     )
     PRODUCTS = 36
     MIN_CHANNELS = 128
-    MAX_BLOCKS = 256  # with 512 channels, transformed inputs and outputs then take 38 MB
+    MAX_BLOCKS = 128  # with 512 channels, each of two buffers then takes 9 MB
 
     def conv3x3(self, x: Tensor, bias: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         # Blocks of inputs, as views.
         inputs = _pad(x, 1)  # [B, 4r + 2, 4c + 2, C]
-        blocks = inputs.unfold(1, 6, 4).unfold(2, 6, 4)  # [B, r, c, C, 6, 6]
+        blocks = inputs.unfold(1, 6, 4).unfold(2, 6, 4).permute(0, 1, 2, 4, 5, 3)  # [B, r, c, 6, 6, C]
         rows, columns = blocks.shape[1:3]
         result = x.new_empty(batch, rows, 4, columns, 4, self.transformed.shape[2])
-        to_product, to_output = _kronecker(INPUT_TRANSFORM, x.dtype), _kronecker(OUTPUT_TRANSFORM, x.dtype)
+        to_product, to_output = x.new_tensor(INPUT_TRANSFORM), x.new_tensor(OUTPUT_TRANSFORM)
+        buffers = self._buffers(x, columns)
         # Transform, multiply, and transform back some of the blocks.
         for part in self.parts(batch, rows, columns):
-            values = blocks[part].permute(4, 5, 0, 1, 2, 3)
-            products = torch.bmm(
-                (to_product @ values.reshape(self.PRODUCTS, -1)).view(self.PRODUCTS, -1, channels),
-                self.transformed,
-            )
-            outputs = (to_output @ products.view(self.PRODUCTS, -1)).view(4, 4, *values.shape[2:5], -1)
+            values = _both_axes(to_product, blocks[part].permute(3, 4, 0, 1, 2, 5), buffers)
+            products = self._multiply(values.view(self.PRODUCTS, -1, channels), self.transformed.mT, buffers)
+            outputs = _both_axes(to_output, products.view(6, 6, *values.shape[2:5], -1), buffers)
             result[part] = outputs.permute(2, 3, 0, 4, 1, 5)
         result += bias
         image = result.view(batch, 4 * rows, 4 * columns, -1)[:, :height, :width]
@@ -72,19 +79,16 @@ class Winograd4x4(Winograd):
     def conv3x3_transposed(self, x: Tensor) -> Tensor:
         # Every step of `conv3x3` is linear: here are their transposes, in the opposite order.
         batch, channels, height, width = x.shape
-        outputs = _pad(x, 0)
-        blocks = outputs.unflatten(2, (-1, 4)).unflatten(1, (-1, 4))  # [B, r, 4, c, 4, K]
+        blocks = _pad(x, 0).unflatten(2, (-1, 4)).unflatten(1, (-1, 4))  # [B, r, 4, c, 4, K]
         rows, columns = blocks.shape[1], blocks.shape[3]
         result = x.new_zeros(batch, rows + 1, 4, columns + 1, 4, self.transformed.shape[1])
-        to_product, to_input = _kronecker(OUTPUT_TRANSFORM, x.dtype).T, _kronecker(INPUT_TRANSFORM, x.dtype).T
-        weights = self.transformed.transpose(1, 2)
+        to_product, to_input = x.new_tensor(OUTPUT_TRANSFORM).T, x.new_tensor(INPUT_TRANSFORM).T
+        buffers = self._buffers(x, columns)
         # Transform, multiply, and transform back some of the blocks.
         for images, band in self.parts(batch, rows, columns):
-            values = blocks[images, band].permute(2, 4, 0, 1, 3, 5)
-            products = torch.bmm(
-                (to_product @ values.reshape(16, -1)).view(self.PRODUCTS, -1, channels), weights
-            )
-            inputs = (to_input @ products.view(self.PRODUCTS, -1)).view(6, 6, *values.shape[2:5], -1)
+            values = _both_axes(to_product, blocks[images, band].permute(2, 4, 0, 1, 3, 5), buffers)
+            products = self._multiply(values.view(self.PRODUCTS, -1, channels), self.transformed, buffers)
+            inputs = _both_axes(to_input, products.view(6, 6, *values.shape[2:5], -1), buffers)
             inputs = inputs.permute(2, 3, 0, 4, 1, 5)  # [b, r, 6, c, 6, C]
             # Add the blocks, whose last two rows and columns are the first two of their neighbors.
             below = slice(band.start + 1, band.stop + 1)
@@ -95,11 +99,43 @@ class Winograd4x4(Winograd):
         image = result.view(batch, 4 * rows + 4, 4 * columns + 4, -1)[:, 1 : height + 1, 1 : width + 1]
         return image.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
+    def _buffers(self, x: Tensor, columns: int) -> "Buffers":
+        blocks = max(self.MAX_BLOCKS, columns)
+        return Buffers(x, self.PRODUCTS * blocks * max(self.transformed.shape[1:]))
 
-def _kronecker(matrix: tuple[tuple[float, ...], ...], dtype: torch.dtype) -> Tensor:
-    """The transform of both axes of a block, whose values are in row-major order."""
-    one_axis = torch.tensor(matrix, dtype=dtype)
-    return torch.kron(one_axis, one_axis)
+    def _multiply(self, values: Tensor, weights: Tensor, buffers: "Buffers") -> Tensor:
+        """Multiply values [36, n, in] by weights [36, out, in]: [36, n, out]."""
+        products = buffers.next(*values.shape[:2], weights.shape[1])
+        if not ONEDNN or values.dtype != torch.float32:
+            torch.bmm(values, weights.mT, out=products)
+            return products
+        for product, value, weight in zip(products, values, weights, strict=True):
+            product.copy_(torch.ops.mkldnn._linear_pointwise(value, weight, None, "none", [], ""))
+        return products
+
+
+class Buffers:
+    """Two buffers of `size` values, used in turns. New memory for each part of a convolution takes time."""
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self.memory: list[Tensor] = list(like.new_empty(2, size))
+
+    def next(self, *shape: int) -> Tensor:
+        """Return the buffer that was not returned last. Its values are undefined."""
+        self.memory.reverse()
+        return self.memory[0][: math.prod(shape)].view(shape)
+
+
+def _both_axes(matrix: Tensor, blocks: Tensor, buffers: Buffers) -> Tensor:
+    """Multiply both axes of blocks [k, k, ...] by a matrix [m, k]: [m, m, ...]."""
+    (m, k), rest = matrix.shape, blocks.shape[2:]
+    if not blocks.is_contiguous():
+        blocks = buffers.next(*blocks.shape).copy_(blocks)
+    # Multiply the first axis, then the second.
+    half, whole = buffers.next(m, k * rest.numel()), buffers.next(m, m, rest.numel())
+    torch.mm(matrix, blocks.view(k, -1), out=half)
+    torch.bmm(matrix.expand(m, m, k), half.view(m, k, -1), out=whole)
+    return whole.view(m, m, *rest)
 
 
 def _pad(x: Tensor, border: int) -> Tensor:
