@@ -47,13 +47,15 @@ class Reading:
 class ImageFiles:
     """Image files (`pictures`) or parquet files (`tables`), in order.
 
-    `captions`: file -> caption. `column`: the caption column of the tables (`d2g.data.columns`).
+    `captions`: file -> caption. `caption_files`: the files that hold the captions of pictures. `column`: the
+    chosen caption column (`d2g.data.columns`).
     """
 
     name: str
     pictures: Sequence[Path] = ()
     tables: Sequence[Path] = ()
     captions: Mapping[Path, str] = field(default_factory=dict)
+    caption_files: Sequence[Path] = ()
     column: str | None = None
 
     def __len__(self) -> int:
@@ -62,8 +64,16 @@ class ImageFiles:
 
     def listing(self) -> list[tuple[str, int, int]]:
         """Name, size in bytes and modification time (ns) of each file, to notice changed files."""
-        stats = [(file, file.stat()) for file in (*self.pictures, *self.tables)]
-        return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        return _listing([*self.pictures, *self.tables])
+
+    def caption_listing(self) -> list[tuple[str, int, int]]:
+        """The same of the files that hold the captions, to notice changed captions."""
+        return _listing(self.caption_files)
+
+
+def _listing(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    stats = [(file, file.stat()) for file in files]
+    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
 def expect_numbered_order(files: ImageFiles) -> None:
@@ -98,7 +108,13 @@ def open_images(source: str | Path, column: str | None = None) -> ImageFiles:
         captions.require_column(column)
         listing.log_left_out(captions.files)
         captions.log_several()
-        return ImageFiles(name=str(source), pictures=listing.pictures, captions=captions)
+        return ImageFiles(
+            name=str(source),
+            pictures=listing.pictures,
+            captions=captions,
+            caption_files=captions.files,
+            column=column,
+        )
     listing.log_left_out(listing.tables)
     if listing.tables:
         return ImageFiles(name=str(source), tables=listing.tables, column=column)

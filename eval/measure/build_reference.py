@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -28,15 +29,20 @@ def reference_files(folder: Path, protocol: Protocol) -> tuple[ImageFiles, list[
     """
     split = protocol.reference.removesuffix("-prompted")
     if split not in SPLITS:
-        return open_images(folder), []
+        return _images_alone(folder), []
     name, _ = SPLITS[split]
     if not (folder / "annotations").is_dir() and protocol.reference == split:
-        return open_images(folder), []
+        return _images_alone(folder), []
     coco = read_coco(folder, name)
     selected = chosen_images(coco, protocol.images, protocol.seed)
     prompts = chosen_captions(coco, selected)
     images = selected if protocol.reference.endswith("-prompted") else sorted(coco.files)
     return image_files(coco, images), prompts
+
+
+def _images_alone(folder: Path) -> ImageFiles:
+    """The images of a folder. A reference does not use their captions, so changed ones do not matter."""
+    return replace(open_images(folder), caption_files=())
 
 
 def build_reference(

@@ -118,6 +118,8 @@ def image_source(files: ImageFiles, prompts: Sequence[str] = ()) -> ImageSource:
     facts = {"kind": "images", "name": files.name, "files_sha256": digest(files.listing()), "images": count}
     if prompts:
         facts["prompts_sha256"] = digest(list(prompts))
+    elif files.column or files.caption_files:
+        facts["captions_sha256"] = digest([files.column, files.caption_listing()])
     return ImageSource(name=files.name, facts=facts, draw=draw, count=count)
 
 

@@ -1,5 +1,6 @@
 """eval.measure.measure and rows: rows do not depend on batches, parts, processes or interruptions."""
 
+import io
 import json
 import os
 import signal
@@ -9,11 +10,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from d2g.core.config import differing
 from d2g.core.distributed import process_group
 from d2g.core.errors import Interrupted, UserError
 from d2g.core.seeds import noise
@@ -261,6 +265,32 @@ def test_prompts_do_not_go_to_numbered_images_in_the_order_of_text(tmp_path: Pat
     for name in names:
         (tmp_path / name).rename(tmp_path / f"image-{name:>06}")
     assert image_source(open_images(tmp_path), names).count == 10
+
+
+def test_changed_captions_are_another_source(tmp_path: Path) -> None:
+    """An evaluation that resumes would else mix scores of the old captions with new ones."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    (folder / "0.txt").write_text("a cube")
+    facts = image_source(open_images(folder)).facts
+    assert facts == image_source(open_images(folder)).facts
+    with_prompts = image_source(open_images(folder), ["a cone"]).facts
+    open_work(tmp_path / "work", {"source": facts})
+    (folder / "0.txt").write_text("a sphere")
+    with pytest.raises(UserError, match=r"parts of another evaluation: source.captions_sha256"):
+        open_work(tmp_path / "work", {"source": image_source(open_images(folder)).facts})
+    assert image_source(open_images(folder), ["a cone"]).facts == with_prompts, "they replace the captions"
+
+
+def test_another_caption_column_is_another_source(tmp_path: Path) -> None:
+    png = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(png, "PNG")
+    row = {"image": {"bytes": png.getvalue(), "path": None}, "short": "a cube", "long": "a small red cube"}
+    table = tmp_path / "images.parquet"
+    pq.write_table(pa.Table.from_pylist([row]), table)
+    short, long = (image_source(open_images(table, column)).facts for column in ("short", "long"))
+    assert differing(short, long) and short == image_source(open_images(table, "short")).facts
 
 
 def test_file_digests_and_conversions_are_recorded(tmp_path: Path) -> None:

@@ -136,6 +136,20 @@ def test_a_changed_folder_is_measured_again(tmp_path: Path, monkeypatch: pytest.
     assert after.facts["files_sha256"] != before.facts["files_sha256"]
 
 
+def test_captions_beside_the_images_of_a_reference_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("D2G_CACHE", str(tmp_path / "cache"))
+    folder, protocol = tmp_path / "images", Protocol(name="x", size=8, resize="box")
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / f"{number}.png")
+    open_reference(folder, protocol, SETS)
+    (folder / "0.txt").write_text("a photo")
+    open_reference(folder, protocol, SETS)
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 1
+
+
 def test_the_digest_covers_the_bytes_of_all_files_in_order(coco: Path) -> None:
     """Equal digests show that two people have the same reference, wherever their folders are."""
     import hashlib
