@@ -1,5 +1,6 @@
 """95 % intervals: closed forms, and a seeded bootstrap where there is no closed form."""
 
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -19,12 +20,14 @@ Z = NormalDist().inv_cdf(0.975)
 def interval_of(
     method: Interval, estimate: Estimate, resamples: int, seed: int
 ) -> tuple[float, float] | None:
-    """The interval of an estimate by `method`; None where it has no standard error, cases or values."""
-    if method == "normal" and estimate.standard_error is not None:
-        return normal_interval(estimate.value, estimate.standard_error)
+    """The interval of an estimate by `method`; None where it has no finite standard error, no cases or no
+    values, or where a bootstrap has fewer than two resamples."""
+    error = estimate.standard_error
+    if method == "normal" and error is not None and math.isfinite(error):
+        return normal_interval(estimate.value, error)
     if method == "wilson" and estimate.count:
         return wilson_interval(estimate.value, estimate.count)
-    if method == "bootstrap" and estimate.values is not None and resamples:
+    if method == "bootstrap" and estimate.values is not None and resamples > 1:
         return mean_interval(estimate.values, resamples, seed)
     return None
 

@@ -52,7 +52,16 @@ def test_the_bootstrap_covers_means() -> None:
     )
     assert 0.84 < covered / 200 < 0.98
     assert mean_interval(draws[0], 200, 0) == mean_interval(draws[0], 200, 0)
+    # One resample gives no interval.
     assert interval_of("bootstrap", Estimate(value=0.0, values=draws[0]), 0, 0) is None
+    assert interval_of("bootstrap", Estimate(value=0.0, values=draws[0]), 1, 0) is None
+
+
+@pytest.mark.parametrize("error", [float("inf"), float("nan")])
+def test_an_error_that_is_not_finite_gives_no_interval(error: float) -> None:
+    """A kernel distance of one subset, say, has an infinite error, which is no JSON number."""
+    assert interval_of("normal", Estimate(value=0.3, standard_error=error), 1000, 0) is None
+    assert interval_of("normal", Estimate(value=0.3, standard_error=0.1), 1000, 0) is not None
 
 
 @pytest.mark.parametrize(("count", "dim"), [(200, 4), (6, 4)])
