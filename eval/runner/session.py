@@ -378,9 +378,14 @@ class EvalSession:
         """The images of the folder --against. Raises UserError if they are of other noise than the measured
         ones, as far as their folders record it."""
         files, images = open_images(name), self.config.images
+        _expect_no_gap(files)
         if images is None:
             expect_numbered_order(files)
-        seed = self.protocol.seed if images is None else _noise_seed(open_images(images))
+            seed: int | None = self.protocol.seed
+        else:
+            measured = open_images(images)
+            _expect_no_gap(measured)
+            seed = _noise_seed(measured)
         other = _noise_seed(files)
         if None not in (seed, other) and seed != other:
             raise UserError(
@@ -510,6 +515,18 @@ def _noise_seed(files: ImageFiles) -> int | None:
         return seed if isinstance(seed, int) else None
     text = png_text(files.pictures[0])
     return int(text["seed"]) if text.keys() >= {"seed", "index"} and text["seed"].isdecimal() else None
+
+
+def _expect_no_gap(files: ImageFiles) -> None:
+    """Raise UserError for a folder of `--keep` that lacks an image: those after it would pair with others."""
+    if not files.pictures or not (files.pictures[0].parent / _IMAGES_RECORD).is_file():
+        return
+    for number, picture in enumerate(files.pictures):
+        if picture.stem.isdecimal() and int(picture.stem) != number:
+            raise UserError(
+                f"{files.name} lacks image {number:,}: {picture.name} is in its place; images are compared "
+                "by their numbers, so evaluate again with --keep"
+            )
 
 
 def _sides_note(counts: Mapping[str, int]) -> str:

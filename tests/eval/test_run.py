@@ -207,6 +207,13 @@ def test_paired_distances_of_student_and_teacher(job: Path, teacher: Path, tmp_p
     (tmp_path / "drawn" / "00000011.png").unlink()
     with pytest.raises(UserError, match=r"gives 12 images, but .* holds 11 to compare with; give as many"):
         run_evaluation(replace(run, against=str(tmp_path / "drawn")))
+    # Without an image in the middle, those after it would pair with others.
+    (tmp_path / "drawn" / "00000004.png").unlink()
+    drawn = str(tmp_path / "drawn")
+    read = config(job, images=drawn, prompts=None, num=0, metrics=("psnr",), reference=None, against=drawn)
+    for gap in (replace(run, against=drawn), read):
+        with pytest.raises(UserError, match=r"drawn lacks image 4: 00000005\.png is in its place"):
+            run_evaluation(gap)
 
 
 def test_numbered_images_of_others_pair_in_the_order_of_their_numbers(job: Path, tmp_path: Path) -> None:
