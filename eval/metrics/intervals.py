@@ -45,7 +45,8 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     center = share + Z**2 / (2 * count)
     half = Z * (share * (1 - share) / count + Z**2 / (4 * count**2)) ** 0.5
     scale = 1 + Z**2 / count
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+    # The interval contains the share; rounding would leave out shares of 0 and 1.
+    return min(share, max(0.0, (center - half) / scale)), max(share, min(1.0, (center + half) / scale))
 
 
 def mean_interval(values: Tensor, resamples: int, seed: int) -> tuple[float, float]:

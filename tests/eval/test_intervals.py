@@ -44,6 +44,14 @@ def test_wilson_covers_shares() -> None:
     )
 
 
+def test_wilson_contains_the_share_at_every_count() -> None:
+    """Rounding left 1 out at 7 cases and 0 at 5, for example."""
+    for count in range(1, 200):
+        for share in (0.0, 1.0, 1 / count):
+            low, high = wilson_interval(share, count)
+            assert 0 <= low <= share <= high <= 1 and low < high, (share, count)
+
+
 def test_the_bootstrap_covers_means() -> None:
     draws = torch.randn(200, 60, generator=generator(1)).exp()  # skewed, mean exp(1/2)
     covered = sum(
