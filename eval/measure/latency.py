@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from d2g.core.errors import SettingError, UserError
+from d2g.core.progress import Progress, quiet
 
 Parts = Callable[[int], Mapping[str, Callable[[], object]]]
 """Batch size -> functions that each run one part of making a batch, in order (text, network, decoder)."""
@@ -35,6 +36,7 @@ def measure_latency(
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     repeats: int = 20,
     warmup: int = 3,
+    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Latency at batch 1 and throughput at the best batch of each model ("student", "teacher", …), JSON-able.
 
@@ -55,13 +57,14 @@ def measure_latency(
     # Go up in batch size until every model is out of memory or no longer gets faster.
     entries_of: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     stopped: dict[str, str] = {}
-    for batch in batches:
+    for done, batch in enumerate(batches, start=1):
         running = {name: parts for name, parts in models.items() if name not in stopped}
         for name, times in _time_in_turns(running, batch, device, repeats, warmup, stopped).items():
             entries_of[name].append(_summary(batch, times))
             rates = [entry["images_per_sec"] for entry in entries_of[name]]
             if len(rates) > 2 and max(rates[-2:]) < PLATEAU * max(rates[:-2]):
                 stopped[name] = f"no faster from batch {entries_of[name][-3]['batch']} on"
+        progress("latency of batch sizes", done, len(batches))
     for name, entries in entries_of.items():
         if not entries:
             raise UserError(f"{name} has no latency: {stopped[name]}; free the device's memory")

@@ -81,7 +81,8 @@ def latency(session: EvalSession, source: ImageSource) -> dict[str, Any]:
         assert teacher.parts is not None, "a teacher is a sampler"
         models["teacher"] = teacher.parts
     repeats = session.config.latency_repeats
-    return measure_latency(models, session.device, repeats=repeats, warmup=max(1, repeats // 5))
+    warmup, progress = max(1, repeats // 5), session.progress
+    return measure_latency(models, session.device, repeats=repeats, warmup=warmup, progress=progress)
 
 
 def _write(

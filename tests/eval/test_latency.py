@@ -87,7 +87,11 @@ def test_batches_grow_until_memory_is_full_or_nothing_is_gained(clock: Clock) ->
         "flat": sleeping(clock, 0, 10, each=True),
         "free": sleeping(clock, 0, 10),
     }
-    latency = measure_latency(models, "cpu", batches=(1, 2, 4, 8), repeats=1, warmup=0)["models"]
+    steps: list[tuple[str, int, int]] = []
+    latency = measure_latency(
+        models, "cpu", batches=(1, 2, 4, 8), repeats=1, warmup=0, progress=lambda *step: steps.append(step)
+    )["models"]
+    assert steps == [("latency of batch sizes", done, 4) for done in (1, 2, 3, 4)]
     assert [entry["batch"] for entry in latency["full"]["by_batch"]] == [1, 2]
     assert latency["full"]["stopped"] == "out of memory at batch 4"
     assert latency["free"]["stopped"] is None and latency["free"]["best"]["batch"] == 8
