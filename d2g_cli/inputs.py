@@ -71,9 +71,9 @@ def _pairs(option: str, value: str) -> None:
 
 def _pipeline(option: str, value: str) -> None:
     """A teacher, or another pipeline: a finished folder, a shipped name or a hub id."""
-    from d2g.diffusion.pipelines import SHIPPED, resolve
+    from d2g.diffusion.pipelines import is_local, resolve
 
-    if value in SHIPPED or Path(value).exists():
+    if is_local(value):
         resolve(value)
     else:
         _hub_id(option, value, "model_index.json")

@@ -25,7 +25,7 @@ from d2g_cli.common import (
     require_range,
     settings_from,
 )
-from d2g_cli.inputs import config_inputs
+from d2g_cli.inputs import check_inputs, config_inputs
 from d2g_cli.launch import log_other_processes
 
 pairs_app = typer.Typer(help="Generate and maintain noise-latent pairs.", no_args_is_help=True)
@@ -105,9 +105,7 @@ def pairs_generate(options: GenerateOptions, out: StoreOut = "pairs") -> None:
     config = _pair_config(options)
     _warn_of_verdict(config.teacher)
     if options.dry_run:
-        finish_dry_run(
-            config, options.as_json, inputs=config_inputs(config, ("teacher", "prompts", "condition"))
-        )
+        _finish_dry_run(config, options.as_json)
     from pairgen.generate import generate_pairs
     from pairgen.store.remote import is_url
 
@@ -122,6 +120,19 @@ def pairs_generate(options: GenerateOptions, out: StoreOut = "pairs") -> None:
             f"{pair_store.first_ten(bad)}; their prompts are in {out}/quarantine, the other pairs are "
             f"usable{again}"
         )
+
+
+def _finish_dry_run(config: Any, as_json: bool) -> None:
+    """Print the config and the size of the job, refuse what the job would refuse, and exit.
+
+    Of a teacher that is not on this machine, and of a condition at a URL, at most their existence is checked.
+    """
+    from d2g.diffusion.pipelines import is_local
+    from pairgen.cost import expected_size
+
+    check_inputs(config_inputs(config, ("teacher", "prompts", "condition")))
+    here = config.teacher and is_local(config.teacher) and "://" not in config.condition
+    finish_dry_run(config, as_json, expected_size(config) if here else {})
 
 
 def _warn_of_verdict(teacher: str) -> None:
@@ -148,9 +159,7 @@ def pairs_plan(
     config = _pair_config(options)
     require_range(price=price)
     if options.dry_run:
-        finish_dry_run(
-            config, options.as_json, inputs=config_inputs(config, ("teacher", "prompts", "condition"))
-        )
+        _finish_dry_run(config, options.as_json)
     from pairgen.cost import plan_pairs
 
     emit(plan_pairs(config, price=price, progress=reporter), options.as_json, "plan")

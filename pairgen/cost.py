@@ -9,8 +9,9 @@ import torch
 from d2g.core.distributed import process_group
 from d2g.core.progress import Progress, quiet
 from pairgen.config import PairConfig
-from pairgen.job import Job, log_supported_stages, open_job, streamed_prompts
+from pairgen.job import Job, expected_spec, log_supported_stages, open_job, streamed_prompts
 from pairgen.speed import choose_speed, fastest_batch
+from pairgen.store.spec import StoreSpec
 
 GPU_COUNTS = (1, 8, 64, 128)
 
@@ -32,18 +33,10 @@ def plan_pairs(
     spec = job.spec
     batch_size = config.batch_size or fastest_batch(job)
     seconds = seconds_per_row(job, batch_size, batches, progress=progress)
-    # Everything else is proportional to the number of pairs.
-    channels, height, width = spec.latent_shape
-    gib = spec.num_pairs * channels * height * width * spec.torch_dtype.itemsize / 2**30
-    condition = spec.num_pairs * prod(spec.condition_shape or (0,)) * spec.torch_dtype.itemsize / 2**30
+    # The hours are proportional to the number of pairs.
     hours = seconds * spec.num_pairs / 3600
     return {
-        "pairs": spec.num_pairs,
-        "gib": gib + condition,
-        "gib_with_noise": 2 * gib + condition,
-        "gib_here": (gib if spec.noise == "seeded" else 2 * gib) + condition,
-        "shards": spec.num_shards,
-        "evaluations_per_pair": spec.evaluations_per_pair,
+        **_size(spec),
         "batch_size": batch_size,
         "precision": spec.precision,
         "compile": spec.compiled,
@@ -55,6 +48,28 @@ def plan_pairs(
             for count in GPU_COUNTS
         },
         "measured_on": device_name(device),
+    }
+
+
+def expected_size(config: PairConfig) -> dict[str, Any]:
+    """The pairs, GiB and shards of a job and its evaluations per pair, without the teacher's weights.
+
+    Empty where the prompts are not known yet. Raises errors as `pairgen.job.expected_spec` does.
+    """
+    spec = expected_spec(config)
+    return {} if spec is None else _size(spec)
+
+
+def _size(spec: StoreSpec) -> dict[str, Any]:
+    gib = spec.num_pairs * prod(spec.latent_shape) * spec.torch_dtype.itemsize / 2**30
+    condition = spec.num_pairs * prod(spec.condition_shape or (0,)) * spec.torch_dtype.itemsize / 2**30
+    return {
+        "pairs": spec.num_pairs,
+        "gib": gib + condition,
+        "gib_with_noise": 2 * gib + condition,
+        "gib_here": (gib if spec.noise == "seeded" else 2 * gib) + condition,
+        "shards": spec.num_shards,
+        "evaluations_per_pair": spec.evaluations_per_pair,
     }
 
 

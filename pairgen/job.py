@@ -13,12 +13,14 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.core.logs import logger
 from d2g.core.seeds import Stream, generator, noise
+from d2g.data.columns import require_prompts
 from d2g.data.text_files import STANDARD_INPUT
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
 from d2g.diffusion.edm import EDMSchedule
+from d2g.diffusion.pipelines import TeacherDigests
 from d2g.diffusion.solvers import Churn, Solver
-from d2g.diffusion.teacher import Teacher, check_solver, describe_stages, load_teacher
+from d2g.diffusion.teacher import Teacher, check_solver, describe_stages, teacher_on_meta, with_weights
 from pairgen.condition import condition_prompts, open_condition
 from pairgen.config import PairConfig
 from pairgen.prompts import PromptList, check_labels, label_list, prompt_list_sha256, read_prompts
@@ -141,28 +143,55 @@ def open_job(
     fp32, not compiled. Raises UserError and SettingError for inputs that are missing or do not fit together.
     """
     config = resolve_auto(config, "fp32", False)
-    if not config.teacher:
-        raise SettingError("teacher is not set; give --teacher")
-    # Load and check the teacher and the prompts with all settings.
     assert config.precision != "auto"
-    teacher = load_teacher(config.teacher, device, config.precision, config.spacing, config.final_alpha)
-    if config.churn and not isinstance(teacher.schedule, EDMSchedule):
-        raise SettingError(
-            f"churn is {config.churn:g}, but teacher {config.teacher} is not preconditioned as in EDM; leave "
-            "churn at 0"
-        )
+    # Check the teacher, the stage before and the prompts before gigabytes are read.
+    teacher, solver = _open_teacher(config)
     prior = open_condition(config, teacher)
     store = None if spec is None and config.prompts else store
     prompts = _prompts(config, teacher, store, prompts)
-    solver = teacher.default_solver if config.solver == "teacher" else config.solver
-    size = (config.latent_size, config.latent_size) if config.latent_size else None
-    check_solver(teacher, solver, config.steps, config.guidance, config.guidance_rescale, size)
+    teacher = with_weights(teacher, device, config.precision)
     # Apply the settings that change the speed only.
     if config.channels_last:
         teacher.network.to(memory_format=torch.channels_last)
     if config.compile:
         teacher = replace(teacher, network=torch.compile(teacher.network))
-    return Job(teacher, prompts, spec or resolve_spec(config, teacher, prompts, solver, prior), prior)
+    if spec is None:
+        digests = pretrained.teacher_digests(config.teacher)
+        spec = resolve_spec(config, teacher, digests, prompts, solver, prior)
+    return Job(teacher, prompts, spec, prior)
+
+
+def expected_spec(config: PairConfig) -> StoreSpec | None:
+    """The spec of the store that a config would make, without digests of the teacher: no weights are read.
+
+    None if prompts are needed and not set, or can be read only once. Raises errors as `open_job` does, but
+    none of the teacher's weights.
+    """
+    config = resolve_auto(config, "fp32", False)
+    teacher, solver = _open_teacher(config)
+    prior = open_condition(config, teacher)
+    needed = teacher.conditioning == "text" and not config.condition
+    if (needed and not config.prompts) or is_streamed(config.prompts):
+        return None
+    prompts = _prompts(config, teacher, None, None)
+    return resolve_spec(config, teacher, TeacherDigests("", ""), prompts, solver, prior)
+
+
+def _open_teacher(config: PairConfig) -> tuple[Teacher, Solver]:
+    """The teacher without weights, and the solver; checked with the settings of both."""
+    if not config.teacher:
+        raise SettingError("teacher is not set; give --teacher")
+    teacher = teacher_on_meta(config.teacher, config.spacing, config.final_alpha)
+    if config.churn and not isinstance(teacher.schedule, EDMSchedule):
+        raise SettingError(
+            f"churn is {config.churn:g}, but teacher {config.teacher} is not preconditioned as in EDM; leave "
+            "churn at 0"
+        )
+    solver = teacher.default_solver if config.solver == "teacher" else config.solver
+    size = (config.latent_size, config.latent_size) if config.latent_size else None
+    check_solver(teacher, solver, config.steps, config.guidance, config.guidance_rescale, size)
+    require_prompts(config.column, config.prompts)
+    return teacher, solver
 
 
 def resolve_auto(config: PairConfig, precision: PairPrecision, compiled: bool) -> PairConfig:
@@ -176,9 +205,13 @@ def resolve_auto(config: PairConfig, precision: PairPrecision, compiled: bool) -
 
 def streamed_prompts(config: PairConfig) -> PromptList | None:
     """The prompts of standard input or of a pipe, which can be read once; None for other prompts."""
-    path = Path(config.prompts)
-    streamed = bool(config.prompts) and (path == STANDARD_INPUT or path.is_fifo())
-    return read_prompts(path, config.column) if streamed else None
+    return read_prompts(Path(config.prompts), config.column) if is_streamed(config.prompts) else None
+
+
+def is_streamed(prompts: str) -> bool:
+    """Whether these prompts can be read only once."""
+    path = Path(prompts)
+    return bool(prompts) and (path == STANDARD_INPUT or path.is_fifo())
 
 
 def _prompts(
@@ -204,13 +237,14 @@ def _prompts(
 def resolve_spec(
     config: PairConfig,
     teacher: Teacher,
+    digests: TeacherDigests,
     prompts: PromptList,
     solver: Solver,
     prior: PairReader | None = None,
 ) -> StoreSpec:
     """Build the spec of a config. Open settings are filled in from the teacher and the store `prior`.
 
-    `prior` is the store that conditions the rows of a later stage of a cascade.
+    `digests` are the teacher's. `prior` is the store that conditions the rows of a later stage of a cascade.
     """
     # A size other than the network's own is allowed where `check_solver` accepts it.
     channels, height, width = teacher.latent_shape
@@ -218,7 +252,6 @@ def resolve_spec(
         height = width = config.latent_size
 
     # Resolved values and digests: everything that determines a row must be in the spec.
-    digests = pretrained.teacher_digests(config.teacher)
     per_prompt = config.per_prompt if prior is None else prior.spec.per_prompt
     num_pairs = config.num_pairs or (len(prompts) * per_prompt if prior is None else len(prior))
     precision = config.precision

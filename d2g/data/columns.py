@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from d2g.core.config import nearest
-from d2g.core.errors import UserError
+from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import log_once
 
 CAPTION_COLUMNS = ("prompt", "caption", "text", "TEXT")
@@ -19,6 +19,14 @@ def find_caption_column(names: Iterable[str], column: str | None = None) -> str 
     exact = [name for name in CAPTION_COLUMNS if name in names]
     other_case = [name for key in CAPTION_COLUMNS for name in names if name.casefold() == key]
     return next(iter(exact + other_case), None)
+
+
+def require_prompts(column: str | None, prompts: str | None) -> None:
+    """Raise SettingError for a prompt column of no prompt file."""
+    if column is not None and not prompts:
+        raise SettingError(
+            f"column is {column!r}, but there is no prompt file to have it; leave it out, or give --prompts"
+        )
 
 
 def caption_column(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from d2g.core.errors import UserError
+from d2g.core.errors import SettingError, UserError
 from d2g.core.logs import log_once
 from d2g.data.captions import Captions, class_captions
 from d2g.data.columns import CAPTION_COLUMNS, caption_column, find_caption_column
@@ -23,8 +23,8 @@ def prompt_cells(path: Path, column: str | None = None) -> Iterator[Any]:
     of a folder of pictures.
 
     "-" is standard input. It has one prompt a line, as have pipes without an ending. `column`: the name of
-    the prompt column (`d2g.data.columns`). Raises UserError for other formats, text that is not UTF-8,
-    damage, a missing column and an error of the disk.
+    the prompt column (`d2g.data.columns`). Raises SettingError for a column of a format without columns, and
+    UserError for other formats, text that is not UTF-8, damage, a missing column and an error of the disk.
     """
     if path.is_dir():
         yield from _folder(path, column)
@@ -95,6 +95,11 @@ def is_clean_text(text: str) -> bool:
 
 
 def _txt(path: Path, column: str | None) -> Iterator[str]:
+    if column is not None:
+        raise SettingError(
+            f"column is {column!r}, but {path} has one prompt a line and no columns; leave it out, or give a "
+            "file with that column"
+        )
     return text_lines(path)
 
 

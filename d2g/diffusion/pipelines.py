@@ -42,6 +42,11 @@ HALVES = ("bf16", "fp16")
 _TEXT = (".json", ".txt", ".model")  # configs, vocabularies, sentencepiece models
 
 
+def is_local(name: str) -> bool:
+    """Whether a pipeline's name is a shipped one or a path of this disk, not a hub id."""
+    return name in SHIPPED or Path(name).exists()
+
+
 def resolve(name: str) -> Path:
     """The folder of a pipeline: `name` itself if it is one, a shipped folder, or the snapshot of a hub id.
 

@@ -264,19 +264,29 @@ def load_teacher(
     >>> teacher.conditioning, teacher.schedule.prediction
     ('text', 'epsilon')
     """
+    # Every check runs before gigabytes are read.
+    return with_weights(teacher_on_meta(name, spacing, final_alpha), device, precision)
+
+
+def with_weights(teacher: Teacher, device: torch.device | str, precision: str) -> Teacher:
+    """The teacher of `teacher_on_meta` with its weights, on this device and in this precision.
+
+    Raises UserError for files of weights that do not fit, SettingError for another precision.
+    """
     device, dtype = torch.device(device), pick(PRECISIONS, precision, "precision")
-    teacher = _teacher_on_meta(name, spacing, final_alpha)  # every check runs before gigabytes are read
     return replace(
         teacher,
-        network=pretrained.load_model(name, teacher.family.network, dtype).to(device),
-        conditioner=pretrained.load_text_encoders(name, teacher.conditioner, dtype, device),
+        network=pretrained.load_model(teacher.name, teacher.family.network, dtype).to(device),
+        conditioner=pretrained.load_text_encoders(teacher.name, teacher.conditioner, dtype, device),
         device=device,
         dtype=dtype,
     )
 
 
-def _teacher_on_meta(name: str, spacing: Spacing | Literal["teacher"], final_alpha: str) -> Teacher:
-    """A checked teacher without weights. Raises UserError for files with values that do not fit together."""
+def teacher_on_meta(
+    name: str, spacing: Spacing | Literal["teacher"] = "teacher", final_alpha: str = "one"
+) -> Teacher:
+    """A checked teacher without weights, from its config files. Arguments and errors as in `load_teacher`."""
     pipeline = open_pipeline(name)
     try:
         return _checked_teacher(name, pipeline, spacing, final_alpha)
@@ -374,7 +384,7 @@ def describe_stages(name: str) -> str:
 def describe_teacher(name: str) -> dict[str, Any]:
     """Describe a teacher for `d2g teacher info`, from its files; no weights are loaded."""
     # Every component on the meta device: shapes and numbers of parameters without weights.
-    teacher = _teacher_on_meta(name, "teacher", "teacher")
+    teacher = teacher_on_meta(name, final_alpha="teacher")
     pipeline, schedule = open_pipeline(name), teacher.schedule
     models = {pipeline.family.network: teacher.network, **dict(teacher.conditioner.models.items())}
     if (autoencoder := pipeline.family.autoencoder) is not None:

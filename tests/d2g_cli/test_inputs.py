@@ -1,4 +1,4 @@
-"""`--dry-run` checks that inputs exist; `d2g distill` without `--preset` chooses one and says so."""
+"""`--dry-run` checks inputs, and that pairs fit the teacher; `d2g distill` without a preset chooses one."""
 
 import shutil
 from pathlib import Path
@@ -99,6 +99,41 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(sets: str, teacher: Path, p
     ended = d2g(*words, "--dry-run")
     assert ended.code == (1 if "there are 12 pairs to" in DRY_RUNS[sets] else 2 if DRY_RUNS[sets] else 0)
     assert DRY_RUNS[sets] in ended.stderr
+
+
+PAIR_DRY_RUNS = {
+    "churn=1": "churn is 1, but teacher",
+    "solver=euler": "solver is 'euler', but teacher",
+    "guidance=1 guidance_rescale=0.7": "guidance 1 leaves nothing to rescale",
+    "column=title": "prompts.txt has one prompt a line and no columns",
+    "num_pairs=100000000 shard_size=1": "shard_size is 1, expected at least",
+}
+
+
+@pytest.mark.parametrize("sets", PAIR_DRY_RUNS)
+def test_a_dry_run_of_pairs_refuses_what_the_job_would_refuse(
+    sets: str, teacher: Path, tmp_path: Path, d2g: Any
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    words = ["pairs", "generate", "--teacher", teacher, "--prompts", tmp_path / "prompts.txt"]
+    words += [word for one in sets.split() for word in ("--set", one)]
+    ended = d2g(*words, "--out", tmp_path / "out", "--dry-run")
+    assert ended.code == 2 and PAIR_DRY_RUNS[sets] in ended.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_pairs_prints_the_size_of_the_store(teacher: Path, tmp_path: Path, d2g: Any) -> None:
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    words = ("--prompts", tmp_path / "prompts.txt", "--teacher", teacher, "--steps", "3")
+    plan = d2g("pairs", "generate", *words, "--set", "shard_size=2", "--dry-run", "--json").json
+    assert (plan["pairs"], plan["shards"], plan["evaluations_per_pair"]) == (3, 2, 6)
+    assert plan["gib_with_noise"] == 2 * plan["gib"] == plan["gib_here"]
+    measured = d2g("pairs", "plan", *words, "--set", "shard_size=2", "--json").json
+    assert {key: measured[key] for key in plan if key != "config"} == {
+        key: value for key, value in plan.items() if key != "config"
+    }
+    # Without prompts there is no size yet.
+    assert set(d2g("pairs", "plan", "--teacher", teacher, "--dry-run", "--json").json) == {"config"}
 
 
 def test_a_dry_run_names_losses_that_the_teacher_does_not_have(tmp_path: Path, d2g: Any) -> None:

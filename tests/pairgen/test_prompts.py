@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2g.core.errors import UserError
+from d2g.core.errors import SettingError, UserError
 from d2g.data import prompt_files
 from pairgen.prompts import PromptList, check_labels, distinct, label_list, prompt_list_sha256, read_prompts
 
@@ -131,6 +131,11 @@ def test_lists_of_captions_in_a_parquet_file_are_refused(tmp_path: Path) -> None
     parquet.write_table(pa.table({"caption": [["a cat", "one cat"]]}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match=r"p\.parquet: column caption holds list<.*>, expected text; write"):
         read_prompts(tmp_path / "p.parquet")
+
+
+def test_a_column_of_a_file_without_columns_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"column is 'title', but .*a\.txt has one prompt a line"):
+        read_prompts(_write(tmp_path / "a.txt", "a cat\n"), "title")
 
 
 def test_quoted_cells_of_several_lines_are_read(tmp_path: Path) -> None:
