@@ -95,9 +95,6 @@ def sample(options: SampleOptions, out: Out = Path("samples")) -> None:
     settings = settings_from(options, SampleConfig)
     settings["prompt"] = tuple(options.prompt) if options.prompt else None
     config = configure_preset(_sample_presets(), "default", options, settings)
-    from d2g.data.columns import require_prompts
-
-    require_prompts(config.column, config.prompts)
     if options.dry_run:
         inputs = config_inputs(config, ("student", "prior", "teacher", "prompts"))
         finish_dry_run(config, options.as_json, inputs=inputs)

@@ -5,6 +5,7 @@ from math import inf
 from typing import Literal
 
 from d2g.core.config import Presets, check_values, require, setting
+from d2g.data.columns import require_prompts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +115,7 @@ class PairConfig:
             churn=(0 <= self.churn < inf, "0 (deterministic pairs) or more"),
             guidance=(self.guidance >= 1, "1 (no guidance) or more"),
         )
+        require_prompts(self.column, self.prompts)
 
 
 PAIR_PRESETS = Presets(

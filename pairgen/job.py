@@ -13,7 +13,6 @@ from d2g.core.distributed import process_group
 from d2g.core.errors import SettingError
 from d2g.core.logs import logger
 from d2g.core.seeds import Stream, generator, noise
-from d2g.data.columns import require_prompts
 from d2g.data.text_files import STANDARD_INPUT
 from d2g.diffusion import pretrained
 from d2g.diffusion.conditioning import Conditioning
@@ -190,7 +189,6 @@ def _open_teacher(config: PairConfig) -> tuple[Teacher, Solver]:
     solver = teacher.default_solver if config.solver == "teacher" else config.solver
     size = (config.latent_size, config.latent_size) if config.latent_size else None
     check_solver(teacher, solver, config.steps, config.guidance, config.guidance_rescale, size)
-    require_prompts(config.column, config.prompts)
     return teacher, solver
 
 

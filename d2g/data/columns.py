@@ -22,7 +22,7 @@ def find_caption_column(names: Iterable[str], column: str | None = None) -> str 
 
 
 def require_prompts(column: str | None, prompts: str | None) -> None:
-    """Raise SettingError for a prompt column of no prompt file."""
+    """Raise SettingError for a `column` without a file or folder of prompts."""
     if column is not None and not prompts:
         raise SettingError(
             f"column is {column!r}, but there is no prompt file to have it; leave it out, or give --prompts"

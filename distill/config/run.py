@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from d2g.core.config import Presets, check_values, nearest, require, setting
 from d2g.core.errors import SettingError
+from d2g.data.columns import require_prompts
 from distill.config.clip_guidance import ClipGuidanceConfig
 from distill.config.consistency import ConsistencyConfig
 from distill.config.discriminator import DiscriminatorConfig, require_even_microbatch
@@ -446,6 +447,7 @@ class SampleConfig:
             prior_guidance=(_is_scale(self.prior_guidance), "1 (no guidance) or more"),
             psi=(self.psi is None or 0 <= self.psi <= 1, "0 (the mean style) to 1 (no truncation)"),
         )
+        require_prompts(self.column, self.prompts)
         if self.prior is not None and self.student is None and self.teacher is None:
             raise SettingError(
                 f"prior is {self.prior!r}, but there is nothing to draw with; give --student or --teacher"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from d2g.core.config import Presets, require, setting
 from d2g.core.errors import SettingError
+from d2g.data.columns import require_prompts
 from eval.protocols.protocol import PROTOCOLS, Protocol
 
 PIPELINE_STEPS = 50
@@ -114,6 +115,7 @@ class EvalRun:
             noise_scale=(0 <= self.noise_scale <= 2, "0 (none) to 2 (1: as trained)"),
             psi=(0 <= self.psi <= 1, "0 (the mean style) to 1 (no truncation)"),
         )
+        require_prompts(self.column, self.prompts or self.images)
 
     @property
     def sources(self) -> list[str]:

@@ -16,7 +16,6 @@ from d2g.core.logs import log_once, logger
 from d2g.core.progress import Progress, quiet
 from d2g.core.shuffle import permuted
 from d2g.core.tracking.run_directory import sole_owner
-from d2g.data.columns import require_prompts
 from d2g.data.pictures import png_text
 from d2g.data.prompt_files import prompt_cells, prompt_text
 from d2g.diffusion import pretrained
@@ -61,7 +60,6 @@ class EvalSession:
         self.metrics = config.metrics or self.protocol.metrics
         check_metrics(self.metrics)
         config.check_source()
-        require_prompts(config.column, config.prompts or config.images)
         if config.train is not None:
             open_images(config.train)  # an error at once, not after all images are measured
         if 0 < protocol.images < config.num:

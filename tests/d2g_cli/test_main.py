@@ -119,6 +119,9 @@ def test_version_in_a_new_process() -> None:
         ("demo --preset quik", "did you mean 'quick'?"),
         ("sample --student miniature", "nothing to draw"),
         ("sample --student x --prompt a --num 0", "num is 0"),
+        ("sample --prompt a --set column=b", "column is 'b', but there is no prompt file"),
+        ("pairs generate --teacher x --set column=b", "column is 'b', but there is no prompt file"),
+        ("eval run --student x --set column=b", "column is 'b', but there is no prompt file"),
         ("eval run", "give --student or --teacher, or --images"),
         ("eval run --preset miniature --images x --dry-run", "--set student=null"),
         (
